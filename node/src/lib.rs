@@ -1,1 +1,5 @@
-pub fn x(){}
+//! The godwit node: everything that touches the world.
+//!
+//! `net`, `store`, `vmm`, `link` and `api` are adapters and never import each other; `driver` alone
+//! knows them all and runs the core of `godwit-protocol`.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]

@@ -1,1 +1,2 @@
-fn main(){}
+//! The one binary: daemon and command line.
+fn main() {}

@@ -1,1 +1,2 @@
-fn main(){}
+//! `godwit-lab`: scenarios and benchmarks.
+fn main() {}

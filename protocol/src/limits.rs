@@ -1,0 +1,28 @@
+//! Every bound of the project, in one place.
+//!
+//! Owns constants only. Each queue, message and wait elsewhere names one of these.
+
+/// Bytes of a guest page and of a chunk.
+pub const CHUNK_BYTES: usize = 4096;
+/// Bytes of a digest region (memory and disk).
+pub const REGION_BYTES: usize = 2 << 20;
+/// Longest control message, bytes.
+pub const CONTROL_MESSAGE_BYTES: usize = 1 << 20;
+/// Longest bulk message (one batch with literals), bytes.
+pub const BULK_MESSAGE_BYTES: usize = 8 << 20;
+/// Most hosts of a swarm that a node keeps track of.
+pub const MEMBERS: usize = 4096;
+/// Most voters of a record.
+pub const VOTERS: usize = 5;
+/// Most members of a virtual cluster.
+pub const CLUSTER_VMS: usize = 256;
+/// Most NICs of a VM.
+pub const NICS: usize = 8;
+/// Longest name of a VM, wire, site or cluster, bytes.
+pub const NAME_BYTES: usize = 63;
+/// Largest guest memory, bytes (16 TiB: page indexes fit in 32 bits).
+pub const GUEST_MEMORY_BYTES: u64 = 1 << 44;
+/// Longest cause or other free text on the wire, bytes.
+pub const TEXT_BYTES: usize = 1024;
+/// Largest stored device state, bytes.
+pub const DEVICE_STATE_BYTES: usize = 256 << 20;

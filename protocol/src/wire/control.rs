@@ -1,0 +1,73 @@
+//! The envelope of the control class: what two admitted nodes say to each other.
+
+use serde::{Deserialize, Serialize};
+
+use super::migrate::{Options, Status, Target};
+use super::{epoch, migrate, route};
+use crate::id::{MigrationId, VmId};
+
+/// One control message between two members. Order between messages is not promised.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Control {
+    /// Bytes of the membership protocol (SWIM).
+    Membership(Vec<u8>),
+    /// Routes.
+    Route(route::Message),
+    /// Decisions.
+    Epoch(epoch::Message),
+    /// A migration's two ends.
+    Migrate(migrate::Message),
+    /// A question that wants an answer with the same number.
+    Ask {
+        /// Chosen by the asker.
+        number: u64,
+        /// The question.
+        ask: Ask,
+    },
+    /// The answer.
+    Answer {
+        /// The number of the question.
+        number: u64,
+        /// The answer.
+        answer: Answer,
+    },
+    /// Lead to requester: how far a migration is.
+    Progress(Box<Status>),
+    /// Revoked members: spreads and is final. Signed bytes, checked by the admission adapter.
+    Revocations(Vec<Vec<u8>>),
+}
+
+/// A question from one node to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ask {
+    /// To the owner of a VM: move it.
+    Migrate {
+        /// The request's id: asked twice, it moves once.
+        id: MigrationId,
+        /// The VM.
+        vm: VmId,
+        /// Where to.
+        target: Target,
+        /// How.
+        options: Options,
+    },
+    /// To the lead: give up if the guest has not been stopped yet.
+    Abort(MigrationId),
+    /// To any node: what it knows of migrations (all, or one).
+    Migrations(Option<MigrationId>),
+    /// To any node: what it can tell of itself (a JSON text for people).
+    Host,
+}
+
+/// The answer to an [`Ask`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// Taken.
+    Done,
+    /// Not taken: why and what to do.
+    Refused(String),
+    /// Migrations.
+    Migrations(Vec<Status>),
+    /// A JSON text.
+    Json(String),
+}

@@ -1,0 +1,179 @@
+//! What source, destination and requester of a migration say to each other.
+
+use serde::{Deserialize, Serialize};
+
+use super::record::Record;
+use crate::id::{CopyId, Epoch, HostId, MigrationId, Name, VmId};
+
+/// Where a migration should end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Target {
+    /// This host.
+    Host(HostId),
+    /// Any host of this site that accepts the VM.
+    Site(Name),
+    /// Any other host that accepts the VM.
+    Auto,
+}
+
+/// What the requester asks for. Units in names; zero means *no limit* or *the default*.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Options {
+    /// Most bytes per second on the bulk connection; 0: what the path gives.
+    pub bandwidth_bytes_per_s: u64,
+    /// Longest planned pause; 0: 300 ms.
+    pub max_downtime_ms: u64,
+    /// Give up (stay) if the guest was not stopped by then; 0: one hour.
+    pub deadline_s: u64,
+}
+
+/// The message and what it is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// The migration.
+    pub id: MigrationId,
+    /// The VM.
+    pub vm: VmId,
+    /// The epoch of the record that the migration starts from: it can win only the next one.
+    pub base: Epoch,
+    /// What is said.
+    pub body: Body,
+}
+
+/// What is said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Body {
+    /// Source to destination: check, reserve, start a QEMU that waits.
+    Prepare {
+        /// The decided record that the move starts from.
+        record: Record,
+        /// The resolved VM description (encoded by the VM driver; opaque to the core).
+        spec: Vec<u8>,
+        /// What was asked for.
+        options: Options,
+    },
+    /// Destination to source: waiting; dial this for bulk.
+    Ready {
+        /// `ip:port` of the bulk listener.
+        bulk: String,
+    },
+    /// Destination to source: cannot take the VM; nothing was changed.
+    Refused(String),
+    /// Source to destination: nearly converged, run phase 1 for the next epoch.
+    PrepareBallot,
+    /// Destination to source: a majority has promised; stop when you like.
+    BallotReady,
+    /// Source to destination: gave up before the stop; forget the reservation.
+    Cancel(String),
+    /// Destination to source: gave up before *loaded*; it will never run this copy.
+    Failed(String),
+    /// Destination to source: device state loaded, digests compared equal, bound from here on.
+    Loaded(CopyId),
+    /// Destination to source: the copy runs.
+    Running {
+        /// The copy.
+        copy: CopyId,
+        /// Wall-clock time of its RESUME event, microseconds since 1970.
+        resumed_us: u64,
+    },
+    /// Destination to source: the copy ran and its QEMU is gone.
+    Lost(String),
+    /// Asks the other end where it stands (after a restart or a long silence).
+    Where,
+    /// The answer: nothing is known of this migration.
+    Unknown,
+    /// Source to destination: the source copy is gone; the move is over.
+    Released,
+}
+
+/// How a migration ended, or how far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Asked for; the destination checks.
+    Preparing,
+    /// The guest runs at the source while pages cross.
+    Transfer,
+    /// The guest stands still; the last pages and the device state cross.
+    Stopped,
+    /// Loaded at the destination; the epoch is being decided.
+    Deciding,
+    /// Decided for the destination, which has not reported *running* yet.
+    Starting,
+    /// It runs at the destination; the source is not yet released.
+    Releasing,
+    /// End: it runs at the destination.
+    Moved,
+    /// End: it runs at the source.
+    Stayed,
+    /// End: it ran at the destination and its QEMU is gone.
+    Lost,
+}
+
+impl Phase {
+    /// Whether nothing more will happen.
+    #[must_use]
+    pub fn is_end(self) -> bool {
+        matches!(self, Self::Moved | Self::Stayed | Self::Lost)
+    }
+}
+
+/// One moment of a migration's timeline.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// Wall clock of the host that saw it, microseconds since 1970.
+    pub at_us: u64,
+    /// The host.
+    pub host: HostId,
+    /// What happened.
+    pub what: String,
+}
+
+/// What anyone may know of a migration: shown as progress and as the result.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The migration.
+    pub id: MigrationId,
+    /// The VM.
+    pub vm: VmId,
+    /// Its alias.
+    pub name: Name,
+    /// Source.
+    pub from: HostId,
+    /// Destination, once one is chosen.
+    pub to: Option<HostId>,
+    /// The node that took the request.
+    pub requested_on: HostId,
+    /// How far it is.
+    pub phase: Phase,
+    /// One line of cause, at the end.
+    pub cause: String,
+    /// The epoch before.
+    pub epoch_before: Epoch,
+    /// The epoch after, at the end.
+    pub epoch_after: Option<Epoch>,
+    /// Guest memory, bytes.
+    pub ram_bytes: u64,
+    /// Guest memory bytes whose page was not zero in the first pass.
+    pub ram_nonzero_bytes: u64,
+    /// Bytes that crossed on the bulk connection, both directions.
+    pub bulk_bytes: u64,
+    /// Share of the work that is done, 0 to 1,000,000; never shrinks.
+    pub done_ppm: u32,
+    /// Milliseconds left at the measured rates; none: unknown.
+    pub left_ms: Option<u64>,
+    /// What the guest dirties, bytes per second.
+    pub dirty_bytes_per_s: u64,
+    /// Pages by how they crossed: all zero.
+    pub chunks_zero: u64,
+    /// Pages by how they crossed: the destination had them.
+    pub chunks_known: u64,
+    /// Pages by how they crossed: sent.
+    pub chunks_literal: u64,
+    /// From the request to RESUME (at the end) or to now, milliseconds.
+    pub total_ms: u64,
+    /// From STOP to RESUME, microseconds, from the QEMUs' event times; none: not stopped.
+    pub downtime_us: Option<u64>,
+    /// The timeline of both ends.
+    pub timeline: Vec<Moment>,
+}

@@ -1,0 +1,46 @@
+//! Routes: which host carries a VM's NICs, at which epoch.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{CopyId, Epoch, HostId, Mac, Name, VmId};
+
+/// A NIC of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// The wire it is connected to.
+    pub wire: Name,
+    /// Its Ethernet address.
+    pub mac: Mac,
+}
+
+/// One entry of the distributed routing table. The higher epoch of the same VM wins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// The VM.
+    pub vm: VmId,
+    /// Its alias.
+    pub name: Name,
+    /// The host that carries it.
+    pub host: HostId,
+    /// The copy that runs there.
+    pub copy: CopyId,
+    /// Since which epoch.
+    pub epoch: Epoch,
+    /// Its NICs (at most [`crate::limits::NICS`]).
+    pub nics: Vec<Nic>,
+    /// The VM was removed; kept so that older entries do not come back.
+    pub gone: bool,
+}
+
+/// What nodes say to each other about routes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// New entries.
+    Push(Vec<Route>),
+    /// Hash over the sender's whole table; answered with [`Message::Have`] if it differs.
+    Digest([u8; 16]),
+    /// What the sender holds: (VM, epoch). Answered with what is newer, and a `Want`.
+    Have(Vec<(VmId, Epoch)>),
+    /// VMs whose entry the sender lacks or holds at an older epoch.
+    Want(Vec<VmId>),
+}
