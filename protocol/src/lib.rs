@@ -8,6 +8,7 @@
 //! `id, time, limits -> wire -> {chunk, membership, route, epoch} -> migrate -> core`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
+pub mod epoch;
 pub mod id;
 pub mod limits;
 pub mod time;

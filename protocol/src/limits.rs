@@ -26,3 +26,7 @@ pub const GUEST_MEMORY_BYTES: u64 = 1 << 44;
 pub const TEXT_BYTES: usize = 1024;
 /// Largest stored device state, bytes.
 pub const DEVICE_STATE_BYTES: usize = 256 << 20;
+/// Most clusters whose records one node keeps, tombstones included.
+pub const CLUSTERS: usize = 16_384;
+/// Most routes of the table, tombstones included.
+pub const ROUTES: usize = 65_536;

@@ -3,15 +3,16 @@
 use serde::{Deserialize, Serialize};
 
 use super::record::{Record, Voter};
-use crate::id::{Epoch, HostId, VmId};
+use crate::id::{Epoch, VmId};
 
-/// A ballot: ordered by round, then by proposer, so two proposers never share one.
+/// A ballot: ordered by round, then by proposer, so two proposers never share one. The proposer is
+/// named with its store: a host that lost its hard state, and with it its rounds, is another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Ballot {
     /// Grows with each attempt.
     pub round: u64,
     /// Who proposes.
-    pub host: HostId,
+    pub by: Voter,
 }
 
 /// One message about the epoch `epoch` of `cluster`.
@@ -67,6 +68,8 @@ pub enum Body {
     },
     /// A decided record: of this epoch, or a newer one as the answer to an old question.
     Decided(Record),
+    /// The answer to [`Body::Decided`]: the sender holds this epoch or a newer one, durably.
+    Known(Epoch),
     /// Asks for the newest decided record; never a ground to act on *undecided*.
     Query,
 }

@@ -1,0 +1,1 @@
+//! Named cases, and seeds with loss, delay, doubling, reordering and crashes.
