@@ -3,3 +3,6 @@
 //! `net`, `store`, `vmm`, `link` and `api` are adapters and never import each other; `driver` alone
 //! knows them all and runs the core of `godwit-protocol`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod api;
+pub mod store;
