@@ -30,3 +30,9 @@ pub const DEVICE_STATE_BYTES: usize = 256 << 20;
 pub const CLUSTERS: usize = 16_384;
 /// Most routes of the table, tombstones included.
 pub const ROUTES: usize = 65_536;
+/// Frames from guests to other hosts that wait for the driver.
+pub const TUNNEL_QUEUE_FRAMES: usize = 1024;
+/// Frames that wait in the kernel at a wire's tunnel port.
+pub const TUNNEL_PORT_FRAMES: u32 = 4096;
+/// Frames that wait in the kernel for a guest: what arrives while it stands still.
+pub const TAP_QUEUE_FRAMES: u32 = 20_000;

@@ -1,0 +1,282 @@
+//! Wires in the kernel: a bridge per wire, a tap per NIC, a VXLAN port towards the trusted LAN and a
+//! tunnel port towards everybody else.
+//!
+//! Owns the kernel devices whose names begin with `gw` in the daemon's network namespace, their FDB
+//! entries, and the packet filter `godwit`. Never decides where a MAC is (the driver tells), never
+//! carries a frame between hosts (the transport does), never reads guests' traffic except what leaves
+//! by a tunnel. Invariant: the kernel is the state; every call can be repeated, and a restarted daemon
+//! finds what an earlier run made and goes on with it.
+//!
+//! ```text
+//!   QEMU        QEMU                               learning and unknown-unicast flood: off everywhere
+//!    | fd        | fd                              broadcast, multicast: to all active ports
+//!  gwt-..      gwt-..     (taps)                   MAC -> port: static, `set_route`
+//!    +-----+-----+
+//!          | gwb-..       (bridge, one per wire)
+//!    +-----+-----+
+//!  gwv-..      gwx-..     (isolated from each other: what came by a tunnel never leaves by one)
+//!  VXLAN to    fd in this process:
+//!  members     frames out -> queue -> driver; frames in <- `inject`
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use godwit_protocol::id::{Mac, Name};
+use godwit_protocol::limits::{TAP_QUEUE_FRAMES, TUNNEL_QUEUE_FRAMES};
+use tokio::sync::{Mutex, mpsc};
+
+mod cidr;
+mod error;
+mod guard;
+mod kernel;
+mod names;
+mod nft;
+mod stats;
+mod tap;
+mod tunnel;
+mod wires;
+
+pub use cidr::{Cidr, CidrError};
+pub use error::LinkError;
+pub use kernel::LinkStats;
+pub use stats::{Counters, NicCounters, WireCounters};
+pub use tunnel::{Injected, TunnelCounters, TunnelFrame};
+
+use guard::Guard;
+use kernel::{Fdb, Kernel, PortFlags};
+use tap::Reader;
+use tunnel::Tunnel;
+
+/// The MTU of wires unless configured otherwise: an underlay of 1500 less the dearest tunnel, with margin.
+pub const DEFAULT_MTU: u16 = 1400;
+
+/// What the adapter has to know about its host.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This host's address towards other hosts.
+    pub underlay: IpAddr,
+    /// Prefixes of LANs that the operator trusts with plain VXLAN (`--trusted-lan`).
+    pub trusted_lan: Vec<Cidr>,
+    /// MTU of every wire: what a guest may put into one frame, without the Ethernet header. Bytes.
+    pub mtu: u16,
+}
+
+/// Where frames for a MAC go on this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Where {
+    /// To the NIC's tap here. Its tap also starts to get broadcasts.
+    Local,
+    /// By VXLAN to the host with this underlay address.
+    Vxlan(IpAddr),
+    /// To the queue of tunnel frames.
+    Tunnel,
+    /// Nowhere: dropped by the bridge.
+    None,
+}
+
+/// One wire as this host carries it.
+struct Wire {
+    bridge: u32,
+    vxlan: Option<u32>,
+    tunnel: u32,
+    routes: BTreeMap<Mac, Where>,
+    flood: BTreeSet<IpAddr>,
+}
+
+#[derive(Default)]
+struct State {
+    wires: BTreeMap<Name, Wire>,
+    members: Option<Vec<IpAddr>>,
+    guarded: bool,
+}
+
+/// The network adapter. Calls that change the kernel wait for each other; [`Links::inject`] never waits.
+pub struct Links {
+    config: Config,
+    kernel: Kernel,
+    guard: Arc<Guard>,
+    state: Mutex<State>,
+    tunnels: RwLock<BTreeMap<Name, Arc<Tunnel>>>,
+    outgoing: mpsc::Sender<TunnelFrame>,
+}
+
+impl Links {
+    /// Opens the kernel in the calling thread's network namespace. The second value is where frames arrive
+    /// that leave this host by a tunnel: at most [`TUNNEL_QUEUE_FRAMES`] of them; while it is full, frames
+    /// wait in the kernel. Changes nothing yet.
+    ///
+    /// # Errors
+    /// [`LinkError::Privilege`], or the kernel lacks netlink families.
+    pub fn start(config: Config) -> Result<(Self, mpsc::Receiver<TunnelFrame>), LinkError> {
+        let kernel = Kernel::open()?;
+        let guard = Guard::open().map_err(|e| LinkError::kernel("open a netfilter socket", e))?;
+        let (outgoing, frames) = mpsc::channel(TUNNEL_QUEUE_FRAMES);
+        let links = Self {
+            config,
+            kernel,
+            guard: Arc::new(guard),
+            state: Mutex::default(),
+            tunnels: RwLock::default(),
+            outgoing,
+        };
+        Ok((links, frames))
+    }
+
+    /// The MTU of every wire, bytes: what the driver gives guests as `host_mtu`.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.config.mtu
+    }
+
+    /// Whether frames to the host with this underlay address may go by VXLAN: it and this host are inside
+    /// one LAN that was declared trusted. Otherwise they take the tunnel.
+    #[must_use]
+    pub fn trusts(&self, peer: IpAddr) -> bool {
+        let lans = &self.config.trusted_lan;
+        lans.iter().any(|lan| lan.contains(self.config.underlay) && lan.contains(peer))
+    }
+
+    /// Makes the tap of a NIC and returns its fd, for QEMU. The wire must be set up. The NIC is attached
+    /// but gets no frames until [`Links::set_route`] says [`Where::Local`]: an incoming VM waits so. The
+    /// device lives as long as its fd or a copy of it; nothing has to be removed.
+    ///
+    /// # Errors
+    /// [`LinkError::TapBusy`] if a VM holds it; [`LinkError::NoWire`].
+    pub async fn open_tap(&self, wire: &Name, mac: &Mac) -> Result<OwnedFd, LinkError> {
+        let state = self.state.lock().await;
+        let bridge = state.wires.get(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?.bridge;
+        let name = names::tap(wire, mac);
+        let fd = self.create_tap(&name, Reader::Qemu)?;
+        let device = self.kernel.device(&name).await?;
+        let index = device.ok_or(LinkError::NoTap(name))?.index;
+        let alias = names::alias(wire, Some(mac));
+        let queue = Some(TAP_QUEUE_FRAMES);
+        self.kernel.dress(index, &alias, self.config.mtu, queue, Some(bridge)).await?;
+        self.kernel.port(index, &PortFlags { groups: false, isolated: false }).await?;
+        self.kernel.up(index).await?;
+        Ok(fd)
+    }
+
+    /// Whether the NIC's tap exists: a QEMU that outlived an earlier daemon still holds it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn has_tap(&self, wire: &Name, mac: &Mac) -> Result<bool, LinkError> {
+        Ok(self.kernel.device(&names::tap(wire, mac)).await?.is_some())
+    }
+
+    fn create_tap(&self, name: &str, reader: Reader) -> Result<OwnedFd, LinkError> {
+        tap::create(name, reader).map_err(|e| match e.raw_os_error() {
+            Some(libc::EBUSY) => LinkError::TapBusy(name.to_owned()),
+            _ => LinkError::kernel(format!("open tap {name}"), e),
+        })
+    }
+
+    /// Says where frames for a MAC go. The change is one step in the kernel: no frame finds nothing, or
+    /// two places, in between. Repeating it heals what somebody else changed.
+    ///
+    /// # Errors
+    /// [`LinkError::NoWire`]; [`LinkError::NoTap`] for `Local` without a tap; [`LinkError::Untrusted`] for
+    /// `Vxlan` outside the trusted LAN.
+    pub async fn set_route(&self, wire: &Name, mac: &Mac, to: Where) -> Result<(), LinkError> {
+        let mut state = self.state.lock().await;
+        let known = state.wires.get_mut(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?;
+        let old = known.routes.get(mac).copied().unwrap_or(Where::None);
+        let tap = self.kernel.device(&names::tap(wire, mac)).await?.map(|d| d.index);
+        let port = match to {
+            Where::Local => Some(tap.ok_or_else(|| LinkError::NoTap(names::tap(wire, mac)))?),
+            Where::Vxlan(ip) => {
+                let vxlan = known.vxlan.filter(|_| self.trusts(ip));
+                let vxlan = vxlan.ok_or(LinkError::Untrusted(ip))?;
+                self.kernel.fdb_set(vxlan, mac, Fdb::Vxlan(ip)).await?;
+                Some(vxlan)
+            }
+            Where::Tunnel => Some(known.tunnel),
+            Where::None => None,
+        };
+        if let Some(tap) = tap {
+            let flags = PortFlags { groups: to == Where::Local, isolated: false };
+            self.kernel.port(tap, &flags).await?;
+        }
+        match port {
+            Some(port) => self.kernel.fdb_set(port, mac, Fdb::Bridge).await?,
+            None => {
+                for port in [tap, known.vxlan, Some(known.tunnel)].into_iter().flatten() {
+                    self.kernel.fdb_del(port, mac, Fdb::Bridge).await?;
+                }
+            }
+        }
+        if let (Where::Vxlan(ip), Some(vxlan), false) =
+            (old, known.vxlan, matches!(to, Where::Vxlan(_)))
+        {
+            self.kernel.fdb_del(vxlan, mac, Fdb::Vxlan(ip)).await?;
+        }
+        if to == Where::None {
+            known.routes.remove(mac);
+        } else {
+            known.routes.insert(*mac, to);
+        }
+        Ok(())
+    }
+
+    /// Where frames for each MAC of the wire go now, as last set or as found after a restart.
+    pub async fn routes(&self, wire: &Name) -> Vec<(Mac, Where)> {
+        let state = self.state.lock().await;
+        let known = state.wires.get(wire);
+        known.map(|w| w.routes.iter().map(|(m, r)| (*m, *r)).collect()).unwrap_or_default()
+    }
+
+    /// Names the hosts that get the wire's broadcasts and multicasts by VXLAN (each gets its own copy):
+    /// exactly these, whatever was before. Hosts behind the tunnel are the driver's to serve: it sees
+    /// each such frame in the queue.
+    ///
+    /// # Errors
+    /// [`LinkError::NoWire`]; [`LinkError::Untrusted`] if one is outside the trusted LAN (nothing changed).
+    pub async fn broadcast_set(&self, wire: &Name, peers: &[IpAddr]) -> Result<(), LinkError> {
+        let mut state = self.state.lock().await;
+        let known = state.wires.get_mut(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?;
+        if let Some(stranger) = peers.iter().find(|ip| known.vxlan.is_none() || !self.trusts(**ip))
+        {
+            return Err(LinkError::Untrusted(*stranger));
+        }
+        let Some(vxlan) = known.vxlan else { return Ok(()) };
+        let wanted: BTreeSet<IpAddr> = peers.iter().copied().collect();
+        for ip in &wanted {
+            self.kernel.flood_add(vxlan, *ip).await?;
+            known.flood.insert(*ip);
+        }
+        let stale: Vec<IpAddr> = known.flood.difference(&wanted).copied().collect();
+        for ip in stale {
+            self.kernel.fdb_del(vxlan, &Mac([0; 6]), Fdb::Vxlan(ip)).await?;
+            known.flood.remove(&ip);
+        }
+        Ok(())
+    }
+
+    /// Names the underlay addresses from which VXLAN is let in: exactly these. Before the first call
+    /// after an installation nothing is let in; after a restart what was let in before still is.
+    ///
+    /// # Errors
+    /// The kernel's (nftables).
+    pub async fn set_members(&self, members: &[IpAddr]) -> Result<(), LinkError> {
+        let mut state = self.state.lock().await;
+        state.members = Some(members.to_vec());
+        if state.guarded {
+            self.filter(&state).await?;
+        }
+        Ok(())
+    }
+
+    /// Puts a frame that another host sent onto the wire's bridge. Never waits. The frame goes to local
+    /// taps only, never back into a tunnel.
+    pub fn inject(&self, wire: &Name, frame: &[u8]) -> Injected {
+        let tunnels = self.tunnels.read().unwrap_or_else(PoisonError::into_inner);
+        match tunnels.get(wire) {
+            Some(tunnel) => tunnel.inject(frame),
+            None => Injected::NoWire,
+        }
+    }
+}
