@@ -4,4 +4,5 @@
 //! know that this crate exists.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
+pub mod guest;
 pub mod lab;

@@ -1,0 +1,106 @@
+//! The guests of the lab: what they are made of, how they are started, and how they are commanded.
+//!
+//! Three kinds, one control language ([`wire`]), one formula for the content of their workload's pages ([`pattern`]):
+//!
+//! | kind | what it is | for |
+//! |---|---|---|
+//! | [`GuestKind::Busybox`] | Linux with everything in its initrd | scenarios: at work in two seconds |
+//! | [`GuestKind::Debian`] | a real system on a disk | the demo and the benchmarks |
+//! | [`GuestKind::Bare`] | no operating system | KVM on machines whose KVM cannot start Linux |
+//!
+//! Owns the images (built on demand, once, in a [`Cache`]) and the commands to guests. Never starts a VM and knows nothing of
+//! hosts and wires: the lab does that.
+
+mod bare;
+mod cache;
+mod control;
+mod cpio;
+mod debian;
+mod initrd;
+pub mod pattern;
+mod spec;
+pub mod wire;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+pub use cache::{CACHE_VARIABLE, Cache};
+pub use control::GuestControl;
+pub use spec::{
+    Accel, GuestAddress, QemuNic, QemuSpec, SpecNic, VmSpec, cmdline, qemu_command, vm_spec,
+};
+
+/// Which guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GuestKind {
+    /// Linux with a busybox initrd; 256 MiB are enough.
+    Busybox,
+    /// Debian with systemd; 512 MiB.
+    Debian,
+    /// The bare guest; 64 MiB are enough.
+    Bare,
+}
+
+/// The files that a guest starts from; shared by all guests of the kind, never written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestFiles {
+    /// Which guest.
+    pub kind: GuestKind,
+    /// For `-kernel`.
+    pub kernel: PathBuf,
+    /// For `-initrd`.
+    pub initrd: Option<PathBuf>,
+    /// The pristine disk image (raw), of which every VM gets a copy.
+    pub base_image: Option<PathBuf>,
+}
+
+impl GuestFiles {
+    /// Finds the guest's files in the cache, or builds them. Building Debian takes about a minute; it blocks.
+    ///
+    /// # Errors
+    /// If a program is missing or a package cannot be fetched; the error says what to do.
+    pub fn prepare(kind: GuestKind, cache: &Cache) -> Result<Self> {
+        if kind == GuestKind::Bare {
+            return Ok(GuestFiles {
+                kind,
+                kernel: bare::elf(cache)?,
+                initrd: None,
+                base_image: None,
+            });
+        }
+        let kernel = initrd::kernel(cache)?;
+        Ok(GuestFiles {
+            kind,
+            initrd: Some(initrd::initrd(cache, &kernel)?),
+            kernel: kernel.join("vmlinuz"),
+            base_image: match kind {
+                GuestKind::Debian => Some(debian::image(cache)?),
+                GuestKind::Busybox | GuestKind::Bare => None,
+            },
+        })
+    }
+
+    /// Makes a VM's own writable disk at `path` as a sparse copy of the pristine image; does nothing for guests without one.
+    ///
+    /// # Errors
+    /// If the copy cannot be made; then there is no file at `path`.
+    pub fn make_disk(&self, path: &Path) -> Result<Option<PathBuf>> {
+        let Some(base) = &self.base_image else {
+            return Ok(None);
+        };
+        let copied = cache::run(
+            Command::new("cp")
+                .args(["--sparse=always", "--reflink=auto", "--"])
+                .arg(base)
+                .arg(path),
+        );
+        if copied.is_err() {
+            // Half a disk would boot, and fail later.
+            let _ = std::fs::remove_file(path);
+        }
+        copied.with_context(|| format!("Cannot make {}", path.display()))?;
+        Ok(Some(path.to_owned()))
+    }
+}
