@@ -7,3 +7,4 @@
 pub mod api;
 pub mod link;
 pub mod store;
+pub mod vmm;

@@ -1,0 +1,243 @@
+//! The steps of a migration that QEMU takes part in.
+//!
+//! Owns capabilities, parameters and the reading of QEMU's states and event times. Never decides when: the driver does.
+//!
+//! ```text
+//! source (plain VM)                            destination (-S, node-owned memory)
+//! outgoing_start   active: iterates,           incoming_start   listens
+//!                  switchover never acked
+//! stop             the gate: completes
+//! wait_outgoing    postmigrate | paused        wait_incoming    completed, paused
+//!                                              cont             RESUME
+//! ```
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::{Instant, timeout_at};
+
+use super::commands::{MigrateInfo, Status};
+use super::events::{Event, EventTime, Events, Missed};
+use super::process::{ProcessError, Qemu};
+use super::qmp::{COMMAND_DEADLINE, QmpError};
+
+/// How a source sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outgoing {
+    /// Most bytes per second into the socket; 0: as fast as it is read.
+    pub max_bandwidth: u64,
+    /// The pause that QEMU aims at, in milliseconds. It never stops by itself, but estimates with it.
+    pub downtime_limit_ms: u64,
+    /// Withhold the acknowledgement of the switchover: QEMU iterates until the VM is stopped. Off only for a plain
+    /// migration that QEMU ends by itself.
+    pub gate_by_stop: bool,
+}
+
+impl Default for Outgoing {
+    fn default() -> Self {
+        Self { max_bandwidth: 0, downtime_limit_ms: 300, gate_by_stop: true }
+    }
+}
+
+/// Capabilities that the node never uses, switched off in case an earlier migration left them on.
+const NEVER: [&str; 5] =
+    ["xbzrle", "multifd", "postcopy-ram", "pause-before-switchover", "auto-converge"];
+
+fn uri(socket: &Path) -> Result<String, ProcessError> {
+    match socket.to_str() {
+        Some(path) if path.len() <= 107 => Ok(format!("unix:{path}")),
+        _ => Err(ProcessError::BadParams(format!(
+            "{} is too long for a unix socket; choose a shorter --state",
+            socket.display()
+        ))),
+    }
+}
+
+impl Qemu {
+    /// Starts to send the VM into the unix socket at `socket`, where the node listens. The guest goes on running.
+    ///
+    /// # Errors
+    /// QEMU's refusal: a device that cannot move, a migration that runs already.
+    pub async fn outgoing_start(&self, socket: &Path, how: Outgoing) -> Result<(), ProcessError> {
+        let uri = uri(socket)?;
+        let mut capabilities: Vec<(&str, bool)> = NEVER.iter().map(|name| (*name, false)).collect();
+        // A VM that came by migration still has the capabilities of a destination.
+        capabilities.extend([
+            ("events", true),
+            ("return-path", true),
+            ("x-ignore-shared", false),
+            ("switchover-ack", how.gate_by_stop),
+        ]);
+        let qmp = self.qmp();
+        qmp.migrate_set_capabilities(&capabilities).await?;
+        let parameters =
+            json!({ "max-bandwidth": how.max_bandwidth, "downtime-limit": how.downtime_limit_ms });
+        qmp.migrate_set_parameters(parameters).await?;
+        qmp.migrate(&uri).await?;
+        Ok(())
+    }
+
+    /// Changes the most bytes per second that a running migration writes; 0: as fast as they are read.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn set_max_bandwidth(&self, bytes_per_second: u64) -> Result<(), ProcessError> {
+        let parameters = json!({ "max-bandwidth": bytes_per_second });
+        Ok(self.qmp().migrate_set_parameters(parameters).await?)
+    }
+
+    /// Stops the guest and returns when its vCPUs stood still, by QEMU's STOP event; `None` if it was not running.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn stop(&self) -> Result<Option<EventTime>, ProcessError> {
+        let mut events = self.qmp().events();
+        self.qmp().stop().await?;
+        self.time_of("STOP", false, &mut events).await
+    }
+
+    /// Runs the guest, and returns when by QEMU's RESUME event; `None` if it ran already.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn cont(&self) -> Result<Option<EventTime>, ProcessError> {
+        let mut events = self.qmp().events();
+        self.qmp().cont().await?;
+        self.time_of("RESUME", true, &mut events).await
+    }
+
+    /// The time of the event that a finished `stop` or `cont` gave rise to. QEMU emits it before it answers the command,
+    /// so it is in the journal by now or there is none. No further command is sent when it is there: right after a
+    /// `stop` QEMU may be busy completing the migration and would not answer.
+    async fn time_of(
+        &self,
+        name: &'static str,
+        running: bool,
+        events: &mut Events,
+    ) -> Result<Option<EventTime>, ProcessError> {
+        loop {
+            match tokio::time::timeout(Duration::ZERO, events.next()).await {
+                Ok(Ok(event)) if event.name == name => return Ok(Some(event.at)),
+                Ok(Ok(_) | Err(Missed::Lagged(_))) => {}
+                Ok(Err(Missed::Closed)) => return Err(QmpError::Disconnected.into()),
+                Err(_) => break,
+            }
+        }
+        let status = self.run_state().await?;
+        if status.running == running {
+            return Ok(None);
+        }
+        let reason = format!("the VM is {} afterwards", status.status);
+        let command = if running { "cont" } else { "stop" };
+        Err(QmpError::BadAnswer { command: command.into(), reason }.into())
+    }
+
+    /// QEMU's run state.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn run_state(&self) -> Result<Status, ProcessError> {
+        Ok(self.qmp().query_status().await?)
+    }
+
+    /// QEMU's account of its migration.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn query_migrate(&self) -> Result<MigrateInfo, ProcessError> {
+        Ok(self.qmp().query_migrate().await?)
+    }
+
+    /// Cancels an outgoing migration; done when [`Qemu::wait_outgoing`] returns. A running guest runs on, a stopped one
+    /// stays stopped.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn migrate_cancel(&self) -> Result<(), ProcessError> {
+        Ok(self.qmp().migrate_cancel().await?)
+    }
+
+    /// Makes a QEMU of [`super::Mode::Incoming`] listen at `socket`. With `ignore_shared` the stream must not carry the
+    /// guest's memory: the node has written it already.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn incoming_start(
+        &self,
+        socket: &Path,
+        ignore_shared: bool,
+    ) -> Result<(), ProcessError> {
+        let uri = uri(socket)?;
+        let capabilities =
+            [("events", true), ("return-path", true), ("x-ignore-shared", ignore_shared)];
+        self.qmp().migrate_set_capabilities(&capabilities).await?;
+        self.qmp().migrate_incoming(&uri).await?;
+        Ok(())
+    }
+
+    /// Waits until the incoming migration is loaded. The guest stands still, in memory and devices complete.
+    ///
+    /// # Errors
+    /// [`ProcessError::Migration`] with QEMU's reason, [`ProcessError::Exited`], or [`ProcessError::Deadline`].
+    pub async fn wait_incoming(&self, deadline: Duration) -> Result<(), ProcessError> {
+        let info = self.wait_migration("loading", deadline).await?;
+        expect_completed(info)
+    }
+
+    /// Waits until the outgoing migration has ended, whichever way: `completed`, `failed` or `cancelled`.
+    ///
+    /// # Errors
+    /// [`ProcessError::Exited`] or [`ProcessError::Deadline`].
+    pub async fn wait_outgoing(&self, deadline: Duration) -> Result<MigrateInfo, ProcessError> {
+        self.wait_migration("sending", deadline).await
+    }
+
+    async fn wait_migration(
+        &self,
+        what: &str,
+        deadline: Duration,
+    ) -> Result<MigrateInfo, ProcessError> {
+        let end = Instant::now() + deadline;
+        let mut events = self.qmp().events();
+        loop {
+            match self.qmp().query_migrate().await {
+                Ok(info) if info.status.as_deref().is_some_and(is_end) => return Ok(info),
+                Ok(_) => {}
+                Err(error) => return Err(self.or_exit(error).await),
+            }
+            let changed = events.find(|event: &Event| event.name == "MIGRATION");
+            match timeout_at(end, changed).await {
+                Ok(Ok(_) | Err(Missed::Lagged(_))) => {}
+                Ok(Err(Missed::Closed)) => {
+                    return Err(self.or_exit(QmpError::Disconnected).await);
+                }
+                Err(_) => {
+                    let what = format!("the end of {what}");
+                    return Err(ProcessError::Deadline { what, after: deadline });
+                }
+            }
+        }
+    }
+
+    /// A lost monitor is most often a QEMU that ends: reports the exit if there is one.
+    async fn or_exit(&self, error: QmpError) -> ProcessError {
+        if matches!(error, QmpError::Disconnected) {
+            let _ = tokio::time::timeout(COMMAND_DEADLINE, self.exited()).await;
+        }
+        self.gone_error().unwrap_or(ProcessError::Qmp(error))
+    }
+}
+
+fn is_end(status: &str) -> bool {
+    matches!(status, "completed" | "failed" | "cancelled")
+}
+
+fn expect_completed(info: MigrateInfo) -> Result<(), ProcessError> {
+    let status = info.status.unwrap_or_default();
+    if status == "completed" {
+        return Ok(());
+    }
+    let reason = info.error_desc.unwrap_or_else(|| "QEMU gives no reason".into());
+    Err(ProcessError::Migration { status, reason: reason.replace('\n', " ") })
+}

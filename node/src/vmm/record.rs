@@ -1,0 +1,86 @@
+//! What the node must know about a copy after it was killed and started again: `copy.json` in the copy's directory.
+//!
+//! Owns the file's form and its atomic, durable replacement. Invariant: it names a process before that process may run
+//! a guest; a copy without a process in it never ran.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::RawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use godwit_protocol::id::CopyId;
+use serde::{Deserialize, Serialize};
+
+use super::resolved::ResolvedSpec;
+
+/// Name of the file.
+pub const FILE: &str = "copy.json";
+/// Longest file read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
+/// Version of the form.
+const VERSION: u32 = 1;
+
+/// A living process and what it was given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRecord {
+    /// Its number.
+    pub pid: u32,
+    /// Its start, in clock ticks since boot.
+    pub start_time: u64,
+    /// The host's boot in which it lives.
+    pub boot_id: String,
+    /// Its descriptor of the guest's memory.
+    pub memory_fd: RawFd,
+    /// Its descriptors of the taps, one per NIC.
+    pub tap_fds: Vec<RawFd>,
+}
+
+/// A copy as recorded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyRecord {
+    version: u32,
+    /// The copy.
+    pub copy: CopyId,
+    /// The VM.
+    pub spec: ResolvedSpec,
+    /// Whether it was started to receive a migration.
+    pub incoming: bool,
+    /// Its QEMU; absent while it is being started.
+    pub process: Option<ProcessRecord>,
+}
+
+impl CopyRecord {
+    pub(super) fn new(copy: CopyId, spec: ResolvedSpec, incoming: bool) -> Self {
+        Self { version: VERSION, copy, spec, incoming, process: None }
+    }
+
+    /// Writes the record so that a crash leaves the old or the new one, and it survives a power cut.
+    pub(super) fn write(&self, dir: &Path) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(self)?;
+        let temporary = dir.join("copy.json.new");
+        let mut options = OpenOptions::new();
+        let mut file =
+            options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, dir.join(FILE))?;
+        File::open(dir)?.sync_all()
+    }
+
+    /// Reads the record in `dir`.
+    ///
+    /// # Errors
+    /// When there is none, or it is not understood.
+    pub fn read(dir: &Path) -> io::Result<Self> {
+        let mut text = Vec::new();
+        File::open(dir.join(FILE))?.take(MAX_BYTES).read_to_end(&mut text)?;
+        let record: Self = serde_json::from_slice(&text)?;
+        if record.version != VERSION {
+            let reason = format!("copy.json of version {}, known is {VERSION}", record.version);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+        }
+        record.spec.check().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok(record)
+    }
+}

@@ -1,0 +1,332 @@
+//! A VM as it is started: everything that must be the same at both ends of a move.
+//!
+//! Owns [`ResolvedSpec`], its encoding for the way to a destination, and why a VM cannot move ([`Refusal`]). Never starts
+//! anything. Invariant: what [`ResolvedSpec::decode`] returns keeps the bounds of a spec, whoever sent it.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use godwit_protocol::id::{Mac, Name, VmId};
+use godwit_protocol::limits::NICS;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::spec::{
+    Accel, DiskSpec, HostdevSpec, MAX_DISKS, MAX_HOSTDEVS, SpecError, VmSpec, check_boot,
+    check_count, check_cpu, check_disk, check_hostdev, check_machine, check_memory, check_mtu,
+    check_name, check_path, check_vcpus, is_unicast, parse_mac, value_error,
+};
+
+/// The CPU model of a VM whose spec names none: about x86-64-v2 (SSE4.2, POPCNT), which KVM on every Intel or AMD host of
+/// the last decade and TCG both give in full, so that a VM can move between any two of them.
+pub const BASELINE_CPU: &str = "Nehalem-v1";
+
+/// Longest encoded spec, in bytes.
+pub const MAX_ENCODED: usize = 128 << 10;
+
+/// A file that both ends must have with the same content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRef {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// BLAKE3 of its content.
+    pub blake3: [u8; 32],
+}
+
+impl FileRef {
+    /// Hashes the file at `path`. Reads it all: not for an async thread.
+    ///
+    /// # Errors
+    /// What reading it gives.
+    pub fn hash(path: &Path) -> std::io::Result<Self> {
+        let mut file = File::open(path)?;
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let read = file.read(&mut buffer)?;
+            if read == 0 {
+                break;
+            }
+            hasher.update(&buffer[..read]);
+        }
+        Ok(Self { path: path.to_owned(), blake3: *hasher.finalize().as_bytes() })
+    }
+}
+
+/// A network card with its address settled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResolvedNic {
+    /// The wire that it is connected to.
+    pub wire: Name,
+    /// Its address.
+    pub mac: Mac,
+    /// Largest packet in bytes that the guest is told to use. Part of the device: the same at both ends.
+    pub mtu: u16,
+}
+
+/// A VM with everything settled, as it travels to a destination.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResolvedSpec {
+    /// The VM.
+    pub id: VmId,
+    /// Its name.
+    pub name: Name,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Virtual CPUs.
+    pub vcpus: u16,
+    /// Versioned machine type.
+    pub machine: String,
+    /// CPU model as QEMU writes it.
+    pub cpu: String,
+    /// Accelerator: a running guest cannot change it.
+    pub accel: Accel,
+    /// Kernel image.
+    pub kernel: Option<FileRef>,
+    /// Initial ramdisk.
+    pub initrd: Option<FileRef>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Whether there is a second serial port.
+    pub serial1: bool,
+    /// Disks.
+    pub disks: Vec<DiskSpec>,
+    /// Network cards.
+    pub nics: Vec<ResolvedNic>,
+    /// Passthrough devices.
+    pub hostdevs: Vec<HostdevSpec>,
+}
+
+/// What the node settles when a spec leaves it open.
+#[derive(Debug, Clone)]
+pub struct Resolution {
+    /// The VM's new id.
+    pub id: VmId,
+    /// Machine type for a spec without one.
+    pub machine: String,
+    /// Accelerator, chosen for the spec's wish.
+    pub accel: Accel,
+    /// Packet size of a NIC without one, in bytes.
+    pub mtu: u16,
+    /// Addresses for NICs without one, one per NIC of the spec.
+    pub macs: Vec<Mac>,
+}
+
+/// Why a host does not take a VM, or a VM does not move. One line each, with the next step.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// The spec breaks a rule.
+    #[error("{0}")]
+    Spec(#[from] SpecError),
+    /// A device of this host.
+    #[error("the VM has passthrough device {0}, which cannot leave its host; detach it first")]
+    Passthrough(String),
+    /// A machine type that the QEMU here does not know.
+    #[error(
+        "QEMU {qemu} on this host does not know machine type {machine}; install a newer QEMU (scripts/setup does)"
+    )]
+    UnknownMachine {
+        /// The machine type.
+        machine: String,
+        /// QEMU's version.
+        qemu: String,
+    },
+    /// A migration capability that the QEMU here lacks.
+    #[error(
+        "QEMU {qemu} on this host has no migration capability {name}; install QEMU {needed} or newer (scripts/setup does)"
+    )]
+    MissingCapability {
+        /// The capability.
+        name: &'static str,
+        /// QEMU's version.
+        qemu: String,
+        /// The first version that has it.
+        needed: &'static str,
+    },
+    /// CPU features that this host lacks.
+    #[error(
+        "this host cannot give the guest's CPU {cpu} under {accel}: it lacks {features}; choose another host"
+    )]
+    MissingCpuFeatures {
+        /// The CPU model.
+        cpu: String,
+        /// The accelerator.
+        accel: Accel,
+        /// The features, as QEMU names them.
+        features: String,
+    },
+    /// A CPU model that QEMU refuses.
+    #[error("QEMU refuses CPU {cpu} under {accel}: {reason}")]
+    BadCpu {
+        /// The CPU model.
+        cpu: String,
+        /// The accelerator.
+        accel: Accel,
+        /// QEMU's reason.
+        reason: String,
+    },
+    /// KVM does not work here.
+    #[error("the VM runs under kvm and this host cannot: {0}")]
+    NoKvm(String),
+    /// A file that cannot be read.
+    #[error("cannot read {path} on this host: {reason}; copy it there")]
+    File {
+        /// The file.
+        path: String,
+        /// Why.
+        reason: String,
+    },
+    /// A file with another content.
+    #[error(
+        "{0} on this host differs from the one that the VM was started with; copy that one there"
+    )]
+    FileDiffers(String),
+    /// Too little memory.
+    #[error(
+        "the VM needs {need_mib} MiB of memory, {free_mib} MiB of this host's limit of {limit_mib} MiB are free"
+    )]
+    Memory {
+        /// Memory that the VM needs, in MiB.
+        need_mib: u64,
+        /// Memory that is free under the limit, in MiB.
+        free_mib: u64,
+        /// The limit, in MiB.
+        limit_mib: u64,
+    },
+}
+
+impl ResolvedSpec {
+    /// Settles a spec. Reads the kernel and initrd to hash them: not for an async thread.
+    ///
+    /// # Errors
+    /// What breaks a rule, or a file that cannot be read.
+    pub fn resolve(spec: &VmSpec, with: Resolution) -> Result<Self, Refusal> {
+        spec.check()?;
+        let hash = |path: &Option<PathBuf>| path.as_deref().map(hash_file).transpose();
+        let mut nics = Vec::new();
+        for (index, nic) in spec.nic.iter().enumerate() {
+            let given = nic.mac.as_deref().map(parse_mac).transpose()?;
+            let missing = || value_error("nic.mac", "none was generated");
+            let mac = given.or_else(|| with.macs.get(index).copied()).ok_or_else(missing)?;
+            let wire = check_name("nic.wire", &nic.wire)?;
+            nics.push(ResolvedNic { wire, mac, mtu: nic.mtu.unwrap_or(with.mtu) });
+        }
+        let resolved = Self {
+            id: with.id,
+            name: check_name("name", &spec.name)?,
+            memory: spec.memory_bytes()?,
+            vcpus: spec.vcpus,
+            machine: spec.machine.clone().unwrap_or(with.machine),
+            cpu: spec.cpu.clone().unwrap_or_else(|| BASELINE_CPU.into()),
+            accel: with.accel,
+            kernel: hash(&spec.kernel)?,
+            initrd: hash(&spec.initrd)?,
+            cmdline: spec.cmdline.clone(),
+            serial1: spec.serial1,
+            disks: spec.disk.clone(),
+            nics,
+            hostdevs: spec.hostdev.clone(),
+        };
+        resolved.check()?;
+        Ok(resolved)
+    }
+
+    /// Checks every bound; for a spec that came from elsewhere.
+    ///
+    /// # Errors
+    /// The first thing that breaks a rule.
+    pub fn check(&self) -> Result<(), SpecError> {
+        check_memory(self.memory)?;
+        check_vcpus(self.vcpus)?;
+        check_machine(&self.machine)?;
+        check_cpu(&self.cpu)?;
+        check_boot(self.kernel.is_some(), self.initrd.is_some(), &self.cmdline)?;
+        for (key, file) in [("kernel", &self.kernel), ("initrd", &self.initrd)] {
+            file.as_ref().map_or(Ok(()), |file| check_path(key, &file.path))?;
+        }
+        check_count("disk", self.disks.len(), MAX_DISKS)?;
+        self.disks.iter().try_for_each(check_disk)?;
+        check_count("nic", self.nics.len(), NICS)?;
+        for (index, nic) in self.nics.iter().enumerate() {
+            check_mtu(nic.mtu)?;
+            if !is_unicast(nic.mac) {
+                return Err(value_error("nic.mac", "is not a unicast address"));
+            }
+            if self.nics[..index].iter().any(|other| other.mac == nic.mac) {
+                return Err(value_error("nic.mac", "two NICs have the same address"));
+            }
+        }
+        check_count("hostdev", self.hostdevs.len(), MAX_HOSTDEVS)?;
+        self.hostdevs.iter().try_for_each(check_hostdev)
+    }
+
+    /// Whether the VM can leave its host at all.
+    ///
+    /// # Errors
+    /// The device or disk that holds it.
+    pub fn check_movable(&self) -> Result<(), Refusal> {
+        if let Some(device) = self.hostdevs.first() {
+            return Err(Refusal::Passthrough(device.address.clone()));
+        }
+        self.disks.iter().try_for_each(check_disk)?;
+        Ok(())
+    }
+
+    /// Whether the kernel, the initrd and the disks are here, the first two with the same content. Reads the files: not
+    /// for an async thread.
+    ///
+    /// # Errors
+    /// The first file that is missing or differs.
+    pub fn check_files(&self) -> Result<(), Refusal> {
+        for file in self.kernel.iter().chain(&self.initrd) {
+            if hash_file(&file.path)? != *file {
+                return Err(Refusal::FileDiffers(file.path.display().to_string()));
+            }
+        }
+        for disk in &self.disks {
+            let opened = File::options().read(true).write(!disk.readonly).open(&disk.path);
+            opened.map_err(|error| file_refusal(&disk.path, &error))?;
+        }
+        Ok(())
+    }
+
+    /// The form that travels to a destination.
+    ///
+    /// # Errors
+    /// When it is longer than [`MAX_ENCODED`].
+    pub fn encode(&self) -> Result<Vec<u8>, SpecError> {
+        let encoded = bincode::serde::encode_to_vec(self, bincode::config::standard());
+        match encoded {
+            Ok(bytes) if bytes.len() <= MAX_ENCODED => Ok(bytes),
+            _ => Err(value_error("spec", "is too long to be sent")),
+        }
+    }
+
+    /// Reads the form that travels, and checks every bound.
+    ///
+    /// # Errors
+    /// When it is not one, or breaks a rule.
+    pub fn decode(bytes: &[u8]) -> Result<Self, SpecError> {
+        let config = bincode::config::standard().with_limit::<MAX_ENCODED>();
+        let (spec, used): (Self, usize) = bincode::serde::decode_from_slice(bytes, config)
+            .map_err(|error| value_error("spec", format!("is not understood: {error}")))?;
+        if used != bytes.len() {
+            return Err(value_error("spec", "is followed by something else"));
+        }
+        spec.check()?;
+        Ok(spec)
+    }
+}
+
+fn hash_file(path: &Path) -> Result<FileRef, Refusal> {
+    FileRef::hash(path).map_err(|error| file_refusal(path, &error))
+}
+
+fn file_refusal(path: &Path, error: &std::io::Error) -> Refusal {
+    Refusal::File { path: path.display().to_string(), reason: error.to_string() }
+}
+
+#[cfg(test)]
+#[path = "resolved_tests.rs"]
+mod tests;
