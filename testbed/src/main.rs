@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use godwit_testbed::lab::wan::LinkParams;
+use godwit_testbed::lab::{self, Lab, LabConfig};
 
 #[derive(Parser)]
 #[command(name = "godwit-lab", version, about = "Lab, scenarios and benchmarks of godwit")]
@@ -18,9 +20,20 @@ struct Args {
 enum Command {
     /// Check the emulated WAN against the kernel's TCP, a UDP echo and its own counters
     WanCheck {
+        /// Rate of the link in Mbit/s, each direction
+        #[arg(long, default_value_t = 100)]
+        mbit: u64,
+        /// Round trip of the link in milliseconds
+        #[arg(long, default_value_t = 80)]
+        rtt_ms: u64,
         /// Write the figures to this file, too
         #[arg(long)]
         json: Option<PathBuf>,
+    },
+    /// Build the demo's lab (h1 and h3 in paris, h2 in tokyo) and keep it until Ctrl-C
+    Hold {
+        /// Id of the lab
+        labid: String,
     },
     /// Remove whatever an earlier run of the lab LABID left behind
     Cleanup {
@@ -43,8 +56,8 @@ fn main() -> ExitCode {
 /// Runs one command; false means that it ran and did not pass.
 fn run(command: Command) -> anyhow::Result<bool> {
     match command {
-        Command::WanCheck { json } => {
-            let value = godwit_testbed::lab::check::wan_check()?;
+        Command::WanCheck { mbit, rtt_ms, json } => {
+            let value = lab::check::wan_check_of("wancheck", &LinkParams::new(mbit, rtt_ms))?;
             let text = serde_json::to_string_pretty(&value)?;
             println!("{text}");
             if let Some(path) = json {
@@ -53,8 +66,25 @@ fn run(command: Command) -> anyhow::Result<bool> {
             }
             Ok(value["passed"] == true)
         }
+        Command::Hold { labid } => {
+            let lab = Lab::new(&LabConfig::demo(&labid))?;
+            for host in lab.hosts() {
+                println!(
+                    "{} {} {}: ip netns exec {}",
+                    host.name,
+                    host.site,
+                    host.addr,
+                    host.ns.name()
+                );
+            }
+            println!("ready");
+            // The signal handler removes the lab and ends the process.
+            loop {
+                std::thread::park();
+            }
+        }
         Command::Cleanup { labid } => {
-            let swept = godwit_testbed::lab::cleanup::sweep_unlocked(&labid)?;
+            let swept = lab::cleanup::sweep_unlocked(&labid)?;
             println!("{swept}");
             Ok(true)
         }

@@ -39,13 +39,7 @@ impl Running {
             .stderr(File::create(dir.path().join("qemu.log"))?)
             .spawn()?;
         let control = GuestControl::new(spec.serial1());
-        let mut running = Running {
-            qemu,
-            spec,
-            control,
-            boot: Duration::ZERO,
-            _dir: dir,
-        };
+        let mut running = Running { qemu, spec, control, boot: Duration::ZERO, _dir: dir };
         if let Err(error) = running.control.wait_ready(boot_deadline).await {
             let qemu = fs::read_to_string(running.spec.dir.join("qemu.log"))?;
             return Err(error.context(format!("{}\n{qemu}", running.console())));
@@ -125,11 +119,7 @@ async fn churns_and_verifies(guest: &mut Running) {
 async fn notices_changed_pages(guest: &mut Running) {
     // A region of its own, with every page at version 1.
     let known = guest.control.stats(false).await.unwrap().pages as u32;
-    guest
-        .control
-        .churn(known / 256 + 8, 0, false)
-        .await
-        .unwrap();
+    guest.control.churn(known / 256 + 8, 0, false).await.unwrap();
     let seed = guest.control.stats(false).await.unwrap().seed;
     let index = known + 77;
     let right = page_bytes(seed, index, 1);
@@ -160,9 +150,8 @@ async fn notices_changed_pages(guest: &mut Running) {
 
 #[tokio::test]
 async fn busybox_obeys_and_verifies_under_emulation() {
-    let mut guest = Running::start(GuestKind::Busybox, 256, Accel::Tcg, Duration::from_secs(60))
-        .await
-        .unwrap();
+    let mut guest =
+        Running::start(GuestKind::Busybox, 256, Accel::Tcg, Duration::from_secs(60)).await.unwrap();
     println!("busybox guest ready after {:?}", guest.boot);
     assert!(guest.console().contains(READY), "{}", guest.console());
     churns_and_verifies(&mut guest).await;
@@ -171,20 +160,13 @@ async fn busybox_obeys_and_verifies_under_emulation() {
     assert!(format!("{refused:#}").contains("mb must be"), "{refused:#}");
     // Another connection to the same guest, as after a move.
     let mut other = GuestControl::new(guest.spec.serial1());
-    drop(std::mem::replace(
-        &mut guest.control,
-        GuestControl::new("/"),
-    ));
+    drop(std::mem::replace(&mut guest.control, GuestControl::new("/")));
     other.ping().await.unwrap();
 }
 
 async fn bare_obeys_and_verifies(accel: Accel) -> anyhow::Result<()> {
     let mut guest = Running::start(GuestKind::Bare, 64, accel, Duration::from_secs(15)).await?;
-    println!(
-        "bare guest ready after {:?} under {}",
-        guest.boot,
-        accel.name()
-    );
+    println!("bare guest ready after {:?} under {}", guest.boot, accel.name());
     churns_and_verifies(&mut guest).await;
     notices_changed_pages(&mut guest).await;
     assert!(guest.console().contains("bare: pages"));
@@ -218,26 +200,17 @@ async fn debian_has_memory_worth_moving() {
         println!("skipped: GODWIT_SLOW is not set");
         return;
     }
-    let mut guest = Running::start(GuestKind::Debian, 512, Accel::Tcg, Duration::from_secs(180))
-        .await
-        .unwrap();
+    let mut guest =
+        Running::start(GuestKind::Debian, 512, Accel::Tcg, Duration::from_secs(180)).await.unwrap();
     println!("debian guest ready after {:?}", guest.boot);
     let memory = fs::read(guest.memory()).unwrap();
-    let pages: Vec<&[u8]> = memory
-        .chunks_exact(PAGE_BYTES)
-        .filter(|page| page.iter().any(|byte| *byte != 0))
-        .collect();
-    let packed: usize = pages
-        .chunks(64)
-        .map(|batch| zstd::bulk::compress(&batch.concat(), 1).unwrap().len())
-        .sum();
+    let pages: Vec<&[u8]> =
+        memory.chunks_exact(PAGE_BYTES).filter(|page| page.iter().any(|byte| *byte != 0)).collect();
+    let packed: usize =
+        pages.chunks(64).map(|batch| zstd::bulk::compress(&batch.concat(), 1).unwrap().len()).sum();
     let image = fs::read(guest.spec.disk.as_ref().unwrap()).unwrap();
     let blocks: std::collections::HashSet<&[u8]> = image.chunks_exact(PAGE_BYTES).collect();
-    let unknown: Vec<&[u8]> = pages
-        .iter()
-        .copied()
-        .filter(|page| !blocks.contains(page))
-        .collect();
+    let unknown: Vec<&[u8]> = pages.iter().copied().filter(|page| !blocks.contains(page)).collect();
     let unknown_packed: usize = unknown
         .chunks(64)
         .map(|batch| zstd::bulk::compress(&batch.concat(), 1).unwrap().len())

@@ -20,12 +20,7 @@ const FLAGS: &str = "-m32 -march=i686 -mgeneral-regs-only -O2 -Wall -Wextra -Wer
 
 /// The PVH kernel for `-kernel`.
 pub(super) fn elf(cache: &Cache) -> Result<PathBuf> {
-    let sources = [
-        ("start.S", START),
-        ("bare.c", MAIN),
-        ("bare.ld", LAYOUT),
-        ("flags", FLAGS),
-    ];
+    let sources = [("start.S", START), ("bare.c", MAIN), ("bare.ld", LAYOUT), ("flags", FLAGS)];
     let recipe: Vec<&[u8]> = sources.iter().map(|(_, text)| text.as_bytes()).collect();
     let dir = cache.get("bare", &recipe, |dir| {
         for (name, text) in sources {

@@ -40,10 +40,7 @@ impl Cache {
     /// # Errors
     /// If the directory cannot be made.
     pub fn open() -> Result<Self> {
-        let dir = match (
-            std::env::var_os(CACHE_VARIABLE),
-            std::env::var_os("XDG_CACHE_HOME"),
-        ) {
+        let dir = match (std::env::var_os(CACHE_VARIABLE), std::env::var_os("XDG_CACHE_HOME")) {
             (Some(dir), _) if !dir.is_empty() => PathBuf::from(dir),
             (_, Some(dir)) if !dir.is_empty() => PathBuf::from(dir).join("godwit-lab"),
             _ => PathBuf::from("/var/cache/godwit-lab"),
@@ -85,10 +82,7 @@ impl Cache {
         let building = self.dir.join(format!("{name}.building"));
         remove(&building)?;
         fs::create_dir(&building)?;
-        eprintln!(
-            "building guest image {name} (once, in {})",
-            self.dir.display()
-        );
+        eprintln!("building guest image {name} (once, in {})", self.dir.display());
         if let Err(cause) = build(&building) {
             remove(&building)?;
             return Err(cause.context(format!("Cannot build guest image {name}")));
@@ -123,9 +117,8 @@ impl Cache {
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
             let file_name = entry.file_name();
-            let hash = file_name
-                .to_str()
-                .and_then(|text| text.strip_prefix(name)?.strip_prefix('-'));
+            let hash =
+                file_name.to_str().and_then(|text| text.strip_prefix(name)?.strip_prefix('-'));
             if hash.is_some_and(|h| h.len() == 16 && h.bytes().all(|b| b.is_ascii_hexdigit())) {
                 entries.push((entry.metadata()?.modified()?, entry.path()));
             }
@@ -189,10 +182,7 @@ pub(super) fn run(command: &mut Command) -> Result<String> {
     if !status.success() {
         let said = read_all(errors)?;
         let start = said.len().saturating_sub(SHOWN_OUTPUT);
-        bail!(
-            "{program} failed ({status}): {}",
-            said.get(start..).unwrap_or(&said).trim()
-        );
+        bail!("{program} failed ({status}): {}", said.get(start..).unwrap_or(&said).trim());
     }
     read_all(output)
 }

@@ -30,12 +30,7 @@ pub struct GuestControl {
 impl GuestControl {
     /// For the socket at `path` (`serial1` in `godwit vm show NAME --json`). Connects with the first request.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        GuestControl {
-            path: path.into(),
-            connection: None,
-            last_id: 0,
-            deadline: REPLY_DEADLINE,
-        }
+        GuestControl { path: path.into(), connection: None, last_id: 0, deadline: REPLY_DEADLINE }
     }
 
     /// Gives up on a request after `deadline` instead of 60 s.
@@ -83,11 +78,7 @@ impl GuestControl {
     /// # Errors
     /// If the guest refuses (not enough memory) or does not answer in time.
     pub async fn churn(&mut self, mb: u32, rate_kbps: u32, hot_quarter: bool) -> Result<()> {
-        let request = Request::Churn {
-            mb,
-            rate_kbps,
-            hot_quarter,
-        };
+        let request = Request::Churn { mb, rate_kbps, hot_quarter };
         self.request(&request).await.map(drop)
     }
 
@@ -131,11 +122,7 @@ impl GuestControl {
             self.connection = None;
         }
         let reply = answer?;
-        ensure!(
-            reply.ok,
-            "Refused: {}",
-            reply.error.as_deref().unwrap_or("no cause")
-        );
+        ensure!(reply.ok, "Refused: {}", reply.error.as_deref().unwrap_or("no cause"));
         Ok(reply)
     }
 
@@ -150,10 +137,7 @@ impl GuestControl {
             }
         };
         self.last_id = self.last_id.wrapping_add(1).max(1);
-        let envelope = Envelope {
-            id: self.last_id,
-            request: request.clone(),
-        };
+        let envelope = Envelope { id: self.last_id, request: request.clone() };
         let mut line = serde_json::to_vec(&envelope)?;
         line.push(b'\n');
         connection.write_all(&line).await?;

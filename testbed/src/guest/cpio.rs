@@ -48,25 +48,10 @@ impl Cpio {
         let name_size = path.len() as u32 + 1;
         // inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size, checksum
         let (major, minor) = device;
-        let fields = [
-            self.entries,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            size,
-            0,
-            0,
-            major,
-            minor,
-            name_size,
-            0,
-        ];
+        let fields = [self.entries, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes
-                .extend_from_slice(format!("{field:08x}").as_bytes());
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
@@ -91,9 +76,8 @@ mod tests {
         cpio.directory("a").unwrap();
         cpio.file("a/odd", 0o755, b"12345").unwrap();
         let bytes = cpio.finish().unwrap();
-        let starts: Vec<_> = (0..bytes.len() - 6)
-            .filter(|at| &bytes[*at..at + 6] == b"070701")
-            .collect();
+        let starts: Vec<_> =
+            (0..bytes.len() - 6).filter(|at| &bytes[*at..at + 6] == b"070701").collect();
         assert_eq!(starts.len(), 3);
         assert!(starts.iter().all(|at| at % 4 == 0));
         assert_eq!(&bytes[starts[1] + 54..starts[1] + 62], b"00000005");

@@ -88,9 +88,7 @@ pub(super) fn image(cache: &Cache) -> Result<PathBuf> {
         configure(&root)?;
         let image = dir.join("root.img");
         run(Command::new("mke2fs")
-            .args([
-                "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "godwit",
-            ])
+            .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "godwit"])
             .arg("-d")
             .arg(&root)
             .arg(&image)
@@ -133,10 +131,7 @@ fn configure(root: &Path) -> Result<()> {
     let units = root.join("etc/systemd/system");
     let wanted = units.join("multi-user.target.wants");
     fs::create_dir_all(&wanted)?;
-    for (name, unit) in [
-        ("godwit-guest.service", AGENT_UNIT),
-        ("godwit-warm.service", WARM_UNIT),
-    ] {
+    for (name, unit) in [("godwit-guest.service", AGENT_UNIT), ("godwit-warm.service", WARM_UNIT)] {
         fs::write(units.join(name), unit)?;
         symlink(format!("../{name}"), wanted.join(name))?;
     }

@@ -44,10 +44,7 @@ pub(super) fn kernel(cache: &Cache) -> Result<PathBuf> {
         let deb = single(&unpacked, "deb")?;
         run(Command::new("dpkg").arg("-x").arg(&deb).arg(&unpacked))?;
         let release = package.trim_start_matches("linux-image-");
-        fs::rename(
-            unpacked.join("boot").join(format!("vmlinuz-{release}")),
-            dir.join("vmlinuz"),
-        )?;
+        fs::rename(unpacked.join("boot").join(format!("vmlinuz-{release}")), dir.join("vmlinuz"))?;
         let drivers = unpacked.join("lib/modules").join(release).join("kernel");
         let target = dir.join("modules");
         fs::create_dir(&target)?;
@@ -68,9 +65,7 @@ pub(super) fn initrd(cache: &Cache, kernel: &Path) -> Result<PathBuf> {
     let key = kernel.as_os_str().as_encoded_bytes();
     let dir = cache.get("initrd", &[b"1", key, INIT, &binary], |dir| {
         let mut cpio = Cpio::new();
-        for name in [
-            "bin", "dev", "proc", "sys", "run", "tmp", "newroot", "godwit", "modules",
-        ] {
+        for name in ["bin", "dev", "proc", "sys", "run", "tmp", "newroot", "godwit", "modules"] {
             cpio.directory(name)?;
         }
         cpio.console()?;
@@ -89,11 +84,7 @@ pub(super) fn initrd(cache: &Cache, kernel: &Path) -> Result<PathBuf> {
         cpio.file("godwit/agent", 0o755, &stripped(&agent, dir)?)?;
         for library in libraries(&agent)? {
             let name = library.file_name().unwrap_or_default().to_string_lossy();
-            let name = if name.starts_with("ld-") {
-                "ld.so"
-            } else {
-                &*name
-            };
+            let name = if name.starts_with("ld-") { "ld.so" } else { &*name };
             cpio.file(&format!("godwit/{name}"), 0o755, &fs::read(&library)?)?;
         }
         fs::write(dir.join("initrd"), cpio.finish()?)?;
@@ -108,12 +99,8 @@ fn agent_binary() -> Result<PathBuf> {
         return Ok(PathBuf::from(path));
     }
     let program = std::env::current_exe()?;
-    let found = program
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join(AGENT))
-        .find(|path| path.is_file());
+    let found =
+        program.ancestors().skip(1).take(2).map(|dir| dir.join(AGENT)).find(|path| path.is_file());
     found.with_context(|| {
         format!(
             "No {AGENT} beside {}; run `cargo build` or set {AGENT_VARIABLE}",
@@ -183,10 +170,7 @@ fn find_program(name: &str) -> Result<PathBuf> {
     ["/usr/bin", "/bin", "/usr/sbin", "/sbin"]
         .iter()
         .map(|dir| Path::new(dir).join(name))
-        .find(|path| {
-            path.metadata()
-                .is_ok_and(|m| m.permissions().mode() & 0o111 != 0)
-        })
+        .find(|path| path.metadata().is_ok_and(|m| m.permissions().mode() & 0o111 != 0))
         .with_context(|| format!("No {name} on this machine; run scripts/setup"))
 }
 
@@ -235,10 +219,6 @@ mod tests {
     #[test]
     fn libraries_of_a_dynamic_program_include_its_loader() {
         let found = libraries(Path::new("/bin/sh")).unwrap();
-        assert!(
-            found
-                .iter()
-                .any(|path| path.to_string_lossy().contains("/ld-"))
-        );
+        assert!(found.iter().any(|path| path.to_string_lossy().contains("/ld-")));
     }
 }

@@ -105,9 +105,7 @@ pub fn page_bytes(seed: u64, index: u32, version: u32) -> [u8; PAGE_BYTES] {
 /// Whether `page` is exactly page `index` at `version`.
 pub fn matches(page: &Page, seed: u64, index: u32, version: u32) -> bool {
     let base = page_base(seed, index, version);
-    page.chunks_exact(GROUP)
-        .enumerate()
-        .all(|(group, words)| words == group_words(base, group))
+    page.chunks_exact(GROUP).enumerate().all(|(group, words)| words == group_words(base, group))
 }
 
 /// Says what a page that should be (`index`, `version`) is instead; `None` if it is as expected.
@@ -175,17 +173,11 @@ mod tests {
     #[test]
     fn stale_lost_torn_and_misplaced_pages_are_found() {
         let stale = page(9, 3);
-        assert_eq!(
-            diagnose(&stale, SEED, 9, 4),
-            Some(Fault::Stale { version: 3 })
-        );
+        assert_eq!(diagnose(&stale, SEED, 9, 4), Some(Fault::Stale { version: 3 }));
         assert_eq!(diagnose(&[0; PAGE_WORDS], SEED, 9, 4), Some(Fault::Zero));
         let mut torn = page(9, 4);
         torn[PAGE_WORDS - 4..].copy_from_slice(&page(9, 2)[PAGE_WORDS - 4..]);
-        assert_eq!(
-            diagnose(&torn, SEED, 9, 4),
-            Some(Fault::Torn { version: 2 })
-        );
+        assert_eq!(diagnose(&torn, SEED, 9, 4), Some(Fault::Torn { version: 2 }));
         assert_eq!(diagnose(&page(10, 4), SEED, 9, 4), Some(Fault::Garbage));
         assert_eq!(diagnose(&page(9, 5), SEED, 9, 4), Some(Fault::Garbage));
         let mut other_guest = [0; PAGE_WORDS];

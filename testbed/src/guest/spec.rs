@@ -85,14 +85,8 @@ pub fn vm_spec(files: &GuestFiles, spec: &VmSpec) -> Result<String> {
         ("machine", spec.machine.as_deref().map(quote)),
         ("cpu", spec.cpu.as_deref().map(quote)),
         ("kernel", Some(quote(utf8(&files.kernel)?))),
-        (
-            "initrd",
-            files.initrd.as_deref().map(utf8).transpose()?.map(quote),
-        ),
-        (
-            "cmdline",
-            Some(quote(&cmdline(files.kind, spec.address, spec.seed))),
-        ),
+        ("initrd", files.initrd.as_deref().map(utf8).transpose()?.map(quote)),
+        ("cmdline", Some(quote(&cmdline(files.kind, spec.address, spec.seed)))),
         ("serial1", Some("true".to_owned())),
     ]);
     if let Some(disk) = &spec.disk {
@@ -245,28 +239,16 @@ pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
     command
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .arg("-machine")
-        .arg(format!(
-            "{},accel={},memory-backend=pc.ram",
-            spec.machine,
-            spec.accel.name()
-        ))
+        .arg(format!("{},accel={},memory-backend=pc.ram", spec.machine, spec.accel.name()))
         .args(["-cpu", &spec.cpu, "-smp", &spec.vcpus.to_string()])
         .args(["-m", &format!("{memory}M"), "-object"])
-        .arg(format!(
-            "memory-backend-memfd,id=pc.ram,size={memory}M,share=on"
-        ))
+        .arg(format!("memory-backend-memfd,id=pc.ram,size={memory}M,share=on"))
         .arg("-kernel")
         .arg(&files.kernel)
         .args(["-append", &cmdline(files.kind, spec.address, spec.seed)])
         .args(["-serial", &format!("file:{}", utf8(&spec.console())?)])
-        .args([
-            "-serial",
-            &format!("unix:{},server=on,wait=off", utf8(&spec.serial1())?),
-        ])
-        .args([
-            "-qmp",
-            &format!("unix:{},server=on,wait=off", utf8(&spec.qmp())?),
-        ]);
+        .args(["-serial", &format!("unix:{},server=on,wait=off", utf8(&spec.serial1())?)])
+        .args(["-qmp", &format!("unix:{},server=on,wait=off", utf8(&spec.qmp())?)]);
     if let Some(initrd) = &files.initrd {
         command.arg("-initrd").arg(initrd);
     }
@@ -278,14 +260,12 @@ pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
         command.args(["-device", "virtio-blk-pci,drive=disk0,id=blk0"]);
     }
     for (at, nic) in spec.nics.iter().enumerate() {
-        command.arg("-netdev").arg(format!(
-            "tap,id=net{at},ifname={},script=no,downscript=no",
-            nic.tap
-        ));
-        command.arg("-device").arg(format!(
-            "virtio-net-pci,netdev=net{at},id=nic{at},mac={}",
-            nic.mac
-        ));
+        command
+            .arg("-netdev")
+            .arg(format!("tap,id=net{at},ifname={},script=no,downscript=no", nic.tap));
+        command
+            .arg("-device")
+            .arg(format!("virtio-net-pci,netdev=net{at},id=nic{at},mac={}", nic.mac));
     }
     if spec.incoming {
         command.args(["-incoming", "defer", "-S"]);
@@ -302,8 +282,7 @@ fn check_disk(files: &GuestFiles, disk: Option<&Path>) -> Result<()> {
 }
 
 fn utf8(path: &Path) -> Result<&str> {
-    path.to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))
+    path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 /// A TOML basic string.
@@ -346,15 +325,9 @@ mod tests {
     fn the_spec_is_what_vm_run_reads() {
         let mut spec = VmSpec::new("web", 512);
         spec.disk = Some("/v/vm.img".into());
-        spec.nics.push(SpecNic {
-            wire: "lan".into(),
-            mac: Some("52:54:00:00:00:01".into()),
-        });
-        spec.address = Some(GuestAddress {
-            ip: Ipv4Addr::new(10, 9, 0, 5),
-            prefix: 24,
-            mtu: Some(1400),
-        });
+        spec.nics.push(SpecNic { wire: "lan".into(), mac: Some("52:54:00:00:00:01".into()) });
+        spec.address =
+            Some(GuestAddress { ip: Ipv4Addr::new(10, 9, 0, 5), prefix: 24, mtu: Some(1400) });
         let expected = r#"name = "web"
 memory = "512M"
 vcpus = 1

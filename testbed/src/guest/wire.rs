@@ -128,22 +128,12 @@ pub struct Reply {
 impl Reply {
     /// A bare yes.
     pub fn ok(id: u32) -> Self {
-        Reply {
-            id,
-            ok: true,
-            error: None,
-            verified: None,
-            stats: None,
-        }
+        Reply { id, ok: true, error: None, verified: None, stats: None }
     }
 
     /// A refusal with its cause.
     pub fn refuse(id: u32, error: impl Into<String>) -> Self {
-        Reply {
-            ok: false,
-            error: Some(error.into()),
-            ..Reply::ok(id)
-        }
+        Reply { ok: false, error: Some(error.into()), ..Reply::ok(id) }
     }
 }
 
@@ -157,11 +147,7 @@ mod tests {
         let envelope: Envelope = serde_json::from_str(line).unwrap();
         assert_eq!(
             envelope.request,
-            Request::Churn {
-                mb: 16,
-                rate_kbps: 1000,
-                hot_quarter: false
-            }
+            Request::Churn { mb: 16, rate_kbps: 1000, hot_quarter: false }
         );
         let stats: Envelope = serde_json::from_str(r#"{"cmd":"stats","id":7}"#).unwrap();
         assert_eq!(stats.id, 7);

@@ -243,19 +243,24 @@ fn settle(lab: &Lab) -> Result<LinkStats> {
     Ok(before)
 }
 
-/// Checks a fresh lab `wancheck` of two sites at 100 Mbit/s and 80 ms: rate against the kernel's TCP, delay, loss, cut,
+/// Checks a fresh lab of two sites at 100 Mbit/s and 80 ms: rate against the kernel's TCP, delay, loss, cut,
 /// counters. Takes about 30 s; the value has `passed` and every figure.
 pub fn wan_check() -> Result<Value> {
-    let params = LinkParams::new(100, 80);
-    let config = LabConfig {
-        labid: "wancheck".to_owned(),
-        sites: vec![SiteConfig::new("paris", &["a"]), SiteConfig::new("tokyo", &["b"])],
-        wan: WanMode::Shaped(params.clone()),
-    };
-    let lab = Lab::new(&config)?;
-    let value = check_lab(&lab, &params, Duration::from_secs(3), Duration::from_secs(8))?;
+    wan_check_of("wancheck", &LinkParams::new(100, 80))
+}
+
+/// As [`wan_check`], in a lab of this id with a link of these parameters (at least 50 Mbit/s, no loss).
+pub fn wan_check_of(labid: &str, params: &LinkParams) -> Result<Value> {
+    let lab = pair_lab(labid, WanMode::Shaped(params.clone()))?;
+    let value = check_lab(&lab, params, Duration::from_secs(3), Duration::from_secs(8))?;
     lab.teardown()?;
     Ok(value)
+}
+
+/// A lab for checks: host `a` in `paris`, host `b` in `tokyo`.
+pub fn pair_lab(labid: &str, wan: WanMode) -> Result<Lab> {
+    let sites = vec![SiteConfig::new("paris", &["a"]), SiteConfig::new("tokyo", &["b"])];
+    Lab::new(&LabConfig { labid: labid.to_owned(), sites, wan })
 }
 
 /// The parts of [`wan_check`] on a quiet lab whose hosts `a` and `b` are joined by a link of these parameters.
@@ -279,7 +284,8 @@ pub fn check_lab(
     }))
 }
 
-fn check_delay(a: &Host, b: &Host, params: &LinkParams) -> Result<Value> {
+/// One part of [`wan_check`].
+pub fn check_delay(a: &Host, b: &Host, params: &LinkParams) -> Result<Value> {
     let nominal = params.delay_us as f64 * 2.0 / 1e3;
     let measured = udp_rtt_ms(a, b, 20)?;
     // The serialisation of a 64-byte packet is far below the bound.
@@ -289,7 +295,8 @@ fn check_delay(a: &Host, b: &Host, params: &LinkParams) -> Result<Value> {
     )
 }
 
-fn check_counters(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
+/// One part of [`wan_check`].
+pub fn check_counters(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
     let (count, size) = (2000, 1000);
     let before = settle(lab)?;
     let arrived = udp_blast(a, b, count, size, 50.0)?;
@@ -304,7 +311,8 @@ fn check_counters(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
     )
 }
 
-fn check_loss(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
+/// One part of [`wan_check`].
+pub fn check_loss(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
     let (count, loss) = (20_000u64, 0.01);
     lab.wan()?.set_loss(loss);
     let before = settle(lab)?;
@@ -321,7 +329,8 @@ fn check_loss(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
     )
 }
 
-fn check_cut(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
+/// One part of [`wan_check`].
+pub fn check_cut(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
     lab.wan()?.cut()?;
     let during = udp_blast(a, b, 500, 200, 10.0)? + udp_blast(b, a, 500, 200, 10.0)?;
     lab.wan()?.restore()?;
@@ -331,7 +340,8 @@ fn check_cut(lab: &Lab, a: &Host, b: &Host) -> Result<Value> {
     )
 }
 
-fn check_rate(
+/// One part of [`wan_check`].
+pub fn check_rate(
     lab: &Lab,
     a: &Host,
     b: &Host,

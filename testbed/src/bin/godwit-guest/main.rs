@@ -60,22 +60,17 @@ fn answer(workload: &Workload, ticker: &Ticker, envelope: Envelope) -> Reply {
     let id = envelope.id;
     match envelope.request {
         Request::Ping => Reply::ok(id),
-        Request::Churn {
-            mb,
-            rate_kbps,
-            hot_quarter,
-        } => match workload.churn(mb, rate_kbps, hot_quarter) {
-            Ok(()) => Reply::ok(id),
-            Err(cause) => Reply::refuse(id, cause),
-        },
+        Request::Churn { mb, rate_kbps, hot_quarter } => {
+            match workload.churn(mb, rate_kbps, hot_quarter) {
+                Ok(()) => Reply::ok(id),
+                Err(cause) => Reply::refuse(id, cause),
+            }
+        }
         Request::Stop => {
             workload.stop();
             Reply::ok(id)
         }
-        Request::Verify => Reply {
-            verified: Some(workload.verify()),
-            ..Reply::ok(id)
-        },
+        Request::Verify => Reply { verified: Some(workload.verify()), ..Reply::ok(id) },
         Request::Stats { reset } => {
             let counters = workload.counters();
             let gaps = ticker.read(reset);
@@ -98,13 +93,9 @@ fn answer(workload: &Workload, ticker: &Ticker, envelope: Envelope) -> Reply {
 
 /// `godwit.seed=N` from the command line, else a random one.
 fn seed(cmdline: &str) -> Result<u64, String> {
-    let set = cmdline
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("godwit.seed="));
+    let set = cmdline.split_whitespace().find_map(|word| word.strip_prefix("godwit.seed="));
     if let Some(text) = set {
-        return text
-            .parse()
-            .map_err(|_| format!("godwit.seed={text} is not a number"));
+        return text.parse().map_err(|_| format!("godwit.seed={text} is not a number"));
     }
     let mut bytes = [0; 8];
     fs::File::open("/dev/urandom")

@@ -38,16 +38,9 @@ impl Address {
             return Err(bad());
         }
         let mtu = value("godwit.mtu=")
-            .map(|mtu| {
-                mtu.parse()
-                    .map_err(|_| format!("godwit.mtu={mtu} is not a number"))
-            })
+            .map(|mtu| mtu.parse().map_err(|_| format!("godwit.mtu={mtu} is not a number")))
             .transpose()?;
-        Ok(Some(Address {
-            ip: ip.parse().map_err(|_| bad())?,
-            prefix,
-            mtu,
-        }))
+        Ok(Some(Address { ip: ip.parse().map_err(|_| bad())?, prefix, mtu }))
     }
 }
 
@@ -66,9 +59,7 @@ pub fn configure(interface: &str, address: Address) -> io::Result<()> {
         request.ifr_ifru.ifru_mtu = i32::from(mtu);
         ioctl(&socket, libc::SIOCSIFMTU, &mut request)?;
     }
-    let mask = u32::MAX
-        .checked_shl(32 - u32::from(address.prefix))
-        .unwrap_or(0);
+    let mask = u32::MAX.checked_shl(32 - u32::from(address.prefix)).unwrap_or(0);
     let mut request = named(interface);
     request.ifr_ifru.ifru_addr = socket_address(address.ip);
     ioctl(&socket, libc::SIOCSIFADDR, &mut request)?;
@@ -105,12 +96,7 @@ fn control_socket() -> io::Result<OwnedFd> {
 fn named(interface: &str) -> libc::ifreq {
     // SAFETY: ifreq is plain data for which all zeroes is valid.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    for (to, from) in request
-        .ifr_name
-        .iter_mut()
-        .take(libc::IFNAMSIZ - 1)
-        .zip(interface.bytes())
-    {
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(interface.bytes()) {
         *to = from as libc::c_char;
     }
     request
@@ -121,10 +107,7 @@ fn socket_address(ip: Ipv4Addr) -> libc::sockaddr {
     for (to, from) in data[2..6].iter_mut().zip(ip.octets()) {
         *to = from as libc::c_char;
     }
-    libc::sockaddr {
-        sa_family: libc::AF_INET as libc::sa_family_t,
-        sa_data: data,
-    }
+    libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data: data }
 }
 
 fn ioctl(socket: &OwnedFd, number: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
@@ -142,11 +125,7 @@ mod tests {
     #[test]
     fn addresses_come_from_the_command_line() {
         let read = Address::from_cmdline("console=ttyS0 godwit.ip=10.9.0.5/24 godwit.mtu=1400");
-        let expected = Address {
-            ip: Ipv4Addr::new(10, 9, 0, 5),
-            prefix: 24,
-            mtu: Some(1400),
-        };
+        let expected = Address { ip: Ipv4Addr::new(10, 9, 0, 5), prefix: 24, mtu: Some(1400) };
         assert_eq!(read, Ok(Some(expected)));
         assert_eq!(Address::from_cmdline("quiet"), Ok(None));
         assert!(Address::from_cmdline("godwit.ip=10.9.0.5").is_err());

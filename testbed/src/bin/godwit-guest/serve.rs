@@ -124,10 +124,7 @@ where
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new()
-        .name(name.into())
-        .spawn(run)
-        .map(drop)
+    thread::Builder::new().name(name.into()).spawn(run).map(drop)
 }
 
 /// No echo, no line editing, no translation: bytes as they are.

@@ -23,32 +23,27 @@ impl Ticker {
     pub fn start() -> std::io::Result<Self> {
         let gaps = Arc::new(Mutex::new(Gaps::default()));
         let shared = Arc::clone(&gaps);
-        thread::Builder::new()
-            .name("ticker".into())
-            .spawn(move || {
-                let (mut monotonic, mut wall) = (Instant::now(), SystemTime::now());
-                loop {
-                    thread::sleep(TICK);
-                    let monotonic_gap = millis(monotonic.elapsed());
-                    // A wall clock that was set back shows no gap.
-                    let wall_gap = wall.elapsed().map_or(0, millis);
-                    (monotonic, wall) = (Instant::now(), SystemTime::now());
-                    let mut gaps = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                    gaps.ticks += 1;
-                    gaps.max_monotonic_ms = gaps.max_monotonic_ms.max(monotonic_gap);
-                    gaps.max_wall_ms = gaps.max_wall_ms.max(wall_gap);
-                }
-            })?;
+        thread::Builder::new().name("ticker".into()).spawn(move || {
+            let (mut monotonic, mut wall) = (Instant::now(), SystemTime::now());
+            loop {
+                thread::sleep(TICK);
+                let monotonic_gap = millis(monotonic.elapsed());
+                // A wall clock that was set back shows no gap.
+                let wall_gap = wall.elapsed().map_or(0, millis);
+                (monotonic, wall) = (Instant::now(), SystemTime::now());
+                let mut gaps = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                gaps.ticks += 1;
+                gaps.max_monotonic_ms = gaps.max_monotonic_ms.max(monotonic_gap);
+                gaps.max_wall_ms = gaps.max_wall_ms.max(wall_gap);
+            }
+        })?;
         Ok(Ticker(gaps))
     }
 
     /// What was seen so far; `reset` starts the longest gaps again from zero.
     pub fn read(&self, reset: bool) -> Gaps {
         let mut gaps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = Gaps {
-            uptime_ms: uptime_ms(),
-            ..*gaps
-        };
+        let seen = Gaps { uptime_ms: uptime_ms(), ..*gaps };
         if reset {
             gaps.max_monotonic_ms = 0;
             gaps.max_wall_ms = 0;
@@ -63,10 +58,7 @@ fn millis(time: Duration) -> u64 {
 
 fn uptime_ms() -> u64 {
     let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
-    let seconds: f64 = text
-        .split_whitespace()
-        .next()
-        .and_then(|word| word.parse().ok())
-        .unwrap_or(0.0);
+    let seconds: f64 =
+        text.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0.0);
     (seconds * 1000.0) as u64
 }

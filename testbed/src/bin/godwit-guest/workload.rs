@@ -42,10 +42,7 @@ impl Pages {
         if start == libc::MAP_FAILED {
             return Err(format!("mmap: {}", std::io::Error::last_os_error()));
         }
-        Ok(Pages {
-            start: start.cast(),
-            count,
-        })
+        Ok(Pages { start: start.cast(), count })
     }
 
     fn page(&self, index: usize) -> &Page {
@@ -163,9 +160,7 @@ impl Workload {
             hot_quarter: false,
         })));
         let writer = workload.clone();
-        thread::Builder::new()
-            .name("writer".into())
-            .spawn(move || writer.write_for_ever())?;
+        thread::Builder::new().name("writer".into()).spawn(move || writer.write_for_ever())?;
         Ok(workload)
     }
 
@@ -194,10 +189,7 @@ impl Workload {
     /// Compares every page with the version that the table names.
     pub fn verify(&self) -> Verified {
         let state = self.lock();
-        let mut result = Verified {
-            pages_written: state.pages_written,
-            ..Verified::default()
-        };
+        let mut result = Verified { pages_written: state.pages_written, ..Verified::default() };
         for region in &state.regions {
             for (page, version) in region.versions.iter().enumerate() {
                 let index = region.first + page as u32;

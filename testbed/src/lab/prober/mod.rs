@@ -316,3 +316,79 @@ impl Drop for Station {
         let _ = self.ns.delete();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Datagrams of the control run.
+    const SENT: u64 = 400;
+
+    /// An echo with known faults, for numbers below [`SENT`]: every 10th dropped, every 25th (+1) sent twice, every 50th
+    /// (+3) held back until its successor has gone.
+    fn bad_echo(socket: &UdpSocket) {
+        let mut datagram = [0; 2048];
+        let mut held: Option<(Vec<u8>, SocketAddr)> = None;
+        while let Ok((len, from)) = socket.recv_from(&mut datagram) {
+            let bytes = &datagram[..len];
+            let (sequence, _) = count::decode(bytes).unwrap();
+            if sequence >= SENT || sequence % 10 == 0 {
+                continue;
+            }
+            if sequence % 50 == 3 {
+                held = Some((bytes.to_vec(), from));
+                continue;
+            }
+            for _ in 0..if sequence % 25 == 1 { 2 } else { 1 } {
+                socket.send_to(bytes, from).unwrap();
+            }
+            if let Some((late, to)) = held.take() {
+                socket.send_to(&late, to).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_known_dropper_is_counted_exactly() {
+        let echo = UdpSocket::bind(("127.0.0.1", 0)).unwrap();
+        echo.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let target = echo.local_addr().unwrap();
+        let dropper = thread::spawn(move || bad_echo(&echo));
+        let config = ProbeConfig { target, rate_pps: 1000, size: 100 };
+        let prober = Prober::start(None, &config).unwrap();
+        // 40 of 400 are dropped.
+        assert!(prober.wait_unique(360, Duration::from_secs(10)), "{:?}", prober.snapshot());
+        let report = prober.stop(Duration::from_millis(50));
+        assert!(report.sent >= SENT);
+        assert_eq!(report.unique, 360);
+        assert_eq!(report.lost, report.sent - 360);
+        // 1, 26, 51, ...: 16 of them, none a multiple of 10; 3, 53, ..: 8.
+        assert_eq!((report.duplicated, report.reordered), (16, 8));
+        assert_eq!(report.received, 376);
+        assert_eq!((report.foreign, report.socket_dropped), (0, 0));
+        dropper.join().unwrap();
+    }
+
+    #[test]
+    fn an_outage_shows_as_the_longest_gap() {
+        let echo = UdpSocket::bind(("127.0.0.1", 0)).unwrap();
+        echo.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let target = echo.local_addr().unwrap();
+        let server = thread::spawn(move || {
+            let mut datagram = [0; 2048];
+            while let Ok((len, from)) = echo.recv_from(&mut datagram) {
+                let (sequence, _) = count::decode(&datagram[..len]).unwrap();
+                // 500 a second: silence for 300 ms.
+                if !(100..250).contains(&sequence) {
+                    echo.send_to(&datagram[..len], from).unwrap();
+                }
+            }
+        });
+        let prober = Prober::start(None, &ProbeConfig { target, rate_pps: 500, size: 20 }).unwrap();
+        assert!(prober.wait_unique(200, Duration::from_secs(10)));
+        let report = prober.stop(Duration::from_millis(50));
+        assert!((290.0..600.0).contains(&report.longest_gap_ms), "{report:?}");
+        assert!((150.0..600.0).contains(&report.longest_gap_at_ms), "{report:?}");
+        server.join().unwrap();
+    }
+}
