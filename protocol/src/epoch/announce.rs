@@ -11,10 +11,11 @@ use crate::time::Time;
 use crate::wire::epoch::{Body, Message};
 use crate::wire::record::Record;
 
-/// First pause before a decision is told again, ms; doubles with each time.
+/// First pause before a decision is told again, ms; doubles up to [`AGAIN_MAX_MS`].
 const AGAIN_MS: u64 = 400;
-/// How often a decision is told to a host that does not answer (about 50 s in all).
-const TIMES: u32 = 7;
+const AGAIN_MAX_MS: u64 = 30_000;
+/// How often a decision is told to a host that does not answer (about ten minutes in all).
+const TIMES: u32 = 26;
 
 #[derive(Debug)]
 pub(super) struct Announcement {
@@ -28,14 +29,24 @@ impl Epochs {
     /// [`Epochs::retarget`], once the record is durable here.
     pub(super) fn announce(&mut self, now: Time, base: Option<&Record>, record: &Record) {
         let me = self.me.host;
-        let named = base.into_iter().chain([record]).flat_map(|r| {
-            r.voters.iter().map(|v| v.host).chain(r.placement.iter().map(|p| p.host))
-        });
-        let to: BTreeSet<HostId> = named.filter(|h| *h != me).collect();
         let known = self.announcements.remove(&record.cluster);
-        let to = to.into_iter().chain(known.into_iter().flat_map(|a| a.to)).collect();
+        let concerned = base.into_iter().chain([record]).flat_map(named);
+        let missed = known.into_iter().flat_map(|a| a.to);
+        let to = concerned.chain(missed).filter(|h| *h != me).collect();
         let announcement = Announcement { next: now, times: 0, to };
         self.announcements.insert(record.cluster, announcement);
+    }
+
+    /// Asks everyone whom the newest known record names for a newer one: a node that was away (a
+    /// restart, a cut) does this first. An answer is an [`super::Output::Decided`]; silence says
+    /// nothing.
+    pub fn refresh(&mut self, cluster: VmId) {
+        let Some(record) = self.newest(cluster) else { return };
+        let epoch = record.epoch;
+        let me = self.me.host;
+        for host in named(record).filter(|h| *h != me).collect::<BTreeSet<_>>() {
+            self.send(host, Message { cluster, epoch, body: Body::Query });
+        }
     }
 
     /// A newer record was learned while an older one is being told: those who have not answered
@@ -58,7 +69,7 @@ impl Epochs {
             self.announcements.remove(&cluster);
             return;
         }
-        told.next = now.plus_ms(AGAIN_MS << told.times);
+        told.next = now.plus_ms((AGAIN_MS << told.times).min(AGAIN_MAX_MS));
         told.times += 1;
         let record = hard.decided().clone();
         let to: Vec<HostId> = told.to.iter().copied().collect();
@@ -89,4 +100,9 @@ impl Epochs {
             self.announcements.remove(&cluster);
         }
     }
+}
+
+fn named(record: &Record) -> impl Iterator<Item = HostId> {
+    let voters = record.voters.iter().map(|v| v.host);
+    voters.chain(record.placement.iter().map(|p| p.host))
 }

@@ -1,1 +1,482 @@
 //! Named cases, and seeds with loss, delay, doubling, reordering and crashes.
+//!
+//! Owns a network in virtual time. A crash loses everything that was not performed yet: the state
+//! that was not persisted, and every message after it.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::id::{CopyId, StoreId};
+use crate::wire::record::Placement;
+
+const VM: VmId = VmId([9; 16]);
+
+fn host(i: u8) -> HostId {
+    HostId([i; 32])
+}
+
+fn voter(i: u8) -> Voter {
+    Voter { host: host(i), store: StoreId([i; 16]) }
+}
+
+fn record(epoch: u64, voters: &[u8], at: u8, copy: u8, cause: Cause) -> Record {
+    Record {
+        cluster: VM,
+        name: "web".parse().unwrap(),
+        epoch: Epoch(epoch),
+        voters: voters.iter().map(|i| voter(*i)).collect(),
+        placement: vec![Placement { vm: VM, host: host(at), copy: CopyId([copy; 16]) }],
+        cause,
+    }
+}
+
+fn stay(base: &Record) -> Record {
+    let cause = Cause::Stay("gave up".into());
+    Record { epoch: base.epoch.next(), cause, ..base.clone() }
+}
+
+#[derive(Clone, Copy, Default)]
+struct Faults {
+    loss: f64,
+    double: f64,
+    crash: f64,
+    delay_ms: u64,
+}
+
+enum Event {
+    Deliver(u8, u8, Message),
+    Restart(u8),
+}
+
+struct Net {
+    now: Time,
+    nodes: Vec<Option<Epochs>>,
+    stores: Vec<(Voter, BTreeMap<VmId, Hard>)>,
+    queue: BTreeMap<(Time, u64), Event>,
+    number: u64,
+    rng: StdRng,
+    faults: Faults,
+    /// Messages that match are kept here in place of the queue.
+    hold: fn(&Message) -> bool,
+    held: Vec<(u8, u8, Message)>,
+    decided: BTreeMap<Epoch, Record>,
+    /// Per node: everything but `Send` and `Persist`.
+    log: Vec<Vec<Output>>,
+}
+
+impl Net {
+    fn new(nodes: u8, seed: u64, faults: Faults) -> Self {
+        Self {
+            now: Time(0),
+            nodes: (0..nodes).map(|i| Some(Epochs::new(voter(i), seed, BTreeMap::new()))).collect(),
+            stores: (0..nodes).map(|i| (voter(i), BTreeMap::new())).collect(),
+            queue: BTreeMap::new(),
+            number: 0,
+            rng: StdRng::seed_from_u64(seed),
+            faults,
+            hold: |_| false,
+            held: Vec::new(),
+            decided: BTreeMap::new(),
+            log: vec![Vec::new(); usize::from(nodes)],
+        }
+    }
+
+    fn quiet(nodes: u8) -> Self {
+        Self::new(nodes, 1, Faults { delay_ms: 40, ..Faults::default() })
+    }
+
+    fn chance(&mut self, p: f64) -> bool {
+        use rand::RngExt;
+        p > 0.0 && self.rng.random_bool(p)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        use rand::RngExt;
+        self.rng.random_range(0..n)
+    }
+
+    fn at(&mut self, ms: u64, event: Event) {
+        self.number += 1;
+        self.queue.insert((self.now.plus_ms(ms), self.number), event);
+    }
+
+    fn crash(&mut self, i: u8, for_ms: u64) {
+        self.nodes[usize::from(i)] = None;
+        self.at(for_ms, Event::Restart(i));
+    }
+
+    fn act<T>(&mut self, i: u8, f: impl FnOnce(&mut Epochs, Time) -> T) -> Option<T> {
+        let now = self.now;
+        let result = self.nodes[usize::from(i)].as_mut().map(|e| f(e, now));
+        self.settle(i);
+        result
+    }
+
+    fn settle(&mut self, i: u8) {
+        let n = usize::from(i);
+        while let Some(output) = self.nodes[n].as_mut().and_then(Epochs::poll_output) {
+            if self.chance(self.faults.crash) {
+                let ms = 1 + self.below(2000);
+                return self.crash(i, ms);
+            }
+            match output {
+                Output::Persist { cluster, hard } => {
+                    self.stores[n].1.insert(cluster, hard);
+                }
+                Output::Send { to, message } => self.send(i, to.0[0], message),
+                Output::Decided(record) => {
+                    let known = self.decided.entry(record.epoch).or_insert_with(|| record.clone());
+                    assert_eq!(*known, record, "two records for one epoch");
+                    let last = self.log[n].iter().rev().find_map(decided_epoch);
+                    assert!(last.is_none_or(|l| l < record.epoch), "an epoch came back");
+                    assert_eq!(self.stores[n].1[&VM].decided().epoch, record.epoch, "not durable");
+                    self.log[n].push(Output::Decided(record));
+                }
+                other => self.log[n].push(other),
+            }
+        }
+    }
+
+    fn send(&mut self, from: u8, to: u8, message: Message) {
+        if (self.hold)(&message) {
+            return self.held.push((from, to, message));
+        }
+        let copies = if self.chance(self.faults.double) { 2 } else { 1 };
+        for _ in 0..copies {
+            if !self.chance(self.faults.loss) {
+                let ms = 1 + self.below(self.faults.delay_ms);
+                self.at(ms, Event::Deliver(from, to, message.clone()));
+            }
+        }
+    }
+
+    /// Runs until nothing is left to do, or for `ms`.
+    fn run(&mut self, ms: u64) {
+        let end = self.now.plus_ms(ms);
+        loop {
+            let timer = self.nodes.iter().flatten().filter_map(Epochs::poll_timeout).min();
+            let event = self.queue.keys().next().copied();
+            let next = timer.into_iter().chain(event.map(|e| e.0)).min();
+            let Some(next) = next.filter(|t| *t <= end) else { break };
+            self.now = self.now.max(next);
+            if let Some(key) = event.filter(|e| e.0 <= self.now) {
+                match self.queue.remove(&key) {
+                    Some(Event::Deliver(from, to, m)) => {
+                        self.act(to, |e, now| e.handle(now, host(from), m));
+                    }
+                    Some(Event::Restart(i)) => self.restart(i),
+                    None => {}
+                }
+            } else {
+                for i in 0..self.nodes.len() as u8 {
+                    self.act(i, Epochs::handle_timeout);
+                }
+            }
+        }
+        self.now = self.now.max(end);
+    }
+
+    fn restart(&mut self, i: u8) {
+        let (me, hard) = self.stores[usize::from(i)].clone();
+        let seed = self.now.0;
+        self.nodes[usize::from(i)].get_or_insert_with(|| Epochs::new(me, seed, hard));
+    }
+
+    fn release(&mut self) {
+        self.hold = |_| false;
+        for (from, to, message) in core::mem::take(&mut self.held) {
+            self.act(to, |e, now| e.handle(now, host(from), message));
+        }
+    }
+
+    fn newest(&self, i: u8) -> Option<&Record> {
+        self.nodes[usize::from(i)].as_ref().and_then(|e| e.newest(VM))
+    }
+
+    fn create(&mut self, voters: &[u8]) -> Record {
+        let first = record(1, voters, 0, 0, Cause::Create);
+        self.act(0, |e, now| e.create(now, first.clone())).unwrap().unwrap();
+        self.run(500);
+        first
+    }
+}
+
+fn decided_epoch(output: &Output) -> Option<Epoch> {
+    match output {
+        Output::Decided(record) => Some(record.epoch),
+        _ => None,
+    }
+}
+
+fn is_accept(message: &Message) -> bool {
+    matches!(message.body, Body::Accept { .. })
+}
+
+#[test]
+fn one_voter_moves_to_the_other_host() {
+    let mut net = Net::quiet(2);
+    net.create(&[0]);
+    // The destination learns the base from the voter, prepares, and then knows its copy.
+    net.act(1, |e, now| e.query(now, VM, host(0)));
+    net.run(200);
+    let deadline = net.now.plus_ms(5000);
+    net.act(1, |e, now| e.prepare(now, VM, deadline)).unwrap().unwrap();
+    net.run(200);
+    assert!(net.nodes[1].as_ref().unwrap().is_prepared(VM));
+    let moved = record(2, &[1], 1, 1, Cause::Move);
+    let start = net.now;
+    net.act(1, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
+    while net.newest(1).is_some_and(|r| r.epoch == Epoch(1)) {
+        net.run(1);
+    }
+    assert!(net.now.ms_since(start) <= 81, "one round trip of at most 40 ms each way");
+    net.run(500);
+    assert_eq!((net.newest(0), net.newest(1)), (Some(&moved), Some(&moved)));
+    // The old voter answers for ever with the newest; the new one votes on the next epoch.
+    let next = stay(&moved);
+    net.act(0, |e, now| e.resolve(now, next.clone())).unwrap().unwrap();
+    net.run(500);
+    assert_eq!(net.newest(1), Some(&next));
+    let old = record(2, &[0], 0, 7, Cause::Move);
+    let refused = net.act(0, |e, now| e.propose(now, old, deadline)).unwrap();
+    assert_eq!(
+        refused,
+        Err(ProposeError::NotNext { proposed: Epoch(2), newest: Epoch(3) }),
+        "wins only the next epoch"
+    );
+    assert_eq!(net.nodes.iter().flatten().filter_map(Epochs::poll_timeout).count(), 0, "all quiet");
+}
+
+#[test]
+fn three_voters_decide_with_one_down_and_not_with_two() {
+    let mut net = Net::quiet(4);
+    let base = net.create(&[0, 1, 2]);
+    net.crash(2, 60_000);
+    let moved = record(2, &[1, 2, 3], 3, 3, Cause::Move);
+    let deadline = net.now.plus_ms(5000);
+    net.act(1, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
+    net.run(1000);
+    assert_eq!(net.newest(0), Some(&moved));
+    assert_eq!(net.newest(3), Some(&moved), "a host that is named is told");
+    // 1, 2, 3 vote now; with 2 and 3 down nothing is decided, and the outcome is unknown.
+    net.crash(3, 30_000);
+    let deadline = net.now.plus_ms(5000);
+    net.act(1, |e, now| e.propose(now, stay(&moved), deadline)).unwrap().unwrap();
+    net.run(6000);
+    let failed = Output::Failed { cluster: VM, epoch: Epoch(3) };
+    assert_eq!(net.log[1].last(), Some(&failed));
+    assert_eq!(net.newest(1), Some(&moved));
+    // Any bound node drives it on, and it ends as soon as a majority is back.
+    net.act(0, |e, now| e.resolve(now, stay(&moved))).unwrap().unwrap();
+    net.run(120_000);
+    for i in 0..4 {
+        assert_eq!(net.newest(i), Some(&stay(&moved)), "node {i}");
+    }
+    assert_eq!(net.decided.len(), 3);
+    assert_eq!(net.decided[&Epoch(1)], base);
+}
+
+#[test]
+fn a_delayed_and_doubled_accept_loses_against_a_resolved_stay() {
+    let mut net = Net::quiet(4);
+    let base = net.create(&[0, 1, 2]);
+    net.act(3, |e, now| e.learned(now, base.clone()));
+    net.hold = is_accept;
+    let moved = record(2, &[0, 1, 2], 3, 3, Cause::Move);
+    let deadline = net.now.plus_ms(1000);
+    net.act(3, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
+    net.run(2000);
+    assert!(net.held.len() >= 6, "sent again and again, all delayed: {}", net.held.len());
+    let delayed = core::mem::take(&mut net.held);
+    net.hold = |_| false;
+    net.act(0, |e, now| e.resolve(now, stay(&base))).unwrap().unwrap();
+    net.run(60);
+    net.held = [delayed.clone(), delayed].concat();
+    net.release();
+    net.run(10_000);
+    for i in 0..4 {
+        assert_eq!(net.newest(i), Some(&stay(&base)), "node {i}");
+    }
+}
+
+#[test]
+fn a_clean_read_of_the_old_epoch_is_no_ground_to_resume() {
+    let mut net = Net::quiet(4);
+    let base = net.create(&[0, 1, 2]);
+    net.act(3, |e, now| e.learned(now, base.clone()));
+    net.hold = is_accept;
+    let moved = record(2, &[0, 1, 2], 3, 3, Cause::Move);
+    let deadline = net.now.plus_ms(1000);
+    net.act(3, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
+    net.run(2000);
+    // The source asks every voter, and every one says: epoch 1.
+    for i in 1..3 {
+        net.act(0, |e, now| e.query(now, VM, host(i)));
+    }
+    net.run(500);
+    assert_eq!(net.newest(0), Some(&base));
+    // Had it resumed: the delayed accepts now win all the same, and nobody could have known.
+    net.release();
+    net.run(500);
+    net.act(0, |e, now| e.resolve(now, stay(&base))).unwrap().unwrap();
+    net.run(5000);
+    for i in 0..4 {
+        assert_eq!(net.newest(i), Some(&moved), "node {i}: what was accepted is adopted");
+    }
+    let adopted = |o: &Output| matches!(o, Output::BallotReady { adopted: true, .. });
+    assert!(net.log[0].iter().any(adopted), "and the source was told so");
+}
+
+#[test]
+fn a_new_voter_gets_the_record_before_it_votes() {
+    let mut net = Net::quiet(4);
+    net.create(&[0]);
+    let grown = record(2, &[0, 1, 2], 0, 0, Cause::Voters);
+    net.hold = |m| matches!(m.body, Body::Decided(_));
+    let deadline = net.now.plus_ms(20_000);
+    net.act(0, |e, now| e.propose(now, grown.clone(), deadline)).unwrap().unwrap();
+    net.run(500);
+    assert_eq!((net.newest(0), net.newest(1)), (Some(&grown), None), "nobody was told");
+    net.held.clear();
+    net.hold = |_| false;
+    let next = stay(&grown);
+    net.act(0, |e, now| e.propose(now, next.clone(), deadline)).unwrap().unwrap();
+    net.run(300);
+    assert_eq!(net.newest(0), Some(&next), "helped at once, without waiting for a resend");
+}
+
+#[test]
+fn a_replaced_store_does_not_vote_under_the_old_id() {
+    let mut net = Net::quiet(3);
+    let base = net.create(&[0, 1, 2]);
+    let anew = Voter { host: host(2), store: StoreId([77; 16]) };
+    net.stores[2] = (anew, BTreeMap::new());
+    net.log[2].clear();
+    net.crash(2, 1);
+    net.crash(1, 60_000);
+    net.run(100);
+    let deadline = net.now.plus_ms(5000);
+    net.act(0, |e, now| e.propose(now, stay(&base), deadline)).unwrap().unwrap();
+    net.run(6000);
+    assert_eq!(net.newest(0), Some(&base), "one real voter of three is no majority");
+    assert_eq!(net.newest(2), Some(&base), "it learned, but had no vote");
+    let forged = Body::Promise {
+        ballot: Ballot { round: 1, by: voter(0) },
+        voter: voter(1),
+        accepted: None,
+    };
+    net.act(0, |e, now| e.prepare(now, VM, now.plus_ms(900))).unwrap().unwrap();
+    let message = Message { cluster: VM, epoch: Epoch(2), body: forged };
+    net.act(0, |e, now| e.handle(now, host(2), message));
+    assert!(!net.nodes[0].as_ref().unwrap().is_prepared(VM), "nobody speaks for another");
+}
+
+#[test]
+fn a_restarted_proposer_never_uses_a_ballot_twice() {
+    let mut net = Net::quiet(4);
+    let base = net.create(&[0, 1, 2]);
+    net.act(3, |e, now| e.learned(now, base.clone()));
+    let mut ballots = Vec::new();
+    for _ in 0..3 {
+        let epoch = net.act(3, |e, now| e.prepare(now, VM, now.plus_ms(5000)));
+        assert_eq!(epoch, Some(Ok(Epoch(2))));
+        net.run(200);
+        net.crash(3, 1);
+        net.run(10);
+    }
+    for output in &net.log[3] {
+        if let Output::BallotReady { ballot, .. } = output {
+            ballots.push(*ballot);
+        }
+    }
+    assert_eq!(ballots.len(), 3);
+    assert!(ballots.is_sorted() && ballots.windows(2).all(|w| w[0] != w[1]));
+}
+
+#[test]
+fn rules_of_records_are_kept() {
+    let mut net = Net::quiet(1);
+    let base = net.create(&[0]);
+    let t = net.now.plus_ms(100);
+    let renamed = Record { name: "other".parse().unwrap(), ..stay(&base) };
+    let moved = Record { placement: Vec::new(), ..stay(&base) };
+    let crowd = record(2, &[0, 1, 2, 3, 4, 5], 0, 0, Cause::Voters);
+    for bad in [renamed, moved, crowd] {
+        let result = net.act(0, |e, now| e.propose(now, bad, t));
+        assert_eq!(result, Some(Err(ProposeError::Malformed(Epoch(2)))));
+    }
+    let other = Record { cluster: VmId([8; 16]), ..stay(&base) };
+    let result = net.act(0, |e, now| e.propose(now, other, t));
+    assert_eq!(result, Some(Err(ProposeError::Unknown(VmId([8; 16])))));
+    assert_eq!(net.act(0, |e, now| e.create(now, base.clone())), Some(Ok(())), "idempotent");
+    let again = Record { epoch: Epoch(5), ..base.clone() };
+    assert_eq!(net.act(0, |e, now| e.create(now, again)), Some(Err(ProposeError::Exists(VM))));
+    let deleted = Record { placement: Vec::new(), cause: Cause::Delete, ..stay(&base) };
+    net.act(0, |e, now| e.propose(now, deleted, t)).unwrap().unwrap();
+    assert_eq!(net.newest(0).map(|r| r.epoch), Some(Epoch(2)));
+    let result = net.act(0, |e, now| e.prepare(now, VM, t));
+    assert_eq!(result, Some(Err(ProposeError::Malformed(Epoch(3)))), "a tombstone is the end");
+}
+
+/// Anything at all that nodes may do, with every fault; then the faults end and it must end too.
+fn storm(seed: u64) -> (Net, u64) {
+    let faults = Faults { loss: 0.15, double: 0.15, crash: 0.01, delay_ms: 600 };
+    let mut net = Net::new(5, seed, faults);
+    let sets: [&[u8]; 5] = [&[0], &[0, 1, 2], &[2, 3, 4], &[0, 1, 2, 3, 4], &[1, 3]];
+    let first = net.below(4) as usize;
+    let first = record(1, if first == 2 { sets[1] } else { sets[first] }, 0, 0, Cause::Create);
+    while net.newest(0).is_none() {
+        net.act(0, |e, now| e.create(now, first.clone()));
+        net.run(100);
+    }
+    for copy in 1..30_u8 {
+        let ms = net.below(700);
+        net.run(ms);
+        let (i, what, set) = (net.below(5) as u8, net.below(8), net.below(5) as usize);
+        let Some(base) = net.newest(i).cloned() else { continue };
+        let deadline = net.now.plus_ms(500 + net.below(4000));
+        let moved = record(base.epoch.0 + 1, sets[set], i, copy, Cause::Move);
+        net.act(i, |e, now| match what {
+            0 | 1 => drop(e.prepare(now, VM, deadline)),
+            2..=4 => drop(e.propose(now, moved, deadline)),
+            5 | 6 => drop(e.resolve(now, stay(&base))),
+            _ => e.abandon(VM),
+        });
+    }
+    net.faults = Faults { delay_ms: 100, ..Faults::default() };
+    net.run(20_000);
+    let before = net.decided.keys().max().map_or(0, |e| e.0);
+    let knows = (0..5_u8).max_by_key(|i| net.newest(*i).map(|r| r.epoch)).unwrap();
+    let base = net.newest(knows).cloned().unwrap();
+    let result = net.act(knows, |e, now| e.resolve(now, stay(&base)));
+    assert_eq!(result, Some(Ok(())));
+    net.run(60_000);
+    (net, before)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..Default::default() })]
+    #[test]
+    fn agreement_survives_storms(seed in any::<u64>()) {
+        let (net, before) = storm(seed);
+        let last = net.decided.values().max_by_key(|r| r.epoch).unwrap();
+        prop_assert!(last.epoch.0 > before, "a decision is reached once the faults end");
+        for (i, node) in (0..).zip(&net.nodes) {
+            let named = last.voters.contains(&voter(i)) || last.placement[0].host == host(i);
+            let newest = node.as_ref().and_then(|e| e.newest(VM));
+            prop_assert!(!named || newest == Some(last), "node {i} has {newest:?}");
+        }
+    }
+}
+
+#[test]
+fn a_seed_run_twice_is_the_same() {
+    let (a, b) = (storm(42).0, storm(42).0);
+    assert_eq!((a.number, a.log), (b.number, b.log));
+}
+
+#[test]
+fn storms_decide_something() {
+    let epochs: usize = (0..50).map(|seed| storm(seed).0.decided.len()).sum();
+    assert!(epochs > 200, "only {epochs} decisions in 50 storms: the storm tests little");
+}
