@@ -11,5 +11,6 @@
 pub mod epoch;
 pub mod id;
 pub mod limits;
+pub mod membership;
 pub mod time;
 pub mod wire;

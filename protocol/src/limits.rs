@@ -12,6 +12,8 @@ pub const CONTROL_MESSAGE_BYTES: usize = 1 << 20;
 pub const BULK_MESSAGE_BYTES: usize = 8 << 20;
 /// Most hosts of a swarm that a node keeps track of.
 pub const MEMBERS: usize = 4096;
+/// Longest membership message, bytes.
+pub const MEMBERSHIP_BYTES: usize = 8 << 10;
 /// Most voters of a record.
 pub const VOTERS: usize = 5;
 /// Most members of a virtual cluster.
