@@ -125,8 +125,10 @@ fn filter(members: &[IpAddr], only_if_absent: bool) -> (Vec<u8>, u32) {
         batch.rule(FAMILY_INET, TABLE, "input", &stranger);
     }
     // A guest is on a wire with other guests, not with the host that carries it.
-    let up =
-        [Expression::BridgeNamed(super::names::BRIDGE_PREFIX), Expression::Count, Expression::Drop];
-    batch.rule(FAMILY_BRIDGE, TABLE, "input", &up);
+    // (By the port's name: matching the bridge's needs a kernel option that not every kernel has.)
+    for prefix in super::names::PORT_PREFIXES {
+        let up = [Expression::InputNamed(prefix), Expression::Count, Expression::Drop];
+        batch.rule(FAMILY_BRIDGE, TABLE, "input", &up);
+    }
     batch.finish()
 }

@@ -8,8 +8,12 @@ use godwit_protocol::id::{Mac, Name};
 
 /// All devices of this program begin with this; nothing else on a host is ever removed.
 pub(super) const PREFIX: &str = "gw";
-/// Bridges begin with this (the filter on frames to the host itself matches it).
-pub(super) const BRIDGE_PREFIX: &str = "gwb-";
+const BRIDGE: &str = "gwb-";
+const TAP: &str = "gwt-";
+const VXLAN: &str = "gwv-";
+const TUNNEL: &str = "gwx-";
+/// Ports of our bridges begin with these (the filter on frames to the host itself matches them).
+pub(super) const PORT_PREFIXES: [&str; 3] = [TAP, VXLAN, TUNNEL];
 
 /// 40 bits of hash behind a four letter prefix: 14 of the 15 bytes a device name may have.
 fn short(prefix: &str, parts: &[&[u8]]) -> String {
@@ -30,20 +34,20 @@ fn digest(parts: &[&[u8]]) -> [u8; 32] {
 }
 
 pub(super) fn bridge(wire: &Name) -> String {
-    short(BRIDGE_PREFIX, &[b"bridge", wire.as_str().as_bytes()])
+    short(BRIDGE, &[b"bridge", wire.as_str().as_bytes()])
 }
 
 pub(super) fn vxlan(wire: &Name) -> String {
-    short("gwv-", &[b"vxlan", wire.as_str().as_bytes()])
+    short(VXLAN, &[b"vxlan", wire.as_str().as_bytes()])
 }
 
 pub(super) fn tunnel(wire: &Name) -> String {
-    short("gwx-", &[b"tunnel", wire.as_str().as_bytes()])
+    short(TUNNEL, &[b"tunnel", wire.as_str().as_bytes()])
 }
 
 /// The tap of a NIC.
 pub(super) fn tap(wire: &Name, mac: &Mac) -> String {
-    short("gwt-", &[b"tap", wire.as_str().as_bytes(), &mac.0])
+    short(TAP, &[b"tap", wire.as_str().as_bytes(), &mac.0])
 }
 
 /// The wire's VXLAN network identifier: 24 bits, never 0.

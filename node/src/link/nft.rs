@@ -41,8 +41,8 @@ pub(super) enum Expression<'a> {
         length: u32,
         set: &'a str,
     },
-    /// The bridge's name begins with this.
-    BridgeNamed(&'a str),
+    /// The name of the device it came in by begins with this.
+    InputNamed(&'a str),
     Count,
     Drop,
 }
@@ -180,7 +180,7 @@ fn encode(one: &Expression<'_>) -> Vec<u8> {
     match one {
         Expression::NetworkProtocol(number) => meta(15, &[*number]),
         Expression::TransportProtocol(number) => meta(16, &[*number]),
-        Expression::BridgeNamed(prefix) => meta(17, prefix.as_bytes()),
+        Expression::InputNamed(prefix) => meta(6, prefix.as_bytes()),
         Expression::DestinationPort(port) => {
             [payload(2, 2, 2), equals(&port.to_be_bytes())].concat()
         }
