@@ -101,51 +101,60 @@ static u64 mix(u64 x)
 	return z ^ (z >> 31);
 }
 
-static u64 page_base(u32 index, u32 version)
+/* The random word of a page's first group, and from one group's that of the next. */
+static u64 first_random(u32 index, u32 version)
 {
 	return mix(seed ^ mix(((u64)index << 32) | version));
 }
 
-static void group_words(u64 *words, u64 base, u32 group)
+static u64 next_random(u64 random)
 {
-	u64 random = mix(base ^ group);
-	u32 four = (u8)random * 0x01010101u, j;
-
-	words[0] = random;
-	for (j = 1; j < GROUP; j++)
-		words[j] = (((u64)four << 32) | four) + (group * GROUP + j);
+	return random * 0x5851F42D4C957F2Dull + 0x14057B7EF767814Full;
 }
 
-static int group_is(const u64 *page, u32 group, u64 base)
+/* What the other words of a group have in common. */
+static u64 repeated(u64 random, u32 group)
 {
-	u64 words[GROUP];
-	u32 j;
+	u32 four = (u32)(random >> 56) * 0x01010101u;
 
-	group_words(words, base, group);
-	for (j = 0; j < GROUP; j++)
-		if (page[group * GROUP + j] != words[j])
-			return 0;
-	return 1;
+	return (((u64)four << 32) | four) + group * GROUP;
 }
 
-static int page_is(const u64 *page, u64 base)
+static int group_is(const u64 *page, u32 group, u64 random)
 {
+	const u64 *words = page + group * GROUP;
+	u64 rest = repeated(random, group);
+
+	return words[0] == random && words[1] == rest + 1 && words[2] == rest + 2 && words[3] == rest + 3;
+}
+
+static int page_is(u32 index, u32 version)
+{
+	const u64 *page = pages + index * PAGE_WORDS;
+	u64 random = first_random(index, version);
 	u32 group;
 
-	for (group = 0; group < PAGE_WORDS / GROUP; group++)
-		if (!group_is(page, group, base))
+	for (group = 0; group < PAGE_WORDS / GROUP; group++, random = next_random(random))
+		if (!group_is(page, group, random))
 			return 0;
 	return 1;
 }
 
 static void write_page(u32 index)
 {
-	u64 *page = pages + index * PAGE_WORDS;
+	u64 *words = pages + index * PAGE_WORDS;
 	u32 version = versions[index] + 1, group;
-	u64 base = page_base(index, version);
+	u64 random = first_random(index, version);
 
-	for (group = 0; group < PAGE_WORDS / GROUP; group++)
-		group_words(page + group * GROUP, base, group);
+	for (group = 0; group < PAGE_WORDS / GROUP; group++, words += GROUP) {
+		u64 rest = repeated(random, group);
+
+		words[0] = random;
+		words[1] = rest + 1;
+		words[2] = rest + 2;
+		words[3] = rest + 3;
+		random = next_random(random);
+	}
 	versions[index] = version;
 	written++;
 }
@@ -155,7 +164,6 @@ static const char *diagnose(u32 index, u32 *found)
 {
 	const u64 *page = pages + index * PAGE_WORDS;
 	u32 version = versions[index], word, group, back;
-	u64 expected = page_base(index, version);
 
 	*found = 0;
 	for (word = 0; word < PAGE_WORDS && !page[word]; word++)
@@ -163,18 +171,18 @@ static const char *diagnose(u32 index, u32 *found)
 	if (word == PAGE_WORDS)
 		return "zero";
 	for (back = 1; back <= STALE_SEARCH && back < version; back++) {
-		u64 older = page_base(index, version - back);
-		int has_older = 0, has_expected = 0;
+		u64 expected = first_random(index, version), older = first_random(index, version - back);
+		int has_expected = 0;
 
 		for (group = 0; group < PAGE_WORDS / GROUP; group++) {
 			if (group_is(page, group, expected))
 				has_expected = 1;
-			else if (group_is(page, group, older))
-				has_older = 1;
-			else
+			else if (!group_is(page, group, older))
 				break;
+			expected = next_random(expected);
+			older = next_random(older);
 		}
-		if (group == PAGE_WORDS / GROUP && has_older) {
+		if (group == PAGE_WORDS / GROUP) {
 			*found = version - back;
 			return has_expected ? "torn" : "stale";
 		}
@@ -198,7 +206,7 @@ static void answer_verify(void)
 
 	for (index = 0; index < page_count; index++) {
 		versions_total += versions[index];
-		if (page_is(pages + index * PAGE_WORDS, page_base(index, versions[index])))
+		if (page_is(index, versions[index]))
 			continue;
 		if (!corrupt++) {
 			first = index;

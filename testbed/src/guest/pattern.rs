@@ -6,12 +6,14 @@
 //! Of every four 8-byte words the first is random, the other three are a repeated byte of it plus the word's index:
 //!
 //! ```text
-//! word 4g   = r = mix(seed, index, version, g)
-//! word 4g+j = lowest byte of r, eight times, + (4g+j)     j = 1, 2, 3
+//! r(0)      = mix(seed ^ mix(index << 32 | version))        r(g+1) = r(g) * STEP + INCREMENT
+//! word 4g   = r(g)
+//! word 4g+j = highest byte of r(g), eight times, + (4g+j)   j = 1, 2, 3
 //! ```
 //!
 //! Every group of four depends on seed, index and version, so a page that is stale, lost, misplaced or torn at any 32-byte
 //! boundary differs from what is expected, and zstd level 1 brings it to about half, as it does with a guest's own data.
+//! One multiplication for each group keeps it cheap for a guest whose every instruction is emulated.
 //! `testbed/guest/bare/bare.c` has the same formula in C; the tests compare the two.
 
 /// Bytes in one page.
@@ -22,6 +24,9 @@ pub const PAGE_WORDS: usize = PAGE_BYTES / 8;
 const GROUP: usize = 4;
 /// Every byte of the word is one.
 const REPEAT: u64 = 0x0101_0101_0101_0101;
+/// Multiplier and increment of the random words' sequence (Knuth's MMIX generator: full period).
+const STEP: u64 = 0x5851_F42D_4C95_7F2D;
+const INCREMENT: u64 = 0x1405_7B7E_F767_814F;
 /// How many versions back [`diagnose`] looks for the one that a stale page holds.
 const STALE_SEARCH: u32 = 64;
 
@@ -67,27 +72,36 @@ pub fn mix(x: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The base from which the random words of one page at one version are drawn.
-fn page_base(seed: u64, index: u32, version: u32) -> u64 {
-    mix(seed ^ mix((u64::from(index) << 32) | u64::from(version)))
+/// The groups of page `index` at `version`, in order.
+struct Groups {
+    random: u64,
+    next: u64,
 }
 
-/// Group `group` (0..128) of the page.
-fn group_words(base: u64, group: usize) -> [u64; GROUP] {
-    let random = mix(base ^ group as u64);
-    let repeated = (random & 0xFF) * REPEAT;
-    let mut words = [random; GROUP];
-    for (j, word) in words.iter_mut().enumerate().skip(1) {
-        *word = repeated.wrapping_add((group * GROUP + j) as u64);
+impl Groups {
+    fn of(seed: u64, index: u32, version: u32) -> Self {
+        Groups { random: mix(seed ^ mix((u64::from(index) << 32) | u64::from(version))), next: 0 }
     }
-    words
+}
+
+impl Iterator for Groups {
+    type Item = [u64; GROUP];
+
+    /// The next group; there is no last one, the page ends it.
+    fn next(&mut self) -> Option<[u64; GROUP]> {
+        let random = self.random;
+        let first = ((random >> 56) * REPEAT).wrapping_add(self.next);
+        self.random = random.wrapping_mul(STEP).wrapping_add(INCREMENT);
+        self.next += GROUP as u64;
+        Some([random, first.wrapping_add(1), first.wrapping_add(2), first.wrapping_add(3)])
+    }
 }
 
 /// Writes the whole page `index` at `version` into `page`.
 pub fn fill(page: &mut Page, seed: u64, index: u32, version: u32) {
-    let base = page_base(seed, index, version);
-    for (group, words) in page.chunks_exact_mut(GROUP).enumerate() {
-        words.copy_from_slice(&group_words(base, group));
+    let groups = Groups::of(seed, index, version);
+    for (words, group) in page.chunks_exact_mut(GROUP).zip(groups) {
+        words.copy_from_slice(&group);
     }
 }
 
@@ -104,8 +118,8 @@ pub fn page_bytes(seed: u64, index: u32, version: u32) -> [u8; PAGE_BYTES] {
 
 /// Whether `page` is exactly page `index` at `version`.
 pub fn matches(page: &Page, seed: u64, index: u32, version: u32) -> bool {
-    let base = page_base(seed, index, version);
-    page.chunks_exact(GROUP).enumerate().all(|(group, words)| words == group_words(base, group))
+    let groups = Groups::of(seed, index, version);
+    page.chunks_exact(GROUP).zip(groups).all(|(words, group)| words == group)
 }
 
 /// Says what a page that should be (`index`, `version`) is instead; `None` if it is as expected.
@@ -116,19 +130,17 @@ pub fn diagnose(page: &Page, seed: u64, index: u32, version: u32) -> Option<Faul
     if page.iter().all(|word| *word == 0) {
         return Some(Fault::Zero);
     }
-    let expected = page_base(seed, index, version);
-    for older in (version.saturating_sub(STALE_SEARCH)..version).rev() {
-        let base = page_base(seed, index, older);
+    for older in (version.saturating_sub(STALE_SEARCH).max(1)..version).rev() {
+        let expected = Groups::of(seed, index, version);
+        let before = Groups::of(seed, index, older);
         let mut has_expected = false;
-        let mut has_older = false;
-        let explained = page.chunks_exact(GROUP).enumerate().all(|(group, words)| {
-            let is_expected = words == group_words(expected, group);
-            let is_older = words == group_words(base, group);
-            has_expected |= is_expected;
-            has_older |= is_older;
-            is_expected || is_older
-        });
-        if explained && has_older {
+        let explained = page.chunks_exact(GROUP).zip(expected.zip(before)).all(
+            |(words, (expected, before))| {
+                has_expected |= words == expected;
+                words == expected || words == before
+            },
+        );
+        if explained {
             return Some(if has_expected {
                 Fault::Torn { version: older }
             } else {
