@@ -8,3 +8,4 @@ pub mod api;
 pub mod link;
 pub mod store;
 pub mod vmm;
+pub mod net;
