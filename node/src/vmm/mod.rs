@@ -19,6 +19,7 @@ mod process;
 pub mod qmp;
 mod record;
 pub mod resolved;
+pub mod selftest;
 pub mod spec;
 
 pub use args::RAM_BLOCK;

@@ -21,8 +21,10 @@ use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
+use super::process::last_complaint;
 use super::qmp::{Qmp, QmpError};
 use super::resolved::{BASELINE_CPU, Refusal, ResolvedSpec};
+use super::selftest;
 use super::spec::{Accel, AccelChoice};
 
 /// Migration capabilities that a move needs, and the first QEMU that has each.
@@ -249,7 +251,7 @@ impl HostCaps {
         Err(Refusal::MissingCpuFeatures { cpu: cpu.into(), accel, features })
     }
 
-    /// Tries KVM with the baseline CPU, which is what every VM asks for by default.
+    /// Tries KVM: does it give the baseline CPU, which every VM asks for by default, and run what a kernel does with it?
     async fn try_kvm(&self) -> Kvm {
         let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         if let Err(error) = opened {
@@ -259,9 +261,16 @@ impl HostCaps {
             return Kvm::Absent("QEMU has no q35 machine".into());
         };
         match self.check_cpu(Accel::Kvm, machine, BASELINE_CPU).await {
+            Ok(()) => {}
+            Err(Refusal::BadCpu { reason, .. }) => return Kvm::Absent(reason),
+            Err(Refusal::MissingCpuFeatures { features, .. }) => {
+                return Kvm::Limited(format!("KVM does not give {BASELINE_CPU} its {features}"));
+            }
+            Err(refusal) => return Kvm::Limited(refusal.to_string()),
+        }
+        match selftest::run(&self.qemu, Accel::Kvm, machine, BASELINE_CPU).await {
             Ok(()) => Kvm::Works,
-            Err(Refusal::BadCpu { reason, .. }) => Kvm::Absent(reason),
-            Err(refusal) => Kvm::Limited(refusal.to_string()),
+            Err(failure) => Kvm::Limited(failure.to_string()),
         }
     }
 }
@@ -273,13 +282,13 @@ fn machine_version(name: &str) -> Option<Vec<u32>> {
 }
 
 /// A short-lived QEMU that stands at its first instruction. Dropping it kills it.
-struct Probe {
-    qmp: Qmp,
-    _child: Child,
+pub(super) struct Probe {
+    pub qmp: Qmp,
+    pub child: Child,
 }
 
 impl Probe {
-    async fn start(qemu: &Path, args: &[&str]) -> Result<Self, ProbeError> {
+    pub async fn start(qemu: &Path, args: &[&str]) -> Result<Self, ProbeError> {
         let name = || qemu.display().to_string();
         let not_running = |reason: String| ProbeError::NotRunning { qemu: name(), reason };
         let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC);
@@ -308,21 +317,18 @@ impl Probe {
         let prepared = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
         let stream = prepared.map_err(|error| not_running(error.to_string()))?;
         match Qmp::over(stream, DEADLINE).await {
-            Ok(qmp) => Ok(Self { qmp, _child: child }),
+            Ok(qmp) => Ok(Self { qmp, child }),
             Err(QmpError::Disconnected) => Err(not_running(last_words(&mut child).await)),
             Err(source) => Err(ProbeError::Qmp { qemu: name(), source }),
         }
     }
 }
 
-/// The last line that a QEMU which ended wrote, without its own name.
+/// Why a QEMU ended, from what it wrote.
 async fn last_words(child: &mut Child) -> String {
     let Some(stderr) = child.stderr.take() else { return String::new() };
     let mut bytes = Vec::new();
     let mut bounded = stderr.take(64 << 10);
     let _ = timeout(DEADLINE, bounded.read_to_end(&mut bytes)).await;
-    let text = String::from_utf8_lossy(&bytes);
-    let line = text.lines().rfind(|line| !line.trim().is_empty());
-    let line = line.unwrap_or("it ended without a word");
-    line.split_once(": ").map_or(line, |(_, reason)| reason).to_owned()
+    last_complaint(&String::from_utf8_lossy(&bytes))
 }

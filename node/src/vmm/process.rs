@@ -506,7 +506,7 @@ async fn quit_unrecorded(dir: &Path) {
     }
 }
 
-/// The last line of QEMU's log, without QEMU's own name, at most 400 characters.
+/// The last complaint in QEMU's log, without QEMU's own name, at most 400 characters.
 fn last_log_line(dir: &Path) -> String {
     let read = || -> io::Result<String> {
         let mut file = File::open(dir.join("qemu.log"))?;
@@ -516,10 +516,25 @@ fn last_log_line(dir: &Path) -> String {
         file.take(4096).read_to_end(&mut tail)?;
         Ok(String::from_utf8_lossy(&tail).into_owned())
     };
-    let tail = read().unwrap_or_default();
-    let line = tail.lines().rfind(|line| !line.trim().is_empty());
-    let line = line.unwrap_or("it wrote nothing to qemu.log");
-    let line =
-        line.split_once(": ").filter(|(name, _)| name.contains("qemu")).map_or(line, |p| p.1);
-    line.chars().filter(|c| !c.is_control()).take(400).collect()
+    match read() {
+        Ok(log) => last_complaint(&log),
+        Err(error) => format!("its log cannot be read: {error}"),
+    }
+}
+
+/// The last error in what a QEMU wrote, with the hints behind it, as one line.
+pub(super) fn last_complaint(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    let own = |line: &&str| line.split_once(": ").is_some_and(|(name, _)| name.contains("qemu"));
+    // Hints follow an error without QEMU's name before them.
+    let last = lines.iter().rposition(own).unwrap_or(lines.len().saturating_sub(1));
+    let words = match lines.get(last..) {
+        Some([first, hints @ ..]) => {
+            let first =
+                if own(first) { first.split_once(": ").map_or(*first, |p| p.1) } else { first };
+            [&[first], hints].concat().join("; ")
+        }
+        _ => "it ended without a word".into(),
+    };
+    words.chars().filter(|c| !c.is_control()).take(400).collect()
 }

@@ -305,10 +305,18 @@ async fn write_lines(
     mut queue: mpsc::Receiver<Vec<u8>>,
     shared: Arc<Shared>,
 ) {
-    while let Some(line) = queue.recv().await {
-        if socket.write_all(&line).await.is_err() {
-            break;
+    let mut closed = shared.closed.subscribe();
+    let write = async {
+        while let Some(line) = queue.recv().await {
+            if socket.write_all(&line).await.is_err() {
+                break;
+            }
         }
+    };
+    // The socket closes only when both halves are dropped: the end of the reader must end the writer too.
+    tokio::select! {
+        () = write => {}
+        _ = closed.wait_for(|closed| *closed) => {}
     }
     shared.close();
 }
