@@ -46,7 +46,7 @@ pub use stats::{Counters, NicCounters, WireCounters};
 pub use tunnel::{Injected, TunnelCounters, TunnelFrame};
 
 use guard::Guard;
-use kernel::{Fdb, Kernel, PortFlags};
+use kernel::{Fdb, Kernel, PortFlags, WAITING};
 use tap::Reader;
 use tunnel::Tunnel;
 
@@ -155,7 +155,7 @@ impl Links {
         let alias = names::alias(wire, Some(mac));
         let queue = Some(TAP_QUEUE_FRAMES);
         self.kernel.dress(index, &alias, self.config.mtu, queue, Some(bridge)).await?;
-        self.kernel.port(index, &PortFlags { groups: false, isolated: false }).await?;
+        self.kernel.port(index, &WAITING).await?;
         self.kernel.up(index).await?;
         Ok(fd)
     }
@@ -170,7 +170,8 @@ impl Links {
 
     fn create_tap(&self, name: &str, reader: Reader) -> Result<OwnedFd, LinkError> {
         tap::create(name, reader).map_err(|e| match e.raw_os_error() {
-            Some(libc::EBUSY) => LinkError::TapBusy(name.to_owned()),
+            Some(libc::EBUSY) if reader == Reader::Qemu => LinkError::TapBusy(name.to_owned()),
+            Some(libc::EBUSY) => LinkError::SecondDaemon(name.to_owned()),
             _ => LinkError::kernel(format!("open tap {name}"), e),
         })
     }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use godwit::link::{Injected, LinkError, Links, TunnelFrame, Where};
 use tokio::sync::mpsc::Receiver;
@@ -153,7 +154,7 @@ fn a_guest_cannot_reach_the_host_that_carries_it() {
         // Control: without the filter it does answer, so the silence above means something.
         lan.world.a.shell(&["nft", "delete", "table", "bridge", "godwit"]);
         ask();
-        let answer = lan.one.receive(std::time::Duration::from_secs(2)).unwrap();
+        let answer = lan.one.receive(Duration::from_secs(2)).unwrap();
         assert_eq!(answer[12..14], [8, 6]);
     });
 }
@@ -228,6 +229,100 @@ fn a_restarted_daemon_goes_on_with_what_it_finds() {
         two.silence();
         assert_eq!(world.a.devices().len(), 4);
         drop(b);
+    });
+}
+
+#[test]
+fn what_somebody_else_removed_is_healed() {
+    run(|world| async {
+        let mut lan = lan(world).await;
+        let red = wire("red");
+        let devices = lan.world.a.devices();
+        let named = |prefix: &str| devices.iter().find(|d| d.starts_with(prefix)).unwrap();
+        lan.a.set_route(&red, &mac(2), Where::Tunnel).await.unwrap();
+        lan.world.a.shell(&["ip", "link", "del", named("gwx-")]);
+        tokio::time::timeout(Duration::from_secs(5), async {
+            while lan.a.inject(&red, &[0; 60]) == Injected::Yes {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .unwrap();
+        lan.a.ensure_wire(&red).await.unwrap();
+        lan.one.send(mac(2), "through the new port");
+        let out = outgoing(&mut lan.a_out).await.unwrap();
+        assert_eq!(text(&out.frame).as_deref(), Some("through the new port"));
+
+        lan.world.a.shell(&["ip", "link", "del", named("gwb-")]);
+        lan.a.ensure_wire(&red).await.unwrap();
+        lan.a.set_route(&red, &mac(1), Where::Local).await.unwrap();
+        lan.a.set_route(&red, &mac(2), Where::Vxlan(lan.world.b.ip)).await.unwrap();
+        lan.two.send(mac(1), "on the new bridge");
+        assert_eq!(lan.one.hear().as_deref(), Some("on the new bridge"));
+        lan.one.send(mac(2), "from it");
+        assert_eq!(lan.two.hear().as_deref(), Some("from it"));
+    });
+}
+
+#[test]
+fn every_frame_for_the_tunnel_arrives_or_is_counted() {
+    run(|world| async {
+        let mut lan = lan(world).await;
+        lan.a.set_route(&wire("red"), &mac(2), Where::Tunnel).await.unwrap();
+        let sent = 12_000;
+        for n in 0..sent {
+            lan.one.send(mac(2), &n.to_string());
+        }
+        let (mut received, mut last) = (0, None);
+        while let Ok(out) = tokio::time::timeout(Duration::from_millis(300), lan.a_out.recv()).await
+        {
+            let n: u64 = text(&out.unwrap().frame).unwrap().parse().unwrap();
+            assert!(last < Some(n), "{n} after {last:?}");
+            (received, last) = (received + 1, Some(n));
+        }
+        let counts = lan.a.counters().await.unwrap().wires.remove(0);
+        assert_eq!(counts.tunnel.out_frames, received);
+        assert!(received >= 4096 && counts.tunnel_overflow > 0, "{received} {counts:?}");
+        assert_eq!(received + counts.tunnel_overflow, sent);
+    });
+}
+
+#[test]
+fn an_underlay_of_ipv6_works_the_same() {
+    run(|world| async move {
+        let red = wire("red");
+        let (ip_a, ip_b) = (world.a.ip6, world.b.ip6);
+        let (a, _a_out) = world.a.links_at(ip_a, "fd77::/64");
+        a.ensure_wire(&red).await.unwrap();
+        let one = Guest::boot(&world.a, &a, &red, mac(1)).await;
+        let (b, b_out) = world.b.links_at(ip_b, "fd77::/64");
+        b.ensure_wire(&red).await.unwrap();
+        let two = Guest::boot(&world.b, &b, &red, mac(2)).await;
+        for (links, here, there, ip) in [(&a, 1, 2, ip_b), (&b, 2, 1, ip_a)] {
+            links.set_route(&red, &mac(here), Where::Local).await.unwrap();
+            links.set_route(&red, &mac(there), Where::Vxlan(ip)).await.unwrap();
+            links.broadcast_set(&red, &[ip]).await.unwrap();
+        }
+        one.send(mac(2), "nobody is a member yet");
+        two.silence();
+        b.set_members(&[ip_a]).await.unwrap();
+        one.send(mac(2), &"x".repeat(usize::from(MTU)));
+        assert_eq!(two.hear().map(|t| t.len()), Some(usize::from(MTU)));
+        drop((b, b_out));
+        let (b, b_out) = world.b.links_at(ip_b, "fd77::/64");
+        b.ensure_wire(&red).await.unwrap();
+        let (second, _out) = world.b.links_at(ip_b, "fd77::/64");
+        assert!(matches!(second.ensure_wire(&red).await, Err(LinkError::SecondDaemon(_))));
+        assert_eq!(b.routes(&red).await, [(mac(1), Where::Vxlan(ip_a)), (mac(2), Where::Local)]);
+        b.broadcast_set(&red, &[]).await.unwrap();
+        drop((b, b_out));
+        tokio::task::yield_now().await;
+        // Another underlay address: the old device goes, the new one is made.
+        let (b, _b_out) = world.b.links(true);
+        b.ensure_wire(&red).await.unwrap();
+        let device = world.b.devices().into_iter().find(|d| d.starts_with("gwv-")).unwrap();
+        let shown = world.b.shell(&["ip", "-d", "link", "show", &device]);
+        assert!(shown.contains("local 10.77.0.2"), "{shown}");
     });
 }
 

@@ -32,6 +32,9 @@ pub enum LinkError {
     /// Somebody holds the tap.
     #[error("Tap {0} is in use: a VM with this NIC is running on this host")]
     TapBusy(String),
+    /// Somebody else carries the wires of this network namespace.
+    #[error("Tunnel port {0} is held by another process: stop the other daemon on this host first")]
+    SecondDaemon(String),
     /// The peer is not reachable by plain VXLAN.
     #[error("{0} is outside the LAN declared trusted (--trusted-lan): use the tunnel")]
     Untrusted(IpAddr),

@@ -83,6 +83,9 @@ pub(super) struct PortFlags {
     pub(super) isolated: bool,
 }
 
+/// A NIC that is attached but gets no broadcasts yet.
+pub(super) const WAITING: PortFlags = PortFlags { groups: false, isolated: false };
+
 pub(super) struct Kernel {
     handle: Handle,
     connection: AbortHandle,

@@ -8,11 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 
 use godwit_protocol::id::Name;
-use godwit_protocol::limits::TUNNEL_PORT_FRAMES;
+use godwit_protocol::limits::{TAP_QUEUE_FRAMES, TUNNEL_PORT_FRAMES};
 
 use super::error::LinkError;
 use super::guard::VXLAN_PORT;
-use super::kernel::{Device, PortFlags, owner};
+use super::kernel::{Device, Fdb, PortFlags, WAITING, owner};
 use super::tap::Reader;
 use super::tunnel::Tunnel;
 use super::{Links, State, Where, Wire, names};
@@ -35,13 +35,25 @@ impl Links {
         let bridge = self.ensure_bridge(wire).await?;
         let vxlan = self.ensure_vxlan(wire, bridge).await?;
         let tunnel = self.ensure_tunnel(wire, bridge).await?;
-        let same = |known: &Wire| known.bridge == bridge && known.vxlan == vxlan;
         match state.wires.get_mut(wire) {
-            Some(known) if same(known) => known.tunnel = tunnel,
+            Some(known) if known.bridge == bridge && known.vxlan == vxlan => {
+                if known.tunnel != tunnel {
+                    known.tunnel = tunnel;
+                    self.restore_tunnel_routes(known).await?;
+                }
+            }
             _ => {
                 let adopted = self.adopt(wire, bridge, vxlan, tunnel).await?;
                 state.wires.insert(wire.clone(), adopted);
             }
+        }
+        Ok(())
+    }
+
+    /// The routes through a tunnel port went with its device.
+    async fn restore_tunnel_routes(&self, known: &Wire) -> Result<(), LinkError> {
+        for mac in known.routes.iter().filter(|(_, r)| **r == Where::Tunnel).map(|(mac, _)| mac) {
+            self.kernel.fdb_set(known.tunnel, mac, Fdb::Bridge).await?;
         }
         Ok(())
     }
@@ -151,18 +163,17 @@ impl Links {
 
     async fn ensure_tunnel(&self, wire: &Name, bridge: u32) -> Result<u32, LinkError> {
         let name = names::tunnel(wire);
-        let open = self.open_tunnel_index(wire);
-        let there = self.kernel.device(&name).await?;
-        if let (Some(open), Some(device)) = (open, &there)
-            && open == device.index
-            && device.master == Some(bridge)
-        {
-            return Ok(open);
+        let alias = names::alias(wire, None);
+        let queue = Some(TUNNEL_PORT_FRAMES);
+        let there = self.kernel.device(&name).await?.map(|device| device.index);
+        if let Some(index) = self.open_tunnel_index(wire).filter(|open| Some(*open) == there) {
+            self.uplink(index, &alias, queue, bridge).await?;
+            return Ok(index);
         }
         self.forget_tunnel(wire);
         let fd = self.create_tap(&name, Reader::Node)?;
         let index = self.index(&name).await?;
-        self.uplink(index, &names::alias(wire, None), Some(TUNNEL_PORT_FRAMES), bridge).await?;
+        self.uplink(index, &alias, queue, bridge).await?;
         let queue = self.outgoing.clone();
         let tunnel = Tunnel::start(wire.clone(), index, fd, self.config.mtu, queue)
             .map_err(|e| LinkError::kernel("watch the tunnel port", e))?;
@@ -207,14 +218,7 @@ impl Links {
     ) -> Result<Wire, LinkError> {
         let mut adopted =
             Wire { bridge, vxlan, tunnel, routes: BTreeMap::new(), flood: BTreeSet::new() };
-        let taps: BTreeSet<u32> = self
-            .kernel
-            .devices()
-            .await?
-            .iter()
-            .filter(|d| matches!(owner(d), Some((w, Some(_))) if w == *wire))
-            .map(|d| d.index)
-            .collect();
+        let taps = self.adopt_taps(wire, bridge).await?;
         for entry in self.kernel.entries().await? {
             match entry.remote {
                 Some(ip) if Some(entry.port) == vxlan && entry.mac.0 == [0; 6] => {
@@ -233,6 +237,24 @@ impl Links {
             }
         }
         Ok(adopted)
+    }
+}
+
+impl Links {
+    /// Finds the wire's taps, and puts back on the bridge what is not there (somebody removed the bridge).
+    async fn adopt_taps(&self, wire: &Name, bridge: u32) -> Result<BTreeSet<u32>, LinkError> {
+        let mut taps = BTreeSet::new();
+        for device in self.kernel.devices().await? {
+            let Some((_, Some(_))) = owner(&device).filter(|(of, _)| of == wire) else { continue };
+            if device.master != Some(bridge) {
+                let queue = Some(TAP_QUEUE_FRAMES);
+                let (alias, mtu) = (&device.alias, self.config.mtu);
+                self.kernel.dress(device.index, alias, mtu, queue, Some(bridge)).await?;
+                self.kernel.port(device.index, &WAITING).await?;
+            }
+            taps.insert(device.index);
+        }
+        Ok(taps)
     }
 }
 

@@ -13,6 +13,7 @@ use godwit::link::{Config, Links, TunnelFrame};
 use godwit_protocol::id::{Mac, Name};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::{LinkUnspec, LinkVeth};
 use tokio::sync::mpsc::Receiver;
 
@@ -24,6 +25,8 @@ const VNET: usize = 10;
 pub struct Host {
     space: File,
     pub ip: IpAddr,
+    /// Its IPv6 address, for an underlay of that kind.
+    pub ip6: IpAddr,
 }
 
 pub struct World {
@@ -51,8 +54,7 @@ fn new_space() -> File {
 
 impl World {
     async fn new() -> Self {
-        let a = Host { space: new_space(), ip: "10.77.0.1".parse().unwrap() };
-        let b = Host { space: new_space(), ip: "10.77.0.2".parse().unwrap() };
+        let (a, b) = (Host::new(1), Host::new(2));
         a.enter();
         let (connection, handle, _) = rtnetlink::new_connection().unwrap();
         let task = tokio::spawn(connection);
@@ -67,6 +69,11 @@ impl World {
 }
 
 impl Host {
+    fn new(n: u8) -> Self {
+        let ip6 = format!("fd77::{n}").parse().unwrap();
+        Self { space: new_space(), ip: [10, 77, 0, n].into(), ip6 }
+    }
+
     pub fn enter(&self) {
         setns(&self.space, CloneFlags::CLONE_NEWNET).unwrap();
     }
@@ -78,6 +85,10 @@ impl Host {
         let found = handle.link().get().match_name(device).execute().try_next().await.unwrap();
         let index = found.unwrap().header.index;
         handle.address().add(index, self.ip, 24).execute().await.unwrap();
+        let mut add = handle.address().add(index, self.ip6, 64);
+        let now = AddressAttribute::Flags(AddressFlags::Nodad);
+        add.message_mut().attributes.push(now);
+        add.execute().await.unwrap();
         let up = |name| LinkUnspec::new_with_name(name).up().build();
         handle.link().set(up(device)).execute().await.unwrap();
         handle.link().set(up("lo")).execute().await.unwrap();
@@ -86,9 +97,13 @@ impl Host {
 
     /// The adapter of this host, which trusts the LAN or not.
     pub fn links(&self, trusted: bool) -> (Links, Receiver<TunnelFrame>) {
+        self.links_at(self.ip, if trusted { "10.77.0.0/24" } else { "192.0.2.0/24" })
+    }
+
+    pub fn links_at(&self, underlay: IpAddr, lan: &str) -> (Links, Receiver<TunnelFrame>) {
         self.enter();
-        let lan = if trusted { vec!["10.77.0.0/24".parse().unwrap()] } else { Vec::new() };
-        Links::start(Config { underlay: self.ip, trusted_lan: lan, mtu: MTU }).unwrap()
+        let trusted_lan = vec![lan.parse().unwrap()];
+        Links::start(Config { underlay, trusted_lan, mtu: MTU }).unwrap()
     }
 
     /// What a tool prints in this namespace.
