@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{BufRead, BufReader};
-use std::net::UdpSocket;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -50,6 +50,11 @@ fn wan_keeps_delay_counts_loss_and_cut() {
         let part = part.unwrap();
         assert!(part["passed"] == true, "{part:#}");
     }
+    // The checks can fail: a wrong delay, an unexpected loss.
+    let wrong = LinkParams::new(100, 84);
+    assert_eq!(check::check_delay(a, b, &wrong).unwrap()["passed"], false);
+    lab.wan().unwrap().set_loss(0.02);
+    assert_eq!(check::check_counters(&lab, a, b).unwrap()["passed"], false);
     lab.teardown().unwrap();
     assert!(leftovers("twan").unwrap().is_empty());
 }
@@ -128,6 +133,28 @@ fn three_sites_each_pair_has_its_link() {
         assert!(check::udp_rtt_ms(h1, h2, 1).is_ok());
         lab.teardown().unwrap();
     }
+}
+
+#[test]
+fn congestion_control_of_both_ends_is_chosen_by_the_lab() {
+    if no_root() {
+        return;
+    }
+    let lab = pair_lab("tcong", WanMode::Unshaped).unwrap();
+    let (a, b) = (lab.host("a").unwrap(), lab.host("b").unwrap());
+    let name = |stream: &TcpStream| {
+        let name = socket2::SockRef::from(stream).tcp_congestion().unwrap();
+        String::from_utf8(name).unwrap().trim_end_matches('\0').to_owned()
+    };
+    for wanted in ["cubic", "reno", "cubic"] {
+        lab.set_congestion_control(wanted).unwrap();
+        let listener = b.ns.run(|| TcpListener::bind((b.addr, 0))).unwrap().unwrap();
+        let near =
+            a.ns.run(|| TcpStream::connect(listener.local_addr().unwrap())).unwrap().unwrap();
+        let (far, _) = listener.accept().unwrap();
+        assert_eq!((name(&near), name(&far)), (wanted.to_owned(), wanted.to_owned()));
+    }
+    assert!(lab.set_congestion_control("nosuch").is_err());
 }
 
 /// A process that builds a lab and holds it, as a scenario would.

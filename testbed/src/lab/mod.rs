@@ -193,6 +193,18 @@ impl Lab {
         Ok(format!("{a}.{b}.{c}.0/24"))
     }
 
+    /// From now on TCP connections between sites begin with this congestion control, at both ends, unless the program
+    /// chooses for itself. (A route attribute: a namespace's sysctl takes only what the machine allows to everyone.)
+    pub fn set_congestion_control(&self, name: &str) -> Result<()> {
+        for host in &self.hosts {
+            let route = default_route(host.addr);
+            host.ns
+                .batch(&[format!("route replace {route} congctl {name}")])
+                .with_context(|| format!("no congestion control {name}: modprobe tcp_{name}"))?;
+        }
+        Ok(())
+    }
+
     /// A further namespace of this lab, `gw-<labid>-<name>`, removed with it.
     pub fn extra_ns(&self, name: &str) -> Result<NetNs> {
         NetNs::create(&format!("gw-{}-{name}", self.labid))
@@ -255,7 +267,7 @@ impl Lab {
             host.ns.batch(&[
                 format!("addr add {}/24 dev eth0", host.addr),
                 "link set eth0 up".to_owned(),
-                format!("route add default via 10.77.{net}.1"),
+                format!("route add {}", default_route(host.addr)),
             ])?;
         }
         Ok(())
@@ -296,6 +308,12 @@ impl Lab {
         }
         Ok(Wan::new(links))
     }
+}
+
+/// By the site's router, which has the first address of the LAN.
+fn default_route(addr: Ipv4Addr) -> String {
+    let [a, b, c, _] = addr.octets();
+    format!("default via {a}.{b}.{c}.1")
 }
 
 impl Drop for Lab {

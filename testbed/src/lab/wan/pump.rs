@@ -25,9 +25,12 @@ const HELD_BYTES_MAX: usize = 256 << 20;
 const SLEEP_NS_MAX: u64 = 100_000_000;
 /// With this many packets in flight a direction counts as busy.
 const BUSY_PACKETS: usize = 16;
-/// A busy direction wakes up this often and serves all that came and all that is due; a packet is late by at most this
-/// much on each side, its place in the rate is exact. An idle one serves every packet at its time.
-const BUSY_NAP_NS: u64 = 400_000;
+/// A busy direction naps for this part of its delay, within [`BUSY_NAP_NS`], and then serves all that came and all that
+/// is due: a packet is late by at most that much on each side, its place in the rate is exact. An idle direction
+/// serves every packet at its time.
+const BUSY_NAP_PART: u64 = 40;
+/// Shortest and longest nap of a busy direction.
+const BUSY_NAP_NS: (u64, u64) = (100_000, 1_000_000);
 
 /// What passed one direction since it was made. Bytes are bytes of IP packets (no link-layer header).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,11 +196,12 @@ impl Direction {
             };
             let due = state.held.front().map(|held| held.due);
             let busy = state.held.len() >= BUSY_PACKETS;
+            let part = state.shaper.params().delay_us * 1000 / BUSY_NAP_PART;
             drop(state);
             self.counters.cpu_us.store(thread_cpu_us(), Ordering::Relaxed);
             match due {
                 _ if more => {}
-                Some(_) if busy => nap(&mut [], BUSY_NAP_NS),
+                Some(_) if busy => nap(&mut [], part.clamp(BUSY_NAP_NS.0, BUSY_NAP_NS.1)),
                 Some(due) => self.until_packet_or(due.saturating_sub(self.now())),
                 None => self.until_packet_or(SLEEP_NS_MAX),
             }
