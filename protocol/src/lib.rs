@@ -12,5 +12,6 @@ pub mod epoch;
 pub mod id;
 pub mod limits;
 pub mod membership;
+pub mod route;
 pub mod time;
 pub mod wire;

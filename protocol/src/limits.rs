@@ -32,6 +32,10 @@ pub const DEVICE_STATE_BYTES: usize = 256 << 20;
 pub const CLUSTERS: usize = 16_384;
 /// Most routes of the table, tombstones included.
 pub const ROUTES: usize = 65_536;
+/// Most (VM, epoch) pairs in one routing message: 25 bytes each at most.
+pub const ROUTES_PER_HAVE: usize = 16_384;
+/// Most whole entries in one routing message: 750 bytes each at most.
+pub const ROUTES_PER_PUSH: usize = 1024;
 /// Frames from guests to other hosts that wait for the driver.
 pub const TUNNEL_QUEUE_FRAMES: usize = 1024;
 /// Frames that wait in the kernel at a wire's tunnel port.

@@ -1,8 +1,8 @@
 //! Named cases, and seeds with loss, delay, doubling, reordering and crashes.
-//!
-//! Owns a network in virtual time. A crash loses everything that was not performed yet: the state
-//! that was not persisted, and every message after it.
 
+mod net;
+
+use net::{Faults, Net};
 use proptest::prelude::*;
 
 use super::*;
@@ -33,179 +33,6 @@ fn record(epoch: u64, voters: &[u8], at: u8, copy: u8, cause: Cause) -> Record {
 fn stay(base: &Record) -> Record {
     let cause = Cause::Stay("gave up".into());
     Record { epoch: base.epoch.next(), cause, ..base.clone() }
-}
-
-#[derive(Clone, Copy, Default)]
-struct Faults {
-    loss: f64,
-    double: f64,
-    crash: f64,
-    delay_ms: u64,
-}
-
-enum Event {
-    Deliver(u8, u8, Message),
-    Restart(u8),
-}
-
-struct Net {
-    now: Time,
-    nodes: Vec<Option<Epochs>>,
-    stores: Vec<(Voter, BTreeMap<VmId, Hard>)>,
-    queue: BTreeMap<(Time, u64), Event>,
-    number: u64,
-    rng: StdRng,
-    faults: Faults,
-    /// Messages that match are kept here in place of the queue.
-    hold: fn(&Message) -> bool,
-    held: Vec<(u8, u8, Message)>,
-    decided: BTreeMap<Epoch, Record>,
-    /// Per node: everything but `Send` and `Persist`.
-    log: Vec<Vec<Output>>,
-}
-
-impl Net {
-    fn new(nodes: u8, seed: u64, faults: Faults) -> Self {
-        Self {
-            now: Time(0),
-            nodes: (0..nodes).map(|i| Some(Epochs::new(voter(i), seed, BTreeMap::new()))).collect(),
-            stores: (0..nodes).map(|i| (voter(i), BTreeMap::new())).collect(),
-            queue: BTreeMap::new(),
-            number: 0,
-            rng: StdRng::seed_from_u64(seed),
-            faults,
-            hold: |_| false,
-            held: Vec::new(),
-            decided: BTreeMap::new(),
-            log: vec![Vec::new(); usize::from(nodes)],
-        }
-    }
-
-    fn quiet(nodes: u8) -> Self {
-        Self::new(nodes, 1, Faults { delay_ms: 40, ..Faults::default() })
-    }
-
-    fn chance(&mut self, p: f64) -> bool {
-        use rand::RngExt;
-        p > 0.0 && self.rng.random_bool(p)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        use rand::RngExt;
-        self.rng.random_range(0..n)
-    }
-
-    fn at(&mut self, ms: u64, event: Event) {
-        self.number += 1;
-        self.queue.insert((self.now.plus_ms(ms), self.number), event);
-    }
-
-    fn crash(&mut self, i: u8, for_ms: u64) {
-        self.nodes[usize::from(i)] = None;
-        self.at(for_ms, Event::Restart(i));
-    }
-
-    fn act<T>(&mut self, i: u8, f: impl FnOnce(&mut Epochs, Time) -> T) -> Option<T> {
-        let now = self.now;
-        let result = self.nodes[usize::from(i)].as_mut().map(|e| f(e, now));
-        self.settle(i);
-        result
-    }
-
-    fn settle(&mut self, i: u8) {
-        let n = usize::from(i);
-        while let Some(output) = self.nodes[n].as_mut().and_then(Epochs::poll_output) {
-            if self.chance(self.faults.crash) {
-                let ms = 1 + self.below(2000);
-                return self.crash(i, ms);
-            }
-            match output {
-                Output::Persist { cluster, hard } => {
-                    self.stores[n].1.insert(cluster, hard);
-                }
-                Output::Send { to, message } => self.send(i, to.0[0], message),
-                Output::Decided(record) => {
-                    let known = self.decided.entry(record.epoch).or_insert_with(|| record.clone());
-                    assert_eq!(*known, record, "two records for one epoch");
-                    let last = self.log[n].iter().rev().find_map(decided_epoch);
-                    assert!(last.is_none_or(|l| l < record.epoch), "an epoch came back");
-                    assert_eq!(self.stores[n].1[&VM].decided().epoch, record.epoch, "not durable");
-                    self.log[n].push(Output::Decided(record));
-                }
-                other => self.log[n].push(other),
-            }
-        }
-    }
-
-    fn send(&mut self, from: u8, to: u8, message: Message) {
-        if (self.hold)(&message) {
-            return self.held.push((from, to, message));
-        }
-        let copies = if self.chance(self.faults.double) { 2 } else { 1 };
-        for _ in 0..copies {
-            if !self.chance(self.faults.loss) {
-                let ms = 1 + self.below(self.faults.delay_ms);
-                self.at(ms, Event::Deliver(from, to, message.clone()));
-            }
-        }
-    }
-
-    /// Runs until nothing is left to do, or for `ms`.
-    fn run(&mut self, ms: u64) {
-        let end = self.now.plus_ms(ms);
-        loop {
-            let timer = self.nodes.iter().flatten().filter_map(Epochs::poll_timeout).min();
-            let event = self.queue.keys().next().copied();
-            let next = timer.into_iter().chain(event.map(|e| e.0)).min();
-            let Some(next) = next.filter(|t| *t <= end) else { break };
-            self.now = self.now.max(next);
-            if let Some(key) = event.filter(|e| e.0 <= self.now) {
-                match self.queue.remove(&key) {
-                    Some(Event::Deliver(from, to, m)) => {
-                        self.act(to, |e, now| e.handle(now, host(from), m));
-                    }
-                    Some(Event::Restart(i)) => self.restart(i),
-                    None => {}
-                }
-            } else {
-                for i in 0..self.nodes.len() as u8 {
-                    self.act(i, Epochs::handle_timeout);
-                }
-            }
-        }
-        self.now = self.now.max(end);
-    }
-
-    fn restart(&mut self, i: u8) {
-        let (me, hard) = self.stores[usize::from(i)].clone();
-        let seed = self.now.0;
-        self.nodes[usize::from(i)].get_or_insert_with(|| Epochs::new(me, seed, hard));
-    }
-
-    fn release(&mut self) {
-        self.hold = |_| false;
-        for (from, to, message) in core::mem::take(&mut self.held) {
-            self.act(to, |e, now| e.handle(now, host(from), message));
-        }
-    }
-
-    fn newest(&self, i: u8) -> Option<&Record> {
-        self.nodes[usize::from(i)].as_ref().and_then(|e| e.newest(VM))
-    }
-
-    fn create(&mut self, voters: &[u8]) -> Record {
-        let first = record(1, voters, 0, 0, Cause::Create);
-        self.act(0, |e, now| e.create(now, first.clone())).unwrap().unwrap();
-        self.run(500);
-        first
-    }
-}
-
-fn decided_epoch(output: &Output) -> Option<Epoch> {
-    match output {
-        Output::Decided(record) => Some(record.epoch),
-        _ => None,
-    }
 }
 
 fn is_accept(message: &Message) -> bool {
@@ -325,6 +152,26 @@ fn a_clean_read_of_the_old_epoch_is_no_ground_to_resume() {
     }
     let adopted = |o: &Output| matches!(o, Output::BallotReady { adopted: true, .. });
     assert!(net.log[0].iter().any(adopted), "and the source was told so");
+}
+
+#[test]
+fn of_several_accepted_records_the_highest_ballot_is_adopted() {
+    let mut net = Net::quiet(4);
+    let base = net.create(&[0, 1, 2]);
+    // What two lost proposers left behind: the later one had a majority, so it is decided.
+    let (lost, won) = (record(2, &[0], 0, 4, Cause::Move), record(2, &[1], 1, 5, Cause::Move));
+    for (i, round, value) in [(0, 1, &lost), (1, 2, &won), (2, 2, &won)] {
+        let mut hard = Hard::new(base.clone());
+        let ballot = Ballot { round, by: voter(3) };
+        assert!(matches!(hard.accept(voter(i), ballot, value.clone()), Vote::Changed(_)));
+        net.stores[usize::from(i)].1.insert(VM, hard);
+        net.crash(i, 1);
+    }
+    net.crash(2, 60_000);
+    net.run(10);
+    net.act(0, |e, now| e.resolve(now, stay(&base))).unwrap().unwrap();
+    net.run(2000);
+    assert_eq!(net.newest(0), Some(&won));
 }
 
 #[test]

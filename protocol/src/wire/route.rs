@@ -39,8 +39,16 @@ pub enum Message {
     Push(Vec<Route>),
     /// Hash over the sender's whole table; answered with [`Message::Have`] if it differs.
     Digest([u8; 16]),
-    /// What the sender holds: (VM, epoch). Answered with what is newer, and a `Want`.
-    Have(Vec<(VmId, Epoch)>),
+    /// Everything that the sender holds from `first` to `last`. Answered with what is newer, and a
+    /// `Want`. Several of them, without a gap, cover a whole table.
+    Have {
+        /// First id of the range.
+        first: VmId,
+        /// Last id of the range, itself included.
+        last: VmId,
+        /// (VM, epoch), at most [`crate::limits::ROUTES_PER_HAVE`].
+        held: Vec<(VmId, Epoch)>,
+    },
     /// VMs whose entry the sender lacks or holds at an older epoch.
     Want(Vec<VmId>),
 }
