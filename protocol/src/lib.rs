@@ -9,6 +9,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod epoch;
+pub mod chunk;
 pub mod id;
 pub mod limits;
 pub mod membership;

@@ -2,6 +2,7 @@
 //!
 //! Owns the forms of messages and their bounds. Decides nothing.
 
+pub mod bulk;
 pub mod codec;
 pub mod control;
 pub mod epoch;
