@@ -42,3 +42,16 @@ pub const TUNNEL_QUEUE_FRAMES: usize = 1024;
 pub const TUNNEL_PORT_FRAMES: u32 = 4096;
 /// Frames that wait in the kernel for a guest: what arrives while it stands still.
 pub const TAP_QUEUE_FRAMES: u32 = 20_000;
+/// Guest pages that a source node keeps until the destination has placed them, bytes: when it is
+/// full, QEMU's socket is not read.
+pub const RELAY_STORE_BYTES: usize = 40 << 20;
+/// Pages with content in one batch.
+pub const BATCH_PAGES: usize = 256;
+/// Pages of zeros in one batch.
+pub const BATCH_ZEROS: usize = 1 << 17;
+/// Guest pages in one compressed message, bytes.
+pub const LITERAL_BYTES: usize = 4 << 20;
+/// Bytes of received messages that wait at a destination node to be placed.
+pub const PLACING_BYTES: usize = 16 << 20;
+/// Contents that a destination remembers by id.
+pub const KNOWN_CHUNKS: usize = 1 << 20;

@@ -45,13 +45,7 @@ pub(super) struct Ram {
 
 impl Ram {
     pub(super) fn new(main: &str, main_bytes: u64) -> Self {
-        Self {
-            main: main.to_owned(),
-            main_bytes,
-            blocks: Vec::new(),
-            main_at: None,
-            current: None,
-        }
+        Self { main: main.to_owned(), main_bytes, blocks: Vec::new(), main_at: None, current: None }
     }
 
     /// The sum of all blocks, if the word begins a block list.

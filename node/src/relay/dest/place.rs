@@ -1,0 +1,352 @@
+//! Placing: contents into the guest's memory, and the digest of what is really there.
+//!
+//! Owns the order claim -> write -> read back -> hash, under the lock of the page's region. Never
+//! writes for a batch that a younger one has overtaken. Invariant: the table's entry of a page is
+//! the hash of what was read back after the last write.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use godwit_protocol::chunk::pages::Runs;
+use godwit_protocol::chunk::{ChunkKey, Page, ZERO_PAGE};
+use godwit_protocol::id::ChunkId;
+use godwit_protocol::limits::{
+    BATCH_PAGES, BATCH_ZEROS, BULK_MESSAGE_BYTES, CHUNK_BYTES, REGION_BYTES,
+};
+use godwit_protocol::wire::bulk::{Coding, Head};
+
+use super::state::{Known, State};
+use crate::relay::RelayError;
+use crate::relay::corpus::Corpus;
+use crate::relay::frames::Frame;
+use crate::relay::pack::Unpacker;
+use crate::relay::pool::lock;
+use crate::relay::sink::PageSink;
+use crate::relay::table::{Table, parts};
+
+/// What the threads share.
+pub(super) struct Placer {
+    pub(super) sink: Arc<dyn PageSink>,
+    pub(super) corpus: Arc<dyn Corpus>,
+    pub(super) key: ChunkKey,
+    zero: ChunkId,
+    pub(super) table: Table,
+    pub(super) state: Mutex<State>,
+    pub(super) placed: AtomicU64,
+    pub(super) known: AtomicU64,
+    pub(super) stale_copies: AtomicU64,
+    pub(super) altered: AtomicU64,
+}
+
+/// One thread's buffers.
+pub(super) struct Worker {
+    placer: Arc<Placer>,
+    unpacker: Unpacker,
+    back: Vec<u8>,
+}
+
+impl Placer {
+    pub(super) fn new(
+        sink: Arc<dyn PageSink>,
+        corpus: Arc<dyn Corpus>,
+        key: ChunkKey,
+        pages: u32,
+    ) -> Self {
+        let zero = key.zero_id();
+        Self {
+            sink,
+            corpus,
+            zero,
+            table: Table::new(pages, zero),
+            key,
+            state: Mutex::default(),
+            placed: AtomicU64::new(0),
+            known: AtomicU64::new(0),
+            stale_copies: AtomicU64::new(0),
+            altered: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Worker {
+    pub(super) fn new(placer: Arc<Placer>) -> Result<Self, RelayError> {
+        Ok(Self { placer, unpacker: Unpacker::new()?, back: vec![0; REGION_BYTES] })
+    }
+
+    /// Does what a message asks; answers what to say.
+    pub(super) fn run(&mut self, frame: Frame) -> Result<Vec<Frame>, RelayError> {
+        match frame.head {
+            Head::Offer { seq, pages, zeros } => {
+                let (pages, zeros) = self.lists(&pages, &zeros)?;
+                self.offer(seq, &pages, &zeros, &frame.payload)
+            }
+            Head::Push { seq, pages, zeros, coding } => {
+                let (pages, zeros) = self.lists(&pages, &zeros)?;
+                self.push(seq, &pages, &zeros, coding, frame.payload)
+            }
+            Head::Literals { segments, coding } => self.literals(&segments, coding, frame.payload),
+            other => Err(RelayError::Protocol(format!("unexpected {other:?}"))),
+        }
+    }
+
+    fn lists(&self, pages: &[u8], zeros: &[u8]) -> Result<(Runs, Runs), RelayError> {
+        let limit = self.placer.table.pages();
+        let pages = Runs::decode(pages, limit, BATCH_PAGES as u32)?;
+        Ok((pages, Runs::decode(zeros, limit, BATCH_ZEROS as u32)?))
+    }
+
+    fn claim(&self, seq: u32, list: &Runs) {
+        for &(first, count) in list.runs() {
+            for (region, slot, _, count) in parts(first, count) {
+                let mut locked = self.placer.table.lock(region);
+                let entries = locked.region();
+                (slot..slot + count as usize).for_each(|slot| {
+                    entries.claim(slot, seq);
+                });
+            }
+        }
+    }
+
+    fn zeros(&self, seq: u32, list: &Runs) -> Result<(), RelayError> {
+        let placer = &self.placer;
+        for &(first, count) in list.runs() {
+            for (region, slot, first, count) in parts(first, count) {
+                let mut locked = placer.table.lock(region);
+                let entries = locked.region();
+                for i in 0..count {
+                    let slot = slot + i as usize;
+                    if entries.batch(slot) == seq && entries.sum(slot) != placer.zero {
+                        placer.sink.zero(first + i).map_err(RelayError::Memory)?;
+                        entries.set(slot, placer.zero);
+                    }
+                }
+            }
+        }
+        placer.placed.fetch_add(list.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Writes consecutive pages for a batch, reads them back and enters their hashes; calls
+    /// `each` with the place in `content`, the page and the hash of what is there now.
+    fn put(
+        &mut self,
+        seq: u32,
+        first: u32,
+        content: &[u8],
+        mut each: impl FnMut(usize, u32, ChunkId),
+    ) -> Result<(), RelayError> {
+        let placer = Arc::clone(&self.placer);
+        let count = (content.len() / CHUNK_BYTES) as u32;
+        for (region, slot, page, count) in parts(first, count) {
+            let start = (page - first) as usize;
+            let part = &content[start * CHUNK_BYTES..(start + count as usize) * CHUNK_BYTES];
+            let mut locked = placer.table.lock(region);
+            let entries = locked.region();
+            let mut at = 0;
+            while at < count as usize {
+                let mine = |i: usize| i < count as usize && entries.batch(slot + i) == seq;
+                let run = (at..).take_while(|&i| mine(i)).count();
+                if run > 0 {
+                    let bytes = at * CHUNK_BYTES..(at + run) * CHUNK_BYTES;
+                    let back = &mut self.back[..run * CHUNK_BYTES];
+                    let from = page + at as u32;
+                    placer.sink.write(from, &part[bytes]).map_err(RelayError::Memory)?;
+                    placer.sink.read(from, back).map_err(RelayError::Memory)?;
+                    for (i, there) in back.chunks_exact(CHUNK_BYTES).enumerate() {
+                        let sum = placer.key.id(there);
+                        entries.set(slot + at + i, sum);
+                        each(start + at + i, from + i as u32, sum);
+                    }
+                }
+                at += run.max(1);
+            }
+        }
+        placer.placed.fetch_add(u64::from(count), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn offer(
+        &mut self,
+        seq: u32,
+        pages: &Runs,
+        zeros: &Runs,
+        ids: &[u8],
+    ) -> Result<Vec<Frame>, RelayError> {
+        if ids.len() != pages.len() * 16 {
+            return Err(RelayError::Protocol("an offer with too few or many ids".to_owned()));
+        }
+        match lock(&self.placer.state).known(seq) {
+            Known::Placed => return Ok(vec![Head::Placed { seq }.into()]),
+            Known::Waiting(bits) => return Ok(vec![want(seq, bits)]),
+            Known::New => {}
+        }
+        self.claim(seq, pages);
+        self.claim(seq, zeros);
+        self.zeros(seq, zeros)?;
+        let ids: Vec<ChunkId> = ids.as_chunks::<16>().0.iter().map(|id| ChunkId(*id)).collect();
+        let lacking = self.copies(seq, pages, &ids)?;
+        let bits = lock(&self.placer.state).lack(seq, ids.len(), &lacking);
+        Ok(vec![bits.map_or(Head::Placed { seq }.into(), |bits| want(seq, bits))])
+    }
+
+    /// Places what this host has; answers what it lacks.
+    fn copies(
+        &mut self,
+        seq: u32,
+        pages: &Runs,
+        ids: &[ChunkId],
+    ) -> Result<Vec<(usize, u32, ChunkId)>, RelayError> {
+        let placer = Arc::clone(&self.placer);
+        let has = placer.corpus.has(ids);
+        let own: Vec<Option<u32>> = {
+            let state = lock(&placer.state);
+            ids.iter().map(|id| state.page_of(id)).collect()
+        };
+        let (mut lacking, mut learnt) = (Vec::new(), Vec::new());
+        let mut buffer: Page = ZERO_PAGE;
+        for (at, (page, id)) in pages.iter().zip(ids).enumerate() {
+            let own = own[at].filter(|&own| placer.sink.read(own, &mut buffer).is_ok());
+            let mut found = own.is_some() && placer.key.id(&buffer) == *id;
+            if !found && has.get(at) == Some(&true) {
+                found = placer.corpus.read(id, &mut buffer) && placer.key.id(&buffer) == *id;
+                let stale = u64::from(!found);
+                placer.stale_copies.fetch_add(stale, Ordering::Relaxed);
+            }
+            if !found {
+                lacking.push((at, page, *id));
+                continue;
+            }
+            placer.known.fetch_add(1, Ordering::Relaxed);
+            let copy = buffer;
+            self.put(seq, page, &copy, |_, page, sum| {
+                self_check(&placer, page, sum, id, &mut learnt)
+            })?;
+        }
+        lock(&placer.state).learn(&learnt);
+        Ok(lacking)
+    }
+
+    fn push(
+        &mut self,
+        seq: u32,
+        pages: &Runs,
+        zeros: &Runs,
+        coding: Coding,
+        payload: Bytes,
+    ) -> Result<Vec<Frame>, RelayError> {
+        let content = self.unpacker.unpack(coding, payload, BULK_MESSAGE_BYTES)?;
+        if content.len() != pages.len() * CHUNK_BYTES {
+            return Err(RelayError::Protocol("a push of another length than said".to_owned()));
+        }
+        if matches!(lock(&self.placer.state).known(seq), Known::Placed) {
+            return Ok(vec![Head::Placed { seq }.into()]);
+        }
+        self.claim(seq, pages);
+        self.claim(seq, zeros);
+        self.zeros(seq, zeros)?;
+        let (mut learnt, mut at) = (Vec::with_capacity(pages.len()), 0);
+        for &(first, count) in pages.runs() {
+            let bytes = at..at + count as usize * CHUNK_BYTES;
+            at = bytes.end;
+            self.put(seq, first, &content[bytes], |_, page, sum| learnt.push((page, sum)))?;
+        }
+        let mut state = lock(&self.placer.state);
+        state.learn(&learnt);
+        state.finish(seq);
+        Ok(vec![Head::Placed { seq }.into()])
+    }
+
+    fn literals(
+        &mut self,
+        segments: &[(u32, u32)],
+        coding: Coding,
+        payload: Bytes,
+    ) -> Result<Vec<Frame>, RelayError> {
+        let content = self.unpacker.unpack(coding, payload, BULK_MESSAGE_BYTES)?;
+        let said: u64 = segments.iter().map(|&(_, count)| u64::from(count)).sum();
+        if said * CHUNK_BYTES as u64 != content.len() as u64 {
+            return Err(RelayError::Protocol("literals of another length than said".to_owned()));
+        }
+        let (mut rest, mut answers) = (&content[..], Vec::new());
+        for &(seq, count) in segments {
+            let (mine, later) = rest.split_at(count as usize * CHUNK_BYTES);
+            rest = later;
+            self.segment(seq, mine, &mut answers)?;
+        }
+        Ok(answers)
+    }
+
+    fn segment(
+        &mut self,
+        seq: u32,
+        content: &[u8],
+        answers: &mut Vec<Frame>,
+    ) -> Result<(), RelayError> {
+        let placer = Arc::clone(&self.placer);
+        let wanted = {
+            let mut state = lock(&placer.state);
+            if let Some(expected) = state.expected(seq)
+                && expected != content.len() / CHUNK_BYTES
+            {
+                return Err(RelayError::Protocol("literals that were not wanted".to_owned()));
+            }
+            let Some(wanted) = state.take(seq) else { return Ok(()) };
+            wanted
+        };
+        let mut learnt = Vec::with_capacity(wanted.len());
+        let mut at = 0;
+        while at < wanted.len() {
+            let first = wanted[at].0;
+            let run = wanted[at..].iter().zip(first..).take_while(|(w, page)| w.0 == *page).count();
+            let bytes = &content[at * CHUNK_BYTES..(at + run) * CHUNK_BYTES];
+            self.put(seq, first, bytes, |i, page, sum| {
+                self_check(&placer, page, sum, &wanted[at + i].1, &mut learnt);
+            })?;
+            at += run;
+        }
+        let mut settled = vec![(seq, wanted.len())];
+        for ((_, id), page) in wanted.iter().zip(content.chunks_exact(CHUNK_BYTES)) {
+            // Known before nobody waits for it any more: whoever comes between finds it.
+            let waiters = {
+                let mut state = lock(&placer.state);
+                state.learn(&learnt);
+                learnt.clear();
+                state.waiters(id)
+            };
+            for (seq, at) in waiters {
+                self.put(seq, at, page, |_, page, sum| {
+                    self_check(&placer, page, sum, id, &mut Vec::new());
+                })?;
+                settled.push((seq, 1));
+            }
+        }
+        let mut state = lock(&placer.state);
+        for (seq, count) in settled {
+            if state.settle(seq, count) {
+                answers.push(Head::Placed { seq }.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Notes a content that reads back as announced, or counts one that does not.
+fn self_check(
+    placer: &Placer,
+    page: u32,
+    sum: ChunkId,
+    id: &ChunkId,
+    learnt: &mut Vec<(u32, ChunkId)>,
+) {
+    if sum == *id {
+        learnt.push((page, sum));
+    } else {
+        placer.altered.fetch_add(1, Ordering::Relaxed);
+        tracing::error!(page, "a page reads back otherwise than announced");
+    }
+}
+
+fn want(seq: u32, bits: Vec<u8>) -> Frame {
+    Frame { head: Head::Want { seq }, payload: bits.into() }
+}

@@ -1,0 +1,181 @@
+//! Compression of payloads and the choice of level.
+//!
+//! Owns zstd contexts and the estimate of what each level costs and saves on this very migration.
+//! Never trusts a length that came from the network: the caller names the most that it expects.
+
+use std::time::Duration;
+
+use godwit_protocol::wire::bulk::Coding;
+
+use super::RelayError;
+
+/// Levels to choose from; 0 is raw.
+const LEVELS: [Estimate; 4] = [
+    Estimate { level: 0, seconds: 0.0, ratio: 1.0 },
+    Estimate { level: 1, seconds: 1.0 / 450e6, ratio: 0.32 },
+    Estimate { level: 3, seconds: 1.0 / 250e6, ratio: 0.30 },
+    Estimate { level: 9, seconds: 1.0 / 80e6, ratio: 0.25 },
+];
+/// The link's rate before it was measured, bytes per second.
+const LINK_GUESS: f64 = 40e6;
+/// How much a new measurement weighs.
+const WEIGHT: f64 = 0.3;
+
+/// What a level costs and leaves, per byte of content.
+#[derive(Debug, Clone, Copy)]
+struct Estimate {
+    level: i32,
+    seconds: f64,
+    ratio: f64,
+}
+
+/// Picks the level that makes the slower of processor and link fastest.
+#[derive(Debug)]
+pub(super) struct Levels {
+    levels: [Estimate; 4],
+    link: f64,
+}
+
+impl Levels {
+    pub(super) fn new() -> Self {
+        Self { levels: LEVELS, link: LINK_GUESS }
+    }
+
+    /// Notes what compressing `from` bytes to `to` took.
+    pub(super) fn packed(&mut self, level: i32, from: usize, to: usize, took: Duration) {
+        let Some(entry) = self.levels.iter_mut().find(|e| e.level == level && level > 0) else {
+            return;
+        };
+        let from = from.max(1) as f64;
+        entry.seconds += WEIGHT * (took.as_secs_f64() / from - entry.seconds);
+        entry.ratio += WEIGHT * (to as f64 / from - entry.ratio);
+    }
+
+    /// Notes that `bytes` left in `over`, during `busy` of which the link did not take more.
+    /// `work` says whether compressed messages were being waited for.
+    pub(super) fn sent(&mut self, bytes: u64, over: Duration, busy: Duration, work: bool) {
+        if bytes < 64 << 10 || over.is_zero() {
+            return;
+        }
+        if busy > over.mul_f64(0.6) {
+            let measured = bytes as f64 / busy.as_secs_f64();
+            self.link += WEIGHT * 2.0 * (measured - self.link);
+        } else if work && busy < over.mul_f64(0.3) {
+            // The link waits for the processor: it can do more than was seen.
+            self.link = (self.link * 1.3).max(bytes as f64 / over.as_secs_f64()).min(1e11);
+        }
+    }
+
+    /// The link's rate, bytes per second.
+    pub(super) fn link(&self) -> f64 {
+        self.link
+    }
+
+    /// The level to use now; 0: raw.
+    pub(super) fn choose(&self) -> i32 {
+        let time = |e: &Estimate| e.seconds.max(e.ratio / self.link);
+        let mut best = &self.levels[0];
+        for entry in &self.levels[1..] {
+            if time(entry) < time(best) {
+                best = entry;
+            }
+        }
+        best.level
+    }
+}
+
+/// Compresses on one thread.
+pub(super) struct Packer {
+    context: zstd::bulk::Compressor<'static>,
+    level: i32,
+}
+
+impl Packer {
+    pub(super) fn new() -> Result<Self, RelayError> {
+        Ok(Self { context: zstd::bulk::Compressor::new(1)?, level: 1 })
+    }
+
+    /// Packs `content` at `level`; raw if that saves less than a sixteenth.
+    pub(super) fn pack(
+        &mut self,
+        content: Vec<u8>,
+        level: i32,
+    ) -> Result<(Coding, Vec<u8>), RelayError> {
+        if level == 0 || content.is_empty() {
+            return Ok((Coding::Raw, content));
+        }
+        if self.level != level {
+            self.context.set_compression_level(level)?;
+            self.level = level;
+        }
+        let packed = self.context.compress(&content)?;
+        if packed.len() > content.len() - content.len() / 16 {
+            return Ok((Coding::Raw, content));
+        }
+        Ok((Coding::Zstd(content.len() as u32), packed))
+    }
+}
+
+/// Decompresses on one thread.
+pub(super) struct Unpacker(zstd::bulk::Decompressor<'static>);
+
+impl Unpacker {
+    pub(super) fn new() -> Result<Self, RelayError> {
+        Ok(Self(zstd::bulk::Decompressor::new()?))
+    }
+
+    /// The content of `payload`, which must not be longer than `most` bytes.
+    pub(super) fn unpack(
+        &mut self,
+        coding: Coding,
+        payload: bytes::Bytes,
+        most: usize,
+    ) -> Result<bytes::Bytes, RelayError> {
+        let Coding::Zstd(len) = coding else { return Ok(payload) };
+        let len = len as usize;
+        if len > most {
+            return Err(RelayError::Protocol(format!("{len} bytes where {most} are the most")));
+        }
+        let content = self.0.decompress(&payload, len).map_err(|e| {
+            RelayError::Protocol(format!("a payload that does not decompress: {e}"))
+        })?;
+        if content.len() != len {
+            return Err(RelayError::Protocol("a payload of another length than said".to_owned()));
+        }
+        Ok(content.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_level_follows_the_link() {
+        let mut levels = Levels::new();
+        assert_eq!(levels.choose(), 3);
+        let second = Duration::from_secs(1);
+        (0..20).for_each(|_| levels.sent(12_500_000, second, second, true));
+        assert_eq!(levels.choose(), 9);
+        (0..40).for_each(|_| levels.sent(2_000_000_000, second, second, true));
+        assert_eq!(levels.choose(), 0);
+        // A link that waits for the processor gets less compression.
+        let mut levels = Levels::new();
+        (0..40).for_each(|_| levels.sent(12_500_000, second, Duration::ZERO, true));
+        assert_eq!(levels.choose(), 0);
+    }
+
+    #[test]
+    fn packing_reads_back_and_is_bounded() {
+        let (mut packer, mut unpacker) = (Packer::new().unwrap(), Unpacker::new().unwrap());
+        let text: Vec<u8> = (0..50_000_u32).map(|i| (i / 100) as u8).collect();
+        let (coding, packed) = packer.pack(text.clone(), 3).unwrap();
+        assert!(packed.len() < text.len() / 2);
+        assert_eq!(unpacker.unpack(coding, packed.clone().into(), 50_000).unwrap(), text);
+        assert!(unpacker.unpack(coding, packed.clone().into(), 49_999).is_err());
+        assert!(unpacker.unpack(Coding::Zstd(49_999), packed.clone().into(), 50_000).is_err());
+        assert!(
+            unpacker.unpack(Coding::Zstd(50_000), packed[5..].to_vec().into(), 50_000).is_err()
+        );
+    }
+}

@@ -1,0 +1,207 @@
+//! The source end: from the source's QEMU to the network.
+//!
+//! Owns the session's start and its handle. Never stops the guest: the driver does, and says so by
+//! [`SourceHandle::begin_cutover`] and [`SourceHandle::release_source`].
+
+mod exchange;
+mod reader;
+mod session;
+mod shared;
+mod work;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::id::MigrationId;
+use godwit_protocol::limits::{CHUNK_BYTES, GUEST_MEMORY_BYTES};
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::frames::Connector;
+use super::{RelayError, pool::Pool};
+use shared::Shared;
+use work::{Job, Worker};
+
+/// Threads that hash and compress.
+const WORKERS: usize = 2;
+const EVENTS: usize = 64;
+
+/// What a source session needs.
+pub struct SourceParams {
+    /// Where the source's QEMU will connect (`migrate unix:PATH`).
+    pub listener: UnixListener,
+    /// Opens a bulk stream to the destination node; called again after a cut.
+    pub connect: Connector,
+    /// The swarm's chunk key.
+    pub key: ChunkKey,
+    /// Name of the main memory block in the stream (the id of the memory backend).
+    pub ram_block: String,
+    /// Its size, bytes.
+    pub ram_bytes: u64,
+    /// The migration.
+    pub migration: MigrationId,
+    /// Most bytes per second that leave on the bulk stream; 0: no limit.
+    pub bandwidth: u64,
+    /// How long QEMU may take to connect.
+    pub accept_deadline: Duration,
+    /// How long the session lives without a connection to the destination node.
+    pub reconnect_deadline: Duration,
+}
+
+/// How far a source session is. Counts of pages are of pages sent, with repetitions.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct SourceProgress {
+    /// Pages that were all zeros.
+    pub pages_zero: u64,
+    /// Pages that the destination produced itself.
+    pub pages_known: u64,
+    /// Pages whose content crossed.
+    pub pages_literal: u64,
+    /// Bytes that left on bulk streams.
+    pub wire_bytes_out: u64,
+    /// Bytes that came on bulk streams.
+    pub wire_bytes_in: u64,
+    /// Guest bytes read from QEMU and not yet placed.
+    pub unplaced_bytes: u64,
+    /// Pages that were not all zeros when they were first read.
+    pub first_pass_nonzero_pages: u64,
+    /// Estimate of what the link takes, bytes per second.
+    pub link_bytes_per_s: f64,
+    /// Shortest round trip seen, microseconds; 0: none yet.
+    pub rtt_us: u64,
+    /// How often QEMU started over (0: first pass).
+    pub passes: u32,
+    /// Present compression level (0: raw, without asking).
+    pub level: i32,
+    /// How often the stream was replaced.
+    pub reconnects: u32,
+    /// Whether a stream to the destination node is up.
+    pub connected: bool,
+    /// The device state has begun to leave: all memory was read.
+    pub ram_read: bool,
+    /// All that was said is placed, as far as it has been read from QEMU.
+    pub drained: bool,
+}
+
+/// How a source session ended well: the digests are equal.
+#[derive(Debug, Clone)]
+pub struct SourceEnd {
+    /// The digest of memory that both ends have.
+    pub ram_digest: [u8; 32],
+    /// Bytes of the stream that the destination's QEMU was given.
+    pub opaque_bytes: u64,
+    /// The last progress.
+    pub progress: SourceProgress,
+}
+
+/// Starts source sessions.
+#[derive(Debug, Clone, Copy)]
+pub struct SourceSession;
+
+/// A running source session. Dropping it closes QEMU's stream: stop the guest or cancel the
+/// migration before, or QEMU goes on at the source by itself.
+pub struct SourceHandle {
+    shared: Arc<Shared>,
+    progress: watch::Receiver<SourceProgress>,
+    abort: mpsc::Sender<()>,
+    /// The outcome; the session has ended, but QEMU's stream stays open for
+    /// [`SourceHandle::release_source`].
+    pub finished: JoinHandle<Result<SourceEnd, RelayError>>,
+}
+
+impl SourceSession {
+    /// Starts the session; give QEMU its `migrate` command afterwards.
+    ///
+    /// # Errors
+    /// [`RelayError::Protocol`] if the memory size is none that a guest can have,
+    /// [`RelayError::Local`] if threads cannot be started.
+    pub fn spawn(params: SourceParams) -> Result<SourceHandle, RelayError> {
+        let pages = pages(params.ram_bytes)?;
+        let shared = Arc::new(Shared::new(params.key.clone(), pages));
+        let (events_out, events) = mpsc::channel(EVENTS);
+        let (abort, aborted) = mpsc::channel(1);
+        let (progress_out, progress) = watch::channel(SourceProgress::default());
+        let workers = (0..WORKERS)
+            .map(|_| Worker::new(Arc::clone(&shared), events_out.clone()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut workers = workers.into_iter();
+        let pool = Pool::start("relay-source", WORKERS, || {
+            let mut worker = workers.next();
+            move |job| {
+                if let Some(worker) = worker.as_mut() {
+                    worker.run(job);
+                }
+            }
+        })?;
+        let session = session::Session::new(
+            Arc::clone(&shared),
+            Arc::new(pool),
+            session::Channels { events_out, events, progress: progress_out },
+            session::Params {
+                connect: params.connect,
+                ram_block: params.ram_block,
+                ram_bytes: params.ram_bytes,
+                migration: params.migration,
+                bandwidth: params.bandwidth,
+                accept_deadline: params.accept_deadline,
+                reconnect_deadline: params.reconnect_deadline,
+            },
+        );
+        let finished = tokio::spawn(session.run(params.listener, aborted));
+        Ok(SourceHandle { shared, progress, abort, finished })
+    }
+}
+
+/// Pages of a memory of `bytes`.
+pub(super) fn pages(bytes: u64) -> Result<u32, RelayError> {
+    let fits = bytes > 0 && bytes <= GUEST_MEMORY_BYTES && bytes.is_multiple_of(CHUNK_BYTES as u64);
+    u32::try_from(bytes / CHUNK_BYTES as u64)
+        .ok()
+        .filter(|_| fits)
+        .ok_or_else(|| RelayError::Protocol(format!("{bytes} bytes of guest memory")))
+}
+
+impl SourceHandle {
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<SourceProgress> {
+        self.progress.clone()
+    }
+
+    /// The guest is about to stop: from now on batches are small and go without asking.
+    pub fn begin_cutover(&self) {
+        self.shared.hurried.store(true, Ordering::Relaxed);
+        self.shared.hold(false);
+    }
+
+    /// Stops (or goes on) reading QEMU's stream: between passes QEMU would spin.
+    pub fn hold_reading(&self, on: bool) {
+        self.shared.hold(on);
+    }
+
+    /// Tells the source's QEMU that the destination has loaded (it ends `postmigrate`) or not
+    /// (it ends `failed`, paused if it was stopped before).
+    ///
+    /// # Errors
+    /// [`RelayError::SourceQemu`] if QEMU is gone.
+    pub fn release_source(&self, ok: bool) -> Result<(), RelayError> {
+        self.shared.shut(u32::from(!ok))
+    }
+
+    /// Gives up: closes QEMU's stream and the bulk stream.
+    pub fn abort(&self) {
+        // Full: it was told before; closed: it has ended.
+        let _ = self.abort.try_send(());
+        self.shared.stop();
+    }
+}
+
+impl Drop for SourceHandle {
+    fn drop(&mut self) {
+        self.shared.stop();
+        self.finished.abort();
+    }
+}

@@ -1,0 +1,144 @@
+//! What the source's reader thread, workers, session and handle share.
+//!
+//! Owns the store's budget, the orders to the reader and the way back to QEMU.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::limits::RELAY_STORE_BYTES;
+
+use crate::relay::RelayError;
+use crate::relay::pool::lock;
+use crate::relay::table::Table;
+
+/// How long a full store or a hold waits before orders are looked at again.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Bytes of guest pages that are stored, up to [`RELAY_STORE_BYTES`].
+#[derive(Debug, Default)]
+pub(super) struct Store {
+    used: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Store {
+    /// Waits for room; true: told to stop.
+    pub(super) fn take(&self, bytes: usize, stop: &AtomicBool) -> bool {
+        let mut used = lock(&self.used);
+        // One batch always fits, however large it is.
+        while *used > 0 && *used + bytes > RELAY_STORE_BYTES {
+            if stop.load(Ordering::Relaxed) {
+                return true;
+            }
+            used = self.freed.wait_timeout(used, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *used += bytes;
+        stop.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn give(&self, bytes: usize) {
+        let mut used = lock(&self.used);
+        *used = used.saturating_sub(bytes);
+        self.freed.notify_all();
+    }
+
+    pub(super) fn used(&self) -> usize {
+        *lock(&self.used)
+    }
+}
+
+/// See the module.
+pub(super) struct Shared {
+    pub(super) key: ChunkKey,
+    pub(super) table: Table,
+    pub(super) store: Store,
+    pub(super) stop: AtomicBool,
+    pub(super) hurried: AtomicBool,
+    /// The newest batch that was filled.
+    pub(super) batches: AtomicU32,
+    pub(super) passes: AtomicU32,
+    pub(super) first_nonzero: AtomicU32,
+    hold: Mutex<bool>,
+    released: Condvar,
+    qemu: Mutex<Option<UnixStream>>,
+}
+
+impl Shared {
+    pub(super) fn new(key: ChunkKey, pages: u32) -> Self {
+        let zero = key.zero_id();
+        Self {
+            key,
+            table: Table::new(pages, zero),
+            store: Store::default(),
+            stop: AtomicBool::new(false),
+            hurried: AtomicBool::new(false),
+            batches: AtomicU32::new(0),
+            passes: AtomicU32::new(0),
+            first_nonzero: AtomicU32::new(0),
+            hold: Mutex::new(false),
+            released: Condvar::new(),
+            qemu: Mutex::new(None),
+        }
+    }
+
+    pub(super) fn set_qemu(&self, socket: UnixStream) {
+        *lock(&self.qemu) = Some(socket);
+    }
+
+    pub(super) fn hold(&self, on: bool) {
+        *lock(&self.hold) = on;
+        self.released.notify_all();
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        *lock(&self.hold)
+    }
+
+    /// Waits while reading is held back; true: told to stop.
+    pub(super) fn wait_while_held(&self) -> bool {
+        let mut hold = lock(&self.hold);
+        while *hold && !self.stop.load(Ordering::Relaxed) {
+            hold = self.released.wait_timeout(hold, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Answers QEMU's PING on its return path.
+    pub(super) fn answer_ping(&self, value: u32) -> Result<(), RelayError> {
+        self.to_qemu(2, value)
+    }
+
+    /// Says on QEMU's return path that the destination has loaded (0) or failed.
+    pub(super) fn shut(&self, code: u32) -> Result<(), RelayError> {
+        self.to_qemu(1, code)
+    }
+
+    fn to_qemu(&self, kind: u16, value: u32) -> Result<(), RelayError> {
+        let mut message = [0; 8];
+        message[..2].copy_from_slice(&kind.to_be_bytes());
+        message[2..4].copy_from_slice(&4_u16.to_be_bytes());
+        message[4..].copy_from_slice(&value.to_be_bytes());
+        let mut qemu = lock(&self.qemu);
+        let socket = qemu.as_mut().ok_or_else(|| {
+            RelayError::SourceQemu("has not connected to its migration socket".to_owned())
+        })?;
+        socket
+            .write_all(&message)
+            .map_err(|e| RelayError::SourceQemu(format!("does not read its return path: {e}")))
+    }
+
+    /// Ends reader and workers; QEMU sees its stream close.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.released.notify_all();
+        self.store.freed.notify_all();
+        if let Some(socket) = lock(&self.qemu).take() {
+            // Already closed by QEMU is as good.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
