@@ -6,7 +6,7 @@
 
 pub mod api;
 pub mod link;
-pub mod store;
-pub mod vmm;
 pub mod net;
 pub mod relay;
+pub mod store;
+pub mod vmm;

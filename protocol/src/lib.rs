@@ -8,8 +8,8 @@
 //! `id, time, limits -> wire -> {chunk, membership, route, epoch} -> migrate -> core`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
-pub mod epoch;
 pub mod chunk;
+pub mod epoch;
 pub mod id;
 pub mod limits;
 pub mod membership;
