@@ -3,15 +3,19 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use godwit_testbed::guest::pattern::{PAGE_BYTES, page_bytes};
-use godwit_testbed::guest::wire::{Corrupt, READY};
+use godwit_testbed::guest::wire::{
+    CONTROL_PORT, Corrupt, READY, Reply, TCP_ECHO_PORT, UDP_ECHO_PORT,
+};
 use godwit_testbed::guest::{
-    Accel, Cache, GuestControl, GuestFiles, GuestKind, QemuSpec, qemu_command,
+    Accel, Cache, GuestAddress, GuestControl, GuestFiles, GuestKind, QemuSpec, qemu_command,
 };
 
 /// A guest under QEMU alone; ends with the test.
@@ -30,12 +34,25 @@ impl Running {
         accel: Accel,
         boot_deadline: Duration,
     ) -> anyhow::Result<Self> {
+        Self::start_with(kind, memory_mib, accel, boot_deadline, None, &[]).await
+    }
+
+    async fn start_with(
+        kind: GuestKind,
+        memory_mib: u32,
+        accel: Accel,
+        boot_deadline: Duration,
+        address: Option<GuestAddress>,
+        more: &[String],
+    ) -> anyhow::Result<Self> {
         let files = GuestFiles::prepare(kind, &Cache::open()?)?;
         let dir = tempfile::tempdir()?;
         let mut spec = QemuSpec::new(dir.path(), memory_mib, accel);
         spec.disk = files.make_disk(&dir.path().join("vm.img"))?;
+        spec.address = address;
         let started = Instant::now();
         let qemu = qemu_command(&files, &spec)?
+            .args(more)
             .stdin(Stdio::null())
             .stderr(File::create(dir.path().join("qemu.log"))?)
             .spawn()?;
@@ -176,6 +193,58 @@ async fn busybox_obeys_and_verifies_under_emulation() {
     let mut other = GuestControl::new(guest.spec.serial1());
     drop(std::mem::replace(&mut guest.control, GuestControl::new("/")));
     other.ping().await.unwrap();
+}
+
+/// A port of this machine that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn the_agent_echoes_and_is_commanded_over_the_network() {
+    let (udp, tcp, control) = (free_port(), free_port(), free_port());
+    let forwards = format!(
+        "user,id=u,hostfwd=udp:127.0.0.1:{udp}-:{UDP_ECHO_PORT},\
+         hostfwd=tcp:127.0.0.1:{tcp}-:{TCP_ECHO_PORT},\
+         hostfwd=tcp:127.0.0.1:{control}-:{CONTROL_PORT}"
+    );
+    let more = ["-netdev", &forwards, "-device", "virtio-net-pci,netdev=u"].map(str::to_owned);
+    let address = GuestAddress { ip: [10, 0, 2, 15].into(), prefix: 24, mtu: Some(1300) };
+    let deadline = Duration::from_secs(60);
+    let kind = GuestKind::Busybox;
+    let _guest =
+        Running::start_with(kind, 256, Accel::Tcg, deadline, Some(address), &more).await.unwrap();
+    let patience = Some(Duration::from_secs(10));
+
+    let mut stream = TcpStream::connect(("127.0.0.1", tcp)).unwrap();
+    stream.set_read_timeout(patience).unwrap();
+    let sent: Vec<u8> = (0..100_000u32).map(|at| (at % 251) as u8).collect();
+    for part in sent.chunks(1000) {
+        let mut echoed = vec![0; part.len()];
+        stream.write_all(part).unwrap();
+        stream.read_exact(&mut echoed).unwrap();
+        assert_eq!(echoed, part);
+    }
+
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.connect(("127.0.0.1", udp)).unwrap();
+    socket.set_read_timeout(patience).unwrap();
+    for size in [1, 64, 1200] {
+        let datagram = vec![size as u8; size];
+        socket.send(&datagram).unwrap();
+        let mut echoed = [0; 2000];
+        let length = socket.recv(&mut echoed).unwrap();
+        assert_eq!(echoed[..length], datagram);
+    }
+
+    let mut stream = TcpStream::connect(("127.0.0.1", control)).unwrap();
+    stream.set_read_timeout(patience).unwrap();
+    stream.write_all(b"not json\n{\"cmd\":\"stats\",\"id\":5}\n").unwrap();
+    let mut lines = BufReader::new(stream).lines();
+    let refused: Reply = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert!(!refused.ok && refused.id == 0);
+    let stats: Reply = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert!(stats.ok && stats.id == 5 && stats.stats.is_some());
 }
 
 /// `mb` and `rate_kbps` are what the accelerator can do: a KVM without hardware underneath writes some 400 pages a second.
