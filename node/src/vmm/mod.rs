@@ -10,6 +10,7 @@
 
 mod args;
 pub mod commands;
+mod complaint;
 pub mod events;
 pub mod memfd;
 mod migration;
@@ -20,6 +21,7 @@ pub mod qmp;
 mod record;
 pub mod resolved;
 pub mod selftest;
+mod spawn;
 pub mod spec;
 
 pub use args::RAM_BLOCK;
@@ -28,7 +30,8 @@ pub use memfd::GuestMemory;
 pub use migration::Outgoing;
 pub use pidfd::Exit;
 pub use probe::HostCaps;
-pub use process::{Adoption, Mode, ProcessError, Qemu, StartParams, copy_dirs, kill_copy};
+pub use process::{Adoption, ProcessError, Qemu, copy_dirs, kill_copy};
 pub use record::CopyRecord;
 pub use resolved::{Refusal, Resolution, ResolvedSpec};
+pub use spawn::{Mode, StartParams};
 pub use spec::{Accel, AccelChoice, VmSpec};

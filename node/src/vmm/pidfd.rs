@@ -135,10 +135,14 @@ pub fn boot_id() -> io::Result<String> {
 mod tests {
     use super::*;
 
+    #[allow(clippy::zombie_processes, reason = "the pidfd reaps it, which is what is tested")]
+    fn child(script: &str) -> u32 {
+        std::process::Command::new("sh").args(["-c", script]).spawn().unwrap().id()
+    }
+
     #[tokio::test]
     async fn death_is_an_event_and_the_child_is_reaped() {
-        let child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let pid = child.id();
+        let pid = child("exec sleep 60");
         let process = PidFd::open(pid).unwrap();
         assert!(start_time(pid).is_some_and(|ticks| ticks > 0));
         process.signal(libc::SIGKILL).unwrap();
@@ -149,8 +153,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_exit_code_is_reported() {
-        let child = std::process::Command::new("sh").args(["-c", "exit 3"]).spawn().unwrap();
-        let process = PidFd::open(child.id()).unwrap();
+        let process = PidFd::open(child("exit 3")).unwrap();
         assert_eq!(process.wait().await.unwrap(), Exit::Code(3));
     }
 }

@@ -21,7 +21,7 @@ use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::process::last_complaint;
+use super::complaint::last_complaint;
 use super::qmp::{Qmp, QmpError};
 use super::resolved::{BASELINE_CPU, Refusal, ResolvedSpec};
 use super::selftest;

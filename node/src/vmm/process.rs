@@ -9,14 +9,9 @@
 //! readopt: record -> same boot, same process? -> QMP, memory -> Qemu | Gone
 //! ```
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,20 +21,19 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use super::args::{self, Inherited};
+use super::complaint::last_log_line;
 use super::memfd::{GuestMemory, MemoryError};
 use super::pidfd::{Exit, PidFd, boot_id, start_time};
 use super::qmp::{Qmp, QmpError};
 use super::record::{CopyRecord, FILE, ProcessRecord};
 use super::resolved::ResolvedSpec;
+use super::spawn::{Mode, StartParams, check_params, spawn};
 use super::spec::SpecError;
 
 /// Time for QEMU to come up and greet: large memory and a busy host are slow.
 pub const START_DEADLINE: Duration = Duration::from_secs(30);
 /// Time for a process to die after SIGKILL (it may have much memory to give back).
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
-/// Longest directory path: a unix socket's path has 107 bytes.
-const MAX_DIR: usize = 92;
 
 /// Why a QEMU does not start, cannot be adopted, or does not do what it was told.
 #[derive(Debug, Error)]
@@ -90,37 +84,9 @@ pub enum ProcessError {
     },
 }
 
-fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
+pub(super) fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
     let action = action.into();
     move |source| ProcessError::Io { action, source }
-}
-
-/// What a copy is started for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// To start the guest from nothing, with [`Qemu::cont`].
-    Boot,
-    /// To receive a migration, with [`Qemu::incoming_start`].
-    Incoming,
-}
-
-/// What is needed to start a copy.
-#[derive(Debug)]
-pub struct StartParams {
-    /// The VM.
-    pub spec: ResolvedSpec,
-    /// The copy's id.
-    pub copy: CopyId,
-    /// The copy's directory; made with mode 0700, must not hold another copy.
-    pub dir: PathBuf,
-    /// The guest's memory, of the spec's size.
-    pub memory: Arc<GuestMemory>,
-    /// One open tap per NIC, in the spec's order. They are closed in this process once QEMU has them: keep duplicates.
-    pub taps: Vec<OwnedFd>,
-    /// What for.
-    pub mode: Mode,
-    /// The QEMU to run.
-    pub qemu: PathBuf,
 }
 
 #[derive(Debug)]
@@ -355,90 +321,6 @@ pub async fn kill_copy(dir: &Path) -> Result<(), ProcessError> {
     Ok(())
 }
 
-fn check_params(params: &StartParams) -> Result<(), ProcessError> {
-    params.spec.check()?;
-    let bad = |reason: String| Err(ProcessError::BadParams(reason));
-    if params.taps.len() != params.spec.nics.len() {
-        return bad(format!("{} NICs, {} taps", params.spec.nics.len(), params.taps.len()));
-    }
-    if params.memory.size() != params.spec.memory {
-        return bad("the memory is not of the VM's size".into());
-    }
-    let dir = params.dir.as_os_str();
-    if dir.len() > MAX_DIR || !params.dir.is_absolute() {
-        return bad(format!(
-            "{} must be absolute and at most {MAX_DIR} bytes long; choose a shorter --state",
-            dir.display()
-        ));
-    }
-    if params.dir.join(FILE).exists() {
-        return bad(format!("{} holds another copy", dir.display()));
-    }
-    Ok(())
-}
-
-/// Spawns QEMU. Blocking.
-fn spawn(
-    record: &CopyRecord,
-    dir: &Path,
-    memory: &GuestMemory,
-    taps: Vec<OwnedFd>,
-    qemu: &Path,
-) -> Result<(PidFd, ProcessRecord), ProcessError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.map_err(io_error(format!("making {}", dir.display())))?;
-    record.write(dir).map_err(io_error("writing copy.json"))?;
-    // The node makes the monitor's socket, so that it can connect before QEMU is up: no polling for a file.
-    let listener = UnixListener::bind(dir.join("qmp.sock")).map_err(io_error("making qmp.sock"))?;
-    let log = OpenOptions::new().create(true).append(true).mode(0o600).open(dir.join("qemu.log"));
-    let log = log.map_err(io_error("making qemu.log"))?;
-    let inherited = Inherited {
-        memory: memory.raw_fd(),
-        qmp: listener.as_raw_fd(),
-        taps: taps.iter().map(AsRawFd::as_raw_fd).collect(),
-    };
-    let mut command = Command::new(qemu);
-    command.args(args::build(&record.spec, &inherited, record.incoming)).current_dir(dir);
-    let second = log.try_clone().map_err(io_error("making qemu.log"))?;
-    command.stdin(Stdio::null()).stdout(log).stderr(second);
-    inherit(&mut command, &inherited);
-    let child = command.spawn().map_err(io_error(format!("running {}", qemu.display())))?;
-    let pid = child.id();
-    // As our child it cannot be reaped before we have opened it.
-    let process = PidFd::open(pid).map_err(io_error("watching QEMU"))?;
-    let recorded = ProcessRecord {
-        pid,
-        // A zombie already: 0 matches no process, and `connect` reports the end.
-        start_time: start_time(pid).unwrap_or(0),
-        boot_id: boot_id().map_err(io_error("reading the boot id"))?,
-        memory_fd: inherited.memory,
-        tap_fds: inherited.taps,
-    };
-    Ok((process, recorded))
-}
-
-/// Makes the child keep the descriptors, in a session of its own.
-fn inherit(command: &mut Command, inherited: &Inherited) {
-    let mut fds: Vec<RawFd> = vec![inherited.memory, inherited.qmp];
-    fds.extend(&inherited.taps);
-    let prepare = move || {
-        for fd in &fds {
-            // SAFETY: async-signal-safe; clears close-on-exec in the child alone.
-            if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        // A session of its own: no signal meant for the node's terminal or process group reaches it.
-        // SAFETY: async-signal-safe, no memory is passed.
-        if unsafe { libc::setsid() } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    };
-    // SAFETY: `prepare` runs between fork and exec and makes only async-signal-safe calls; it allocates nothing.
-    unsafe { command.pre_exec(prepare) };
-}
-
 fn watch_process(process: Arc<PidFd>) -> watch::Receiver<Option<Exit>> {
     let (sender, receiver) = watch::channel(None);
     // Lives as long as the process, so that a child is always reaped, whoever still holds the `Qemu`.
@@ -504,37 +386,4 @@ async fn quit_unrecorded(dir: &Path) {
     if timeout(Duration::from_secs(5), qmp.closed()).await.is_err() {
         tracing::warn!(dir = %dir.display(), "an unrecorded QEMU does not end");
     }
-}
-
-/// The last complaint in QEMU's log, without QEMU's own name, at most 400 characters.
-fn last_log_line(dir: &Path) -> String {
-    let read = || -> io::Result<String> {
-        let mut file = File::open(dir.join("qemu.log"))?;
-        let len = file.metadata()?.len();
-        file.seek(SeekFrom::Start(len.saturating_sub(4096)))?;
-        let mut tail = Vec::new();
-        file.take(4096).read_to_end(&mut tail)?;
-        Ok(String::from_utf8_lossy(&tail).into_owned())
-    };
-    match read() {
-        Ok(log) => last_complaint(&log),
-        Err(error) => format!("its log cannot be read: {error}"),
-    }
-}
-
-/// The last error in what a QEMU wrote, with the hints behind it, as one line.
-pub(super) fn last_complaint(log: &str) -> String {
-    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
-    let own = |line: &&str| line.split_once(": ").is_some_and(|(name, _)| name.contains("qemu"));
-    // Hints follow an error without QEMU's name before them.
-    let last = lines.iter().rposition(own).unwrap_or(lines.len().saturating_sub(1));
-    let words = match lines.get(last..) {
-        Some([first, hints @ ..]) => {
-            let first =
-                if own(first) { first.split_once(": ").map_or(*first, |p| p.1) } else { first };
-            [&[first], hints].concat().join("; ")
-        }
-        _ => "it ended without a word".into(),
-    };
-    words.chars().filter(|c| !c.is_control()).take(400).collect()
 }
