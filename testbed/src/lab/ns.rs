@@ -42,8 +42,11 @@ pub struct NetNs {
 impl NetNs {
     /// Makes the namespace `name` and brings its loopback up. Needs root. Fails when the name exists.
     pub fn create(name: &str) -> Result<Self> {
-        ip(&["netns", "add", name])?;
         let ns = Self::named(name);
+        // Marked: if this process is killed now, the next run finds the command before it looks for names.
+        run_ip(
+            Command::new("ip").args(["netns", "add", name]).env(MARK, ns.labid().unwrap_or("")),
+        )?;
         ns.batch(&["link set lo up".to_owned()])?;
         Ok(ns)
     }
@@ -72,6 +75,7 @@ impl NetNs {
     pub fn batch(&self, lines: &[String]) -> Result<()> {
         let mut child = Command::new("ip")
             .args(["-n", &self.name, "-batch", "-"])
+            .env(MARK, self.labid().unwrap_or(""))
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -187,9 +191,13 @@ fn die_with(parent: nix::unistd::Pid) -> io::Result<()> {
 
 /// Runs `ip` with these arguments in the root namespace and gives its output; a failure carries what it said.
 pub fn ip(args: &[&str]) -> Result<String> {
-    let out = Command::new("ip").args(args).output().context("running ip (package iproute2)")?;
+    run_ip(Command::new("ip").args(args))
+}
+
+fn run_ip(command: &mut Command) -> Result<String> {
+    let out = command.output().context("running ip (package iproute2)")?;
     if !out.status.success() {
-        bail!("ip {}: {}", args.join(" "), String::from_utf8_lossy(&out.stderr).trim());
+        bail!("{command:?}: {}", String::from_utf8_lossy(&out.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
