@@ -77,6 +77,12 @@ pub enum Where {
     None,
 }
 
+/// The name of a wire's bridge on this host.
+#[must_use]
+pub fn bridge_name(wire: &Name) -> String {
+    names::bridge(wire)
+}
+
 /// One wire as this host carries it.
 struct Wire {
     bridge: u32,

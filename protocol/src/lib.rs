@@ -9,10 +9,12 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod chunk;
+pub mod core;
 pub mod epoch;
 pub mod id;
 pub mod limits;
 pub mod membership;
+pub mod migrate;
 pub mod route;
 pub mod time;
 pub mod wire;

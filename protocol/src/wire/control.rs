@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::migrate::{Options, Status, Target};
+use super::record::Voter;
 use super::{epoch, migrate, route};
 use crate::id::{MigrationId, VmId};
 
@@ -33,6 +34,8 @@ pub enum Control {
     },
     /// Lead to requester: how far a migration is.
     Progress(Box<Status>),
+    /// The voter that the sender is.
+    Voter(Voter),
     /// Revoked members: spreads and is final. Signed bytes, checked by the admission adapter.
     Revocations(Vec<Vec<u8>>),
 }

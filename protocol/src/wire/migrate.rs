@@ -51,12 +51,11 @@ pub enum Body {
         spec: Vec<u8>,
         /// What was asked for.
         options: Options,
+        /// The node that took the request.
+        requested_on: HostId,
     },
-    /// Destination to source: waiting; dial this for bulk.
-    Ready {
-        /// `ip:port` of the bulk listener.
-        bulk: String,
-    },
+    /// Destination to source: a QEMU waits; open a bulk connection.
+    Ready,
     /// Destination to source: cannot take the VM; nothing was changed.
     Refused(String),
     /// Source to destination: nearly converged, run phase 1 for the next epoch.
@@ -176,4 +175,42 @@ pub struct Status {
     pub downtime_us: Option<u64>,
     /// The timeline of both ends.
     pub timeline: Vec<Moment>,
+}
+
+impl Status {
+    /// A migration of which nothing is known yet but who and what.
+    #[must_use]
+    pub fn new(
+        id: MigrationId,
+        vm: VmId,
+        name: Name,
+        from: HostId,
+        requested_on: HostId,
+        epoch_before: Epoch,
+    ) -> Self {
+        Self {
+            id,
+            vm,
+            name,
+            from,
+            to: None,
+            requested_on,
+            phase: Phase::Preparing,
+            cause: String::new(),
+            epoch_before,
+            epoch_after: None,
+            ram_bytes: 0,
+            ram_nonzero_bytes: 0,
+            bulk_bytes: 0,
+            done_ppm: 0,
+            left_ms: None,
+            dirty_bytes_per_s: 0,
+            chunks_zero: 0,
+            chunks_known: 0,
+            chunks_literal: 0,
+            total_ms: 0,
+            downtime_us: None,
+            timeline: Vec::new(),
+        }
+    }
 }

@@ -1,0 +1,56 @@
+//! The driver: the only module that knows all adapters, and the one that runs the core.
+//!
+//! Owns the order of the world's work: what the core commands is done here, what happens is told to
+//! the core from here. Decides nothing about ownership: that is the core's.
+//!
+//! ```text
+//!   net ----events---+                              +--> net (send)
+//!   api ----jobs-----+--> engine: Core, one task ---+--> store (flush before what follows)
+//!   workers-happened-+                              +--> workers (one per migration) --> vmm, relay
+//!   clock------------+                              +--> wires --> link
+//! ```
+
+mod answers;
+mod asks;
+mod boot;
+mod bulk;
+mod copies;
+mod destination;
+mod engine;
+mod hold;
+mod migrate;
+mod node;
+mod restart;
+mod source;
+mod wires;
+mod worker;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+pub use node::{DriverError, RunOptions};
+
+/// Where a state directory is unless another is named.
+pub const STATE_DIR: &str = "/var/lib/godwit";
+/// Where the daemon listens unless another address is named.
+pub const LISTEN: &str = "0.0.0.0:7400";
+
+/// Runs the daemon until it is told to stop (SIGINT, SIGTERM) or cannot go on.
+///
+/// # Errors
+/// One that says what to do; the guests run on in any case.
+pub async fn run(options: RunOptions) -> Result<(), DriverError> {
+    engine::run(options).await
+}
+
+/// The default of `--listen`.
+#[must_use]
+pub fn default_listen() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 7400))
+}
+
+/// The default of `--state`.
+#[must_use]
+pub fn default_state() -> PathBuf {
+    PathBuf::from(STATE_DIR)
+}

@@ -1,0 +1,213 @@
+//! What the local API answers.
+//!
+//! Owns the dispatch of requests; the work is done by the modules it names.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use godwit_protocol::membership::State;
+use godwit_protocol::wire::codec::WIRE_VERSION;
+use godwit_protocol::wire::control::{Answer, Ask};
+use godwit_protocol::wire::migrate::Options;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use super::node::{self, DriverError, Node};
+use super::{boot, migrate, wires};
+use crate::api::server::Listener;
+use crate::api::types::{
+    ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token, WireStatus,
+};
+use crate::link::Where;
+
+/// Opens the local socket and answers there.
+pub(super) fn serve(node: &Arc<Node>) -> Result<tokio::task::JoinHandle<()>, DriverError> {
+    let listener = Listener::bind(&node.options.state.join("api.sock")).map_err(DriverError::of)?;
+    let node = Arc::clone(node);
+    let handler = move |request: Request, events: mpsc::Sender<Event>| {
+        let node = Arc::clone(&node);
+        async move { answer(&node, request, events).await }
+    };
+    Ok(tokio::spawn(listener.run(Arc::new(handler))))
+}
+
+fn value<T: serde::Serialize>(answer: T) -> Result<Value, ApiError> {
+    serde_json::to_value(answer).map_err(ApiError::plain)
+}
+
+async fn answer(
+    node: &Arc<Node>,
+    request: Request,
+    events: mpsc::Sender<Event>,
+) -> Result<Value, ApiError> {
+    match request {
+        Request::VmRun { spec_toml, .. } => value(boot::run(node, &spec_toml).await?),
+        Request::VmList {} => value(boot::list(node).await?),
+        Request::VmShow { vm } => value(boot::show(node, &vm).await?),
+        Request::VmStop { vm, kill } => value(boot::stop(node, &vm, kill).await?),
+        Request::VmConsole { vm } => value(boot::console(node, &vm).await?),
+        Request::Migrate {
+            vm,
+            to,
+            wait,
+            bandwidth_bytes_per_s,
+            max_downtime_ms,
+            deadline_s,
+            id,
+        } => {
+            let options = Options { bandwidth_bytes_per_s, max_downtime_ms, deadline_s };
+            let asked = migrate::Asked { vm, to, wait, options, id };
+            value(migrate::migrate(node, asked, events).await?)
+        }
+        Request::Migrations { id } => value(migrate::list(node, id).await?),
+        Request::Abort { id } => value(migrate::abort(node, id).await?),
+        Request::Routes {} => value(routes(node).await?),
+        Request::Hosts {} => value(hosts(node).await?),
+        Request::Token { ttl_s } => {
+            let life = std::time::Duration::from_secs(ttl_s);
+            let token = node.net.mint_token(life, false).await.map_err(ApiError::plain)?;
+            let expires_s = node::wall_us() / 1_000_000 + ttl_s;
+            value(Token { token, expires_s })
+        }
+        Request::Revoke { host } => {
+            let id = migrate::host(node, &host)?;
+            node.net.revoke(id).await.map_err(ApiError::plain)?;
+            value(Done { done: format!("{host} is revoked, for ever") })
+        }
+        Request::Leave {} => {
+            if node.copies.all().iter().any(|c| c.ran()) {
+                return Err(ApiError::new(
+                    "VMs run on this host",
+                    "move them first: godwit migrate VM --to auto",
+                ));
+            }
+            node.net.leave().await.map_err(ApiError::plain)?;
+            value(Done { done: "this host has left the swarm; stop the daemon".into() })
+        }
+        Request::ImageAdd { path } => {
+            let images = Arc::clone(&node.images);
+            let added = tokio::task::spawn_blocking(move || images.add(&path));
+            value(image(&added.await.map_err(ApiError::plain)?.map_err(ApiError::plain)?))
+        }
+        Request::ImageList {} => value(node.images.list().iter().map(image).collect::<Vec<_>>()),
+        Request::ImageRemove { path } => {
+            node.images.remove(&path).map_err(ApiError::plain)?;
+            value(Done { done: format!("{} is forgotten; the file stays", path.display()) })
+        }
+        Request::Status {} => value(status(node)),
+        Request::WireInfo {} => value(wire_info(node).await),
+        Request::WirePort { wire, mac } => value(wires::port(node, &wire, &mac).await?),
+    }
+}
+
+fn image(image: &crate::store::images::Image) -> ImageInfo {
+    ImageInfo {
+        path: image.path.clone(),
+        bytes: image.bytes,
+        state: image.state.to_string(),
+        chunks: image.chunks as u64,
+    }
+}
+
+async fn routes(node: &Arc<Node>) -> Result<Vec<RouteInfo>, ApiError> {
+    let routes = node
+        .with_core(|core, _| core.routes().iter().filter(|r| !r.gone).cloned().collect::<Vec<_>>())
+        .await?;
+    let via = |host| match node.via(host) {
+        _ if host == node.me => "local",
+        Where::Vxlan(_) => "vxlan",
+        _ => "tunnel",
+    };
+    Ok(routes
+        .into_iter()
+        .map(|r| RouteInfo {
+            name: r.name,
+            vm: r.vm,
+            host: node.host_name(r.host),
+            host_id: r.host,
+            epoch: r.epoch,
+            nics: r.nics,
+            via: via(r.host).into(),
+        })
+        .collect())
+}
+
+async fn hosts(node: &Arc<Node>) -> Result<Vec<HostInfo>, ApiError> {
+    let members = node.net.members();
+    let asked = members.iter().filter(|m| m.connected && m.host != node.me);
+    let asked: Vec<_> = asked.map(|m| m.host).collect();
+    let answers = futures::future::join_all(asked.iter().map(|h| node.ask(*h, Ask::Host))).await;
+    let mut told: BTreeMap<_, Value> = BTreeMap::new();
+    for (host, answer) in asked.into_iter().zip(answers) {
+        if let Ok(Answer::Json(text)) = answer {
+            told.insert(host, serde_json::from_str(&text).unwrap_or(Value::Null));
+        }
+    }
+    let own = serde_json::from_str(&migrate::host_json(node)).unwrap_or(Value::Null);
+    told.insert(node.me, own);
+    let states = node
+        .with_core(|core, _| {
+            core.membership().members().map(|m| (m.host, m.state)).collect::<BTreeMap<_, _>>()
+        })
+        .await?;
+    Ok(members
+        .into_iter()
+        .map(|m| {
+            let told = told.get(&m.host).unwrap_or(&Value::Null);
+            let state = if m.revoked {
+                "revoked".to_owned()
+            } else if m.host == node.me {
+                "alive".to_owned()
+            } else {
+                states
+                    .get(&m.host)
+                    .map_or("unknown", |s| match s {
+                        State::Alive => "alive",
+                        State::Suspect => "suspect",
+                        State::Down => "down",
+                    })
+                    .to_owned()
+            };
+            HostInfo {
+                name: m.name.to_string(),
+                host: m.host,
+                site: m.site.to_string(),
+                state,
+                here: m.host == node.me,
+                addresses: m.addresses.iter().map(ToString::to_string).collect(),
+                vms: told["vms"].as_u64().and_then(|n| u32::try_from(n).ok()),
+                memory_free_bytes: told["memory_free_bytes"].as_u64(),
+            }
+        })
+        .collect())
+}
+
+fn status(node: &Node) -> NodeStatus {
+    let mut detail = BTreeMap::new();
+    detail.insert("qemu".into(), json!(node.caps.version_text()));
+    detail.insert("kvm".into(), json!(node.caps.kvm));
+    detail.insert("memory_limit_bytes".into(), json!(node.memory_limit));
+    detail.insert("memory_used_bytes".into(), json!(node.copies.used()));
+    let (pages, bytes) = node.corpus.size();
+    detail.insert("corpus_chunks".into(), json!(pages));
+    detail.insert("corpus_index_bytes".into(), json!(bytes));
+    NodeStatus {
+        name: node.name.to_string(),
+        host: node.me,
+        site: node.site.to_string(),
+        swarm: node.net.swarm(),
+        store: node.hard.id(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        wire_version: WIRE_VERSION,
+        vms: u32::try_from(node.copies.all().iter().filter(|c| c.ran()).count()).unwrap_or(0),
+        detail,
+    }
+}
+
+async fn wire_info(node: &Arc<Node>) -> Vec<WireStatus> {
+    let mut wires = Vec::new();
+    for wire in node.carried() {
+        wires.push(wires::status(node, &wire).await);
+    }
+    wires
+}

@@ -1,0 +1,102 @@
+//! Questions between nodes: who waits for which answer, and what this node answers.
+//!
+//! Owns the table of open questions. Bounded; every question has a deadline.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use godwit_protocol::core::Core;
+use godwit_protocol::id::HostId;
+use godwit_protocol::time::Time;
+use godwit_protocol::wire::control::{Answer, Ask, Control};
+use tokio::sync::oneshot;
+
+use super::migrate;
+use super::node::Node;
+use crate::api::types::ApiError;
+
+/// Questions that may be open at once.
+const OPEN: usize = 1024;
+/// How long a node may take to answer.
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
+
+/// Open questions of this node.
+#[derive(Default)]
+pub(super) struct Asks {
+    next: AtomicU64,
+    open: Mutex<BTreeMap<u64, (HostId, oneshot::Sender<Answer>)>>,
+}
+
+impl Asks {
+    fn table(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (HostId, oneshot::Sender<Answer>)>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An answer came; one from another host than was asked is dropped.
+    pub fn answered(&self, from: HostId, number: u64, answer: Answer) {
+        let mut open = self.table();
+        if open.get(&number).is_some_and(|(asked, _)| *asked == from)
+            && let Some((_, tell)) = open.remove(&number)
+        {
+            // The asker may have given up.
+            let _ = tell.send(answer);
+        }
+    }
+}
+
+impl Node {
+    /// Asks another node and waits for the answer.
+    pub async fn ask(&self, host: HostId, ask: Ask) -> Result<Answer, ApiError> {
+        let number = self.asks.next.fetch_add(1, Ordering::Relaxed);
+        let (tell, told) = oneshot::channel();
+        {
+            let mut open = self.asks.table();
+            if open.len() >= OPEN {
+                return Err(ApiError::plain("too many questions are open: try again"));
+            }
+            open.insert(number, (host, tell));
+        }
+        let unreachable = || {
+            ApiError::new(
+                format!("{} does not answer", self.host_name(host)),
+                "see godwit hosts; the request can be repeated safely",
+            )
+        };
+        let answer = match self.net.send(host, Control::Ask { number, ask }) {
+            Ok(()) => tokio::time::timeout(ANSWER, told).await.ok().and_then(Result::ok),
+            Err(_) => None,
+        };
+        self.asks.table().remove(&number);
+        answer.ok_or_else(unreachable)
+    }
+}
+
+/// Answers another node's question. Short work is done here, on the core.
+pub(super) fn answer(
+    node: &Arc<Node>,
+    core: &mut Core,
+    now: Time,
+    from: HostId,
+    number: u64,
+    ask: Ask,
+) {
+    let taken = |result: Result<(), String>| match result {
+        Ok(()) => Answer::Done,
+        Err(cause) => Answer::Refused(cause),
+    };
+    let answer = match ask {
+        Ask::Migrate { id, vm, target, options } => {
+            taken(migrate::lead(node, core, now, migrate::Wanted { id, vm, target, options, from }))
+        }
+        Ask::Abort(id) => taken(core.abort(now, id)),
+        Ask::Migrations(id) => Answer::Migrations(
+            core.statuses().filter(|s| id.is_none_or(|id| id == s.id)).take(64).cloned().collect(),
+        ),
+        Ask::Host => Answer::Json(migrate::host_json(node)),
+    };
+    if let Err(error) = node.net.send(from, Control::Answer { number, answer }) {
+        tracing::debug!(%from, %error, "answer not sent");
+    }
+}

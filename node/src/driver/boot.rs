@@ -1,0 +1,262 @@
+//! Starting, stopping and showing the VMs of this host.
+//!
+//! Owns the way from a specification to a guest that runs: a QEMU that waits, a first record on the
+//! disk, then `cont`.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protocol::id::{CopyId, Mac, VmId};
+use godwit_protocol::wire::route::{Nic, Route};
+use serde_json::json;
+
+use super::copies::Copy;
+use super::node::{Input, Node, random};
+use super::{wires, worker};
+use crate::api::types::{ApiError, Console, Done, VmInfo};
+use crate::vmm::{
+    GuestMemory, Mode, Qemu, Resolution, ResolvedSpec, StartParams, VmSpec, probe::MemoryBudget,
+};
+
+/// How long a guest may take to power down before the user is told.
+const POWERDOWN: Duration = Duration::from_secs(60);
+
+pub(super) fn budget(node: &Node) -> MemoryBudget {
+    MemoryBudget { limit: node.memory_limit, used: node.copies.used() }
+}
+
+/// Makes memory, taps and a QEMU that waits, and puts the copy into the table.
+pub(super) async fn start_copy(
+    node: &Arc<Node>,
+    spec: &ResolvedSpec,
+    id: CopyId,
+    mode: Mode,
+) -> Result<Arc<Copy>, ApiError> {
+    node.copies.promise(id, spec.memory);
+    let bytes = spec.memory;
+    let made = async {
+        let memory = tokio::task::spawn_blocking(move || GuestMemory::create(bytes))
+            .await
+            .map_err(ApiError::plain)?
+            .map_err(ApiError::plain)?;
+        start_qemu(node, spec, id, mode, Arc::new(memory)).await
+    };
+    let qemu = made.await.inspect_err(|_| {
+        node.copies.remove(id);
+    })?;
+    let copy = Arc::new(Copy::new(qemu, false));
+    node.copies.insert(Arc::clone(&copy));
+    watch(node, &copy);
+    Ok(copy)
+}
+
+/// Starts a QEMU on memory that exists.
+pub(super) async fn start_qemu(
+    node: &Arc<Node>,
+    spec: &ResolvedSpec,
+    id: CopyId,
+    mode: Mode,
+    memory: Arc<GuestMemory>,
+) -> Result<Qemu, ApiError> {
+    let taps: Vec<OwnedFd> = wires::open_taps(node, spec).await?;
+    let params = StartParams {
+        spec: spec.clone(),
+        copy: id,
+        dir: node.vm_dir().join(id.to_string()),
+        memory,
+        taps,
+        mode,
+        qemu: node.options.qemu.clone(),
+    };
+    Qemu::start(params).await.map_err(ApiError::plain)
+}
+
+/// Tells the engine when the copy's QEMU ends.
+pub(super) fn watch(node: &Arc<Node>, copy: &Arc<Copy>) {
+    let (inputs, qemu, id) = (node.inputs.clone(), copy.qemu(), copy.id);
+    tokio::spawn(async move {
+        qemu.exited().await;
+        // Fails only when the engine has ended.
+        let _ = inputs.send(Input::Gone(id)).await;
+    });
+}
+
+/// `godwit vm run`.
+pub(super) async fn run(node: &Arc<Node>, text: &str) -> Result<VmInfo, ApiError> {
+    let spec: VmSpec = text.parse().map_err(ApiError::plain)?;
+    let name = spec.name.clone();
+    let taken = node.with_core(move |core, _| core.routes().by_name(&name).is_ok()).await?;
+    if taken {
+        return Err(ApiError::new(
+            format!("the swarm has a VM called {} already", spec.name),
+            "choose another name, or stop that one: godwit vm stop",
+        ));
+    }
+    let wish =
+        if spec.accel == crate::vmm::AccelChoice::Auto { node.options.accel } else { spec.accel };
+    let mut macs = Vec::new();
+    for _ in &spec.nic {
+        let r: [u8; 3] = random()?;
+        macs.push(Mac([0x52, 0x54, 0x00, r[0], r[1], r[2]]));
+    }
+    let with = Resolution {
+        id: VmId(random()?),
+        machine: node.caps.newest_machine().map_err(ApiError::plain)?.to_owned(),
+        accel: node.caps.choose_accel(wish).map_err(ApiError::plain)?,
+        mtu: node.links.mtu(),
+        macs,
+    };
+    let resolved = tokio::task::spawn_blocking(move || ResolvedSpec::resolve(&spec, with))
+        .await
+        .map_err(ApiError::plain)?
+        .map_err(ApiError::plain)?;
+    node.caps.check_runs(&resolved, budget(node)).await.map_err(ApiError::plain)?;
+    let copy = start_copy(node, &resolved, CopyId(random()?), Mode::Boot).await?;
+    let started = start_guest(node, &copy).await;
+    if let Err(error) = started {
+        worker::discard(node, copy.id).await;
+        return Err(error);
+    }
+    show(node, resolved.name.as_str()).await
+}
+
+async fn start_guest(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError> {
+    let (vm, name, id) = (copy.vm(), copy.spec.name.clone(), copy.id);
+    node.with_core(move |core, now| core.create(now, vm, name, id))
+        .await?
+        .map_err(ApiError::plain)?;
+    copy.will_run();
+    copy.qemu().cont().await.map_err(ApiError::plain)?;
+    wires::runs_here(node, copy).await;
+    Ok(())
+}
+
+/// The route that tells others that this copy runs here.
+pub(super) fn route(node: &Node, copy: &Copy, epoch: godwit_protocol::id::Epoch) -> Route {
+    let nics = copy.spec.nics.iter().map(|n| Nic { wire: n.wire.clone(), mac: n.mac }).collect();
+    Route {
+        vm: copy.vm(),
+        name: copy.spec.name.clone(),
+        host: node.me,
+        copy: copy.id,
+        epoch,
+        nics,
+        gone: false,
+    }
+}
+
+/// Finds a VM by name or id in the routing table.
+pub(super) async fn find(node: &Arc<Node>, vm: &str) -> Result<Route, ApiError> {
+    let wanted = vm.to_owned();
+    let found = node.with_core(move |core, _| core.routes().by_name(&wanted).cloned()).await?;
+    found.map_err(ApiError::plain)
+}
+
+/// `godwit vm show`.
+pub(super) async fn show(node: &Arc<Node>, vm: &str) -> Result<VmInfo, ApiError> {
+    let route = find(node, vm).await?;
+    info(node, route).await
+}
+
+/// `godwit vm list`.
+pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<VmInfo>, ApiError> {
+    let routes = node
+        .with_core(|core, _| core.routes().iter().filter(|r| !r.gone).cloned().collect::<Vec<_>>())
+        .await?;
+    let mut vms = Vec::with_capacity(routes.len());
+    for route in routes {
+        vms.push(info(node, route).await?);
+    }
+    Ok(vms)
+}
+
+async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
+    let vm = route.vm;
+    let (record, moving) =
+        node.with_core(move |core, _| (core.newest(vm).cloned(), core.is_moving(vm))).await?;
+    let mut info = VmInfo {
+        name: route.name,
+        vm,
+        state: if moving { "moving" } else { "elsewhere" }.into(),
+        host: node.host_name(route.host),
+        copy: Some(route.copy),
+        epoch: record.as_ref().map_or(route.epoch, |r| r.epoch.max(route.epoch)),
+        memory_bytes: 0,
+        accel: String::new(),
+        machine: String::new(),
+        pid: None,
+        nics: route.nics,
+        detail: BTreeMap::new(),
+    };
+    if let Some(record) = record {
+        let voters: Vec<_> = record.voters.iter().map(|v| node.host_name(v.host)).collect();
+        info.detail.insert("voters".into(), json!(voters));
+    }
+    if let Some(copy) = node.copies.running(vm) {
+        let qemu = copy.qemu();
+        let state = qemu.run_state().await;
+        if !moving {
+            info.state = match &state {
+                Ok(s) if s.running => "running".into(),
+                Ok(s) => s.status.clone(),
+                Err(_) if qemu.exit().is_some() => "gone".into(),
+                Err(_) => "unknown".into(),
+            };
+        }
+        info.copy = Some(copy.id);
+        info.memory_bytes = copy.spec.memory;
+        info.accel = copy.spec.accel.to_string();
+        info.machine.clone_from(&copy.spec.machine);
+        info.pid = Some(qemu.pid());
+        info.detail.insert("cpu".into(), json!(copy.spec.cpu));
+        info.detail.insert("console".into(), json!(qemu.console()));
+        info.detail.insert("log".into(), json!(qemu.dir().join("qemu.log")));
+        if let Some(serial1) = qemu.serial1() {
+            info.detail.insert("serial1".into(), json!(serial1));
+        }
+    }
+    Ok(info)
+}
+
+/// The copy of a VM that runs on this host.
+pub(super) async fn local(node: &Arc<Node>, vm: &str) -> Result<Arc<Copy>, ApiError> {
+    let route = find(node, vm).await?;
+    node.copies.running(route.vm).ok_or_else(|| {
+        ApiError::new(
+            format!("{vm} runs on {}", node.host_name(route.host)),
+            "ask there: this needs the host that runs it",
+        )
+    })
+}
+
+/// `godwit vm console`.
+pub(super) async fn console(node: &Arc<Node>, vm: &str) -> Result<Console, ApiError> {
+    Ok(Console { socket: local(node, vm).await?.qemu().console() })
+}
+
+/// `godwit vm stop`: the guest ends, then its record.
+pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done, ApiError> {
+    let copy = local(node, vm).await?;
+    let id = copy.vm();
+    if node.with_core(move |core, _| core.is_moving(id)).await? {
+        return Err(ApiError::new(
+            format!("{vm} is moving"),
+            "wait for it (godwit migrations) or abort it first",
+        ));
+    }
+    if !kill {
+        let qemu = copy.qemu();
+        qemu.qmp().system_powerdown().await.map_err(ApiError::plain)?;
+        if tokio::time::timeout(POWERDOWN, qemu.exited()).await.is_err() {
+            return Err(ApiError::new(
+                format!("{vm} was asked to power down and still runs"),
+                "wait, or end it at once with --kill",
+            ));
+        }
+    }
+    worker::discard(node, copy.id).await;
+    node.with_core(move |core, now| core.delete(now, id)).await?.map_err(ApiError::plain)?;
+    Ok(Done { done: format!("{vm} is stopped and removed") })
+}

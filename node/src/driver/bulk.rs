@@ -1,0 +1,155 @@
+//! Between the bulk connections, the relay's sessions and the store.
+//!
+//! Owns the small adapters that let `relay`, `net`, `store` and `vmm` stay strangers.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use godwit_protocol::id::{ChunkId, HostId, MigrationId};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::mpsc;
+
+use super::copies::Copy;
+use super::hold;
+use super::node::Node;
+use crate::net::BulkStream;
+use crate::relay::{Connector, Corpus as RelayCorpus, PageSink};
+use crate::store::SourceId;
+use crate::vmm::GuestMemory;
+
+/// How long a new connection may take to say which migration it is for.
+const HELLO: Duration = Duration::from_secs(10);
+/// Connections of one migration that may wait for its session.
+const WAITING: usize = 4;
+
+/// Gives inbound bulk connections to the migrations that they name.
+pub(super) fn accept(
+    node: &Arc<Node>,
+    mut inbound: mpsc::Receiver<(HostId, BulkStream)>,
+) -> tokio::task::JoinHandle<()> {
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        while let Some((from, mut stream)) = inbound.recv().await {
+            let node = Arc::clone(&node);
+            tokio::spawn(async move {
+                let mut id = [0_u8; 16];
+                let read = tokio::time::timeout(HELLO, stream.read_exact(&mut id)).await;
+                if !matches!(read, Ok(Ok(_))) {
+                    return;
+                }
+                let to = node.receiving().get(&MigrationId(id)).cloned();
+                match to {
+                    // A full queue: the newest connection loses, the source dials again.
+                    Some(to) => drop(to.try_send(stream)),
+                    None => tracing::debug!(%from, "bulk connection for no migration of this host"),
+                }
+            });
+        }
+    })
+}
+
+/// Where a migration's inbound connections come out.
+pub(super) fn attach(node: &Node, id: MigrationId) -> mpsc::Receiver<BulkStream> {
+    let (to, streams) = mpsc::channel(WAITING);
+    node.receiving().insert(id, to);
+    streams
+}
+
+/// Dials the destination, as often as the session asks.
+pub(super) fn connector(node: &Arc<Node>, to: HostId, id: MigrationId) -> Connector {
+    let node = Arc::clone(node);
+    Box::new(move || {
+        let node = Arc::clone(&node);
+        Box::pin(async move {
+            let mut stream = node.bulk.connect(to).await.map_err(io::Error::other)?;
+            stream.write_all(&id.0).await?;
+            Ok(Box::new(stream) as _)
+        })
+    })
+}
+
+struct Sink {
+    memory: Arc<GuestMemory>,
+    /// A fault that the lab asked for: the first page written is altered.
+    altered: AtomicBool,
+}
+
+/// The copy's memory as the relay writes it.
+pub(super) fn sink(copy: &Copy) -> Arc<dyn PageSink> {
+    let altered = AtomicBool::new(!hold::fault("alter-page"));
+    Arc::new(Sink { memory: Arc::clone(&copy.memory), altered })
+}
+
+impl PageSink for Sink {
+    fn write(&self, first: u32, content: &[u8]) -> io::Result<()> {
+        let offset = u64::from(first) * 4096;
+        if !self.altered.swap(true, Ordering::Relaxed) && !content.is_empty() {
+            let mut other = content.to_vec();
+            other[0] ^= 1;
+            return self.memory.write_at(&other, offset).map_err(io::Error::other);
+        }
+        self.memory.write_at(content, offset).map_err(io::Error::other)
+    }
+
+    fn zero(&self, page: u32) -> io::Result<()> {
+        self.memory.zero_pages(u64::from(page), 1).map_err(io::Error::other)
+    }
+
+    fn read(&self, first: u32, content: &mut [u8]) -> io::Result<()> {
+        self.memory.read_at(content, u64::from(first) * 4096).map_err(io::Error::other)
+    }
+}
+
+struct Known(Arc<crate::store::Corpus>);
+
+/// What this host can produce, for the relay.
+pub(super) fn corpus(node: &Node) -> Arc<dyn RelayCorpus> {
+    Arc::new(Known(Arc::clone(&node.corpus)))
+}
+
+impl RelayCorpus for Known {
+    fn has(&self, ids: &[ChunkId]) -> Vec<bool> {
+        ids.iter().map(|id| self.0.has(id)).collect()
+    }
+
+    fn read(&self, id: &ChunkId, page: &mut [u8; 4096]) -> bool {
+        self.0.read(id, page)
+    }
+}
+
+/// Indexes the memory of a VM of this host, for a migration that is about to come.
+pub(super) fn index_memory(node: &Node, memory: Arc<GuestMemory>) -> Option<SourceId> {
+    let source = node.corpus.add_memory(Arc::new(Readable(memory))).ok()?;
+    if let Err(error) = node.corpus.scan(source) {
+        tracing::debug!(%error, "memory not indexed");
+    }
+    Some(source)
+}
+
+struct Readable(Arc<GuestMemory>);
+
+impl crate::store::ReadAt for Readable {
+    fn len(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buffer, offset).map_err(io::Error::other)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+        self.0.next_data(offset).map_err(io::Error::other)
+    }
+}
+
+/// Writes a file that only this user may read.
+pub(super) async fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut options = tokio::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(path).await?;
+    file.write_all(bytes).await?;
+    file.flush().await
+}

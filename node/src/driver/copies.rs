@@ -1,0 +1,104 @@
+//! The copies that this host holds: running, waiting, or being received.
+//!
+//! Owns the table from copy to QEMU, its memory and its taps. Never decides which may run.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use godwit_protocol::id::{CopyId, VmId};
+
+use crate::vmm::{GuestMemory, Qemu, ResolvedSpec};
+
+/// One copy.
+pub(super) struct Copy {
+    pub id: CopyId,
+    pub spec: ResolvedSpec,
+    pub dir: PathBuf,
+    pub memory: Arc<GuestMemory>,
+    qemu: Mutex<Qemu>,
+    /// Set before `cont` is written to its QEMU: from then on its guest may have run.
+    ran: AtomicBool,
+}
+
+impl Copy {
+    pub fn new(qemu: Qemu, ran: bool) -> Self {
+        Self {
+            id: qemu.copy(),
+            spec: qemu.spec().clone(),
+            dir: qemu.dir().to_owned(),
+            memory: Arc::clone(qemu.memory()),
+            qemu: Mutex::new(qemu),
+            ran: AtomicBool::new(ran),
+        }
+    }
+
+    pub fn vm(&self) -> VmId {
+        self.spec.id
+    }
+
+    pub fn qemu(&self) -> Qemu {
+        lock(&self.qemu).clone()
+    }
+
+    pub fn replace(&self, qemu: Qemu) {
+        *lock(&self.qemu) = qemu;
+        self.ran.store(false, Ordering::SeqCst);
+    }
+
+    pub fn ran(&self) -> bool {
+        self.ran.load(Ordering::SeqCst)
+    }
+
+    pub fn will_run(&self) {
+        self.ran.store(true, Ordering::SeqCst);
+    }
+}
+
+/// All copies of this host, and memory that is promised to copies still being made.
+#[derive(Default)]
+pub(super) struct Copies {
+    copies: Mutex<BTreeMap<CopyId, Arc<Copy>>>,
+    promised: Mutex<BTreeMap<CopyId, u64>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Copies {
+    pub fn insert(&self, copy: Arc<Copy>) {
+        lock(&self.promised).remove(&copy.id);
+        lock(&self.copies).insert(copy.id, copy);
+    }
+
+    pub fn remove(&self, id: CopyId) -> Option<Arc<Copy>> {
+        lock(&self.promised).remove(&id);
+        lock(&self.copies).remove(&id)
+    }
+
+    pub fn get(&self, id: CopyId) -> Option<Arc<Copy>> {
+        lock(&self.copies).get(&id).cloned()
+    }
+
+    pub fn all(&self) -> Vec<Arc<Copy>> {
+        lock(&self.copies).values().cloned().collect()
+    }
+
+    /// The copy of `vm` that has run here, if there is one.
+    pub fn running(&self, vm: VmId) -> Option<Arc<Copy>> {
+        lock(&self.copies).values().find(|c| c.vm() == vm && c.ran()).cloned()
+    }
+
+    /// Bytes of memory that guests have or are promised.
+    pub fn used(&self) -> u64 {
+        let held: u64 = lock(&self.copies).values().map(|c| c.spec.memory).sum();
+        held + lock(&self.promised).values().sum::<u64>()
+    }
+
+    /// Promises memory to a copy that is being made: until it is inserted or removed.
+    pub fn promise(&self, id: CopyId, bytes: u64) {
+        lock(&self.promised).insert(id, bytes);
+    }
+}

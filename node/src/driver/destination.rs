@@ -1,0 +1,148 @@
+//! The destination's work of a migration: a QEMU that waits, a session that fills its memory.
+//!
+//! Owns the session of one incoming migration. Never lets a guest run: that is `cont`'s worker step.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::id::{CopyId, HostId};
+use godwit_protocol::migrate::Happened;
+
+use super::boot;
+use super::copies::Copy;
+use super::node::random;
+use super::worker::Worker;
+use super::{bulk, hold};
+use crate::relay::{DestHandle, DestParams, DestinationSession, feed_blob};
+use crate::vmm::{Mode, ResolvedSpec};
+
+/// The stored device state of a copy that was loaded and not started yet.
+const BLOB: &str = "device.state";
+/// How long a QEMU may take to load device state.
+const LOAD: Duration = Duration::from_secs(30);
+/// How long the source may be silent on the bulk connection.
+const SILENCE: Duration = Duration::from_secs(90);
+
+/// One incoming migration.
+pub(super) struct Receiving {
+    pub copy: CopyId,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Worker {
+    /// Checks, reserves, starts a QEMU that waits.
+    pub(super) async fn receive(&mut self, spec: &[u8], _from: HostId) -> Result<(), String> {
+        let spec = ResolvedSpec::decode(spec).map_err(|e| format!("the source's VM: {e}"))?;
+        if spec.id != self.vm {
+            return Err("the source's description is of another VM".into());
+        }
+        let budget = boot::budget(&self.node);
+        self.node.caps.check_accepts(&spec, budget).await.map_err(|e| e.to_string())?;
+        self.index_memory();
+        let id = CopyId(random().map_err(|e| e.to_string())?);
+        let copy = boot::start_copy(&self.node, &spec, id, Mode::Incoming)
+            .await
+            .map_err(|e| e.to_string())?;
+        let started = self.open_session(&copy).await;
+        if let Err(cause) = started {
+            super::worker::discard(&self.node, id).await;
+            return Err(cause);
+        }
+        Ok(())
+    }
+
+    /// Memory of the VMs on this host is content that need not cross.
+    fn index_memory(&self) {
+        for copy in self.node.copies.all() {
+            if copy.ran() {
+                let (node, memory) = (Arc::clone(&self.node), Arc::clone(&copy.memory));
+                tokio::task::spawn_blocking(move || bulk::index_memory(&node, memory));
+            }
+        }
+    }
+
+    async fn open_session(&mut self, copy: &Arc<Copy>) -> Result<(), String> {
+        let socket = copy.dir.join("in.sock");
+        let qemu = copy.qemu();
+        qemu.incoming_start(&socket, true).await.map_err(|e| e.to_string())?;
+        let session = DestinationSession::spawn(DestParams {
+            qemu_socket: socket,
+            sink: bulk::sink(copy),
+            corpus: bulk::corpus(&self.node),
+            key: ChunkKey(self.node.chunk_key),
+            ram_bytes: copy.spec.memory,
+            migration: self.id,
+            silence_deadline: SILENCE,
+            load_deadline: LOAD,
+        })
+        .map_err(|e| e.to_string())?;
+        let attach = bulk::attach(&self.node, self.id);
+        let (node, id, copy_) = (Arc::clone(&self.node), self.id, Arc::clone(copy));
+        let task = tokio::spawn(async move {
+            let happened = match until_loaded(session, attach, &copy_).await {
+                Ok(()) => Happened::Loaded(copy_.id),
+                Err(cause) => Happened::TransferFailed(cause),
+            };
+            node.receiving().remove(&id);
+            node.happened(id, happened).await;
+        });
+        self.receiving = Some(Receiving { copy: copy.id, task });
+        Ok(())
+    }
+
+    /// The copy's QEMU is gone and its guest never ran: the memory and the stored state are the copy.
+    pub(super) async fn rebuild(&mut self, id: CopyId) -> Result<(), String> {
+        let copy = self.node.copies.get(id).ok_or("its memory is gone with both processes")?;
+        let blob = tokio::fs::read(copy.dir.join(BLOB)).await.map_err(|e| e.to_string())?;
+        // What the dead QEMU left; its record is written anew.
+        for name in ["qmp.sock", "console.sock", "serial1.sock", "in.sock"] {
+            let _ = std::fs::remove_file(copy.dir.join(name));
+        }
+        let memory = Arc::clone(&copy.memory);
+        let qemu = boot::start_qemu(&self.node, &copy.spec, id, Mode::Incoming, memory)
+            .await
+            .map_err(|e| e.to_string())?;
+        let socket = copy.dir.join("in.sock");
+        let fed = async {
+            qemu.incoming_start(&socket, true).await.map_err(|e| e.to_string())?;
+            feed_blob(&socket, &blob, LOAD).await.map_err(|e| e.to_string())?;
+            qemu.wait_incoming(LOAD).await.map_err(|e| e.to_string())
+        };
+        if let Err(cause) = fed.await {
+            let _ = qemu.kill().await;
+            return Err(cause);
+        }
+        copy.replace(qemu);
+        boot::watch(&self.node, &copy);
+        tracing::info!(copy = %id, "built again from its memory and the stored device state");
+        Ok(())
+    }
+}
+
+async fn until_loaded(
+    mut session: DestHandle,
+    mut attach: tokio::sync::mpsc::Receiver<crate::net::BulkStream>,
+    copy: &Arc<Copy>,
+) -> Result<(), String> {
+    let end = loop {
+        tokio::select! {
+            end = session.ended() => break end.map_err(|e| e.to_string())?,
+            Some(stream) = attach.recv() => {
+                // Refused only by a session that has ended, which says so above.
+                let _ = session.attach(Box::new(stream)).await;
+            }
+        }
+    };
+    copy.qemu().wait_incoming(LOAD).await.map_err(|e| e.to_string())?;
+    let path = copy.dir.join(BLOB);
+    super::bulk::write_secret(&path, &end.blob).await.map_err(|e| e.to_string())?;
+    hold::at("stopped").await;
+    Ok(())
+}

@@ -1,0 +1,273 @@
+//! Requests to move a VM: from a name on any node to the lead that does it.
+//!
+//! Owns the choice of candidates and the way of a request. The lead is the host that runs the VM.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protocol::core::Core;
+use godwit_protocol::id::{HostId, MigrationId, Name, VmId};
+use godwit_protocol::migrate::source::Begin;
+use godwit_protocol::time::Time;
+use godwit_protocol::wire::control::{Answer, Ask};
+use godwit_protocol::wire::migrate::{Options, Status, Target};
+use serde_json::json;
+use tokio::sync::{broadcast, mpsc};
+
+use super::boot;
+use super::node::{Node, random};
+use crate::api::types::{ApiError, Done, Event, Migration};
+
+/// A request as it reached the lead.
+pub(super) struct Wanted {
+    pub id: MigrationId,
+    pub vm: VmId,
+    pub target: Target,
+    pub options: Options,
+    pub from: HostId,
+}
+
+/// How often a watcher asks the lead, should its word not come by itself.
+const ASK_AGAIN: Duration = Duration::from_secs(3);
+
+/// Starts a migration of a VM that runs here.
+pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> Result<(), String> {
+    let copy = node.copies.running(w.vm).ok_or("the VM does not run on this host any more")?;
+    let record = core.newest(w.vm).cloned().ok_or("this host holds no record of the VM")?;
+    let name = &copy.spec.name;
+    copy.spec.check_movable().map_err(|e| e.to_string())?;
+    node.caps.check_migration().map_err(|e| e.to_string())?;
+    let others: Vec<_> = node
+        .net
+        .members()
+        .into_iter()
+        .filter(|m| {
+            m.host != node.me && !m.revoked && (m.connected || w.target == Target::Host(m.host))
+        })
+        .collect();
+    let candidates: Vec<HostId> = match &w.target {
+        Target::Host(host) if *host == node.me => {
+            return Err(format!("{name} runs on {} already", node.name));
+        }
+        Target::Host(host) => vec![*host],
+        Target::Site(site) => others.iter().filter(|m| m.site == *site).map(|m| m.host).collect(),
+        Target::Auto => others.iter().map(|m| m.host).collect(),
+    };
+    if candidates.is_empty() {
+        return Err("no connected host fits the target: see godwit hosts".into());
+    }
+    let mut status = Status::new(w.id, w.vm, name.clone(), node.me, w.from, record.epoch);
+    status.ram_bytes = copy.spec.memory;
+    let spec = copy.spec.encode().map_err(|e| e.to_string())?;
+    let begin = Begin { status, record, copy: copy.id, spec, options: w.options, candidates };
+    core.request(now, begin)
+}
+
+/// What this node tells others of itself.
+pub(super) fn host_json(node: &Node) -> String {
+    json!({
+        "vms": node.copies.all().iter().filter(|c| c.ran()).count(),
+        "memory_free_bytes": node.memory_limit.saturating_sub(node.copies.used()),
+    })
+    .to_string()
+}
+
+/// `HOST`, `site:S` or `auto`.
+fn target(node: &Node, text: &str) -> Result<Target, ApiError> {
+    if text == "auto" {
+        return Ok(Target::Auto);
+    }
+    if let Some(site) = text.strip_prefix("site:") {
+        let site: Name = site.parse().map_err(ApiError::plain)?;
+        if node.net.members().iter().any(|m| m.site == site) {
+            return Ok(Target::Site(site));
+        }
+        return Err(ApiError::new(format!("no host is at site {site}"), "see godwit hosts"));
+    }
+    host(node, text).map(Target::Host)
+}
+
+/// A member by name or id.
+pub(super) fn host(node: &Node, text: &str) -> Result<HostId, ApiError> {
+    let members = node.net.members();
+    let found = match text.parse::<HostId>() {
+        Ok(id) => members.iter().find(|m| m.host == id),
+        Err(_) => members.iter().find(|m| m.name.as_str() == text),
+    };
+    found.map(|m| m.host).ok_or_else(|| {
+        ApiError::new(format!("no host is called {text}"), "see godwit hosts for those there are")
+    })
+}
+
+/// What `godwit migrate` asks for.
+pub(super) struct Asked {
+    pub vm: String,
+    pub to: String,
+    pub wait: bool,
+    pub options: Options,
+    pub id: Option<MigrationId>,
+}
+
+/// `godwit migrate`.
+pub(super) async fn migrate(
+    node: &Arc<Node>,
+    asked: Asked,
+    events: mpsc::Sender<Event>,
+) -> Result<Migration, ApiError> {
+    let target = target(node, &asked.to)?;
+    let route = boot::find(node, &asked.vm).await?;
+    let id = match asked.id {
+        Some(id) => id,
+        None => MigrationId(random()?),
+    };
+    // Heard from before the request is sent, so that no word of it is missed.
+    let mut heard = node.statuses.subscribe();
+    let (vm, options) = (route.vm, asked.options);
+    if route.host == node.me {
+        let (node_, from) = (Arc::clone(node), node.me);
+        let wanted = Wanted { id, vm, target, options, from };
+        node.with_core(move |core, now| lead(&node_, core, now, wanted))
+            .await?
+            .map_err(ApiError::plain)?;
+    } else {
+        match node.ask(route.host, Ask::Migrate { id, vm, target, options }).await? {
+            Answer::Done => {}
+            Answer::Refused(cause) => return Err(ApiError::plain(cause)),
+            _ => return Err(ApiError::plain("the lead gave an answer that makes no sense")),
+        }
+    }
+    let named = |status: Status| Migration::new(status, |h| node.host_name(h));
+    loop {
+        let status = next(node, &mut heard, id, route.host).await?;
+        if let Some(status) = status {
+            let end = status.phase.is_end();
+            if end || !asked.wait {
+                return Ok(named(status));
+            }
+            // Progress that a slow client does not take is dropped.
+            let _ = events.try_send(Event::Progress(Box::new(named(status))));
+        }
+        if asked.wait && events.is_closed() {
+            return Err(ApiError::plain("the client has gone; the migration goes on"));
+        }
+    }
+}
+
+/// The next word on a migration, or none after a while (then the lead is asked).
+async fn next(
+    node: &Arc<Node>,
+    heard: &mut broadcast::Receiver<Status>,
+    id: MigrationId,
+    lead: HostId,
+) -> Result<Option<Status>, ApiError> {
+    let wait = async {
+        loop {
+            match heard.recv().await {
+                Ok(status) if status.id == id => return Ok(status),
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => {
+                    return Err(ApiError::plain("the daemon is stopping"));
+                }
+            }
+        }
+    };
+    match tokio::time::timeout(ASK_AGAIN, wait).await {
+        Ok(status) => status.map(Some),
+        Err(_) => Ok(newest(node, id, lead).await),
+    }
+}
+
+/// What this node or the lead knows now.
+async fn newest(node: &Arc<Node>, id: MigrationId, lead: HostId) -> Option<Status> {
+    let known = node
+        .with_core(move |core, _| core.statuses().find(|s| s.id == id).cloned())
+        .await
+        .ok()
+        .flatten();
+    if lead == node.me || known.as_ref().is_some_and(|s| s.phase.is_end()) {
+        return known;
+    }
+    match node.ask(lead, Ask::Migrations(Some(id))).await {
+        Ok(Answer::Migrations(statuses)) => {
+            let found = statuses.into_iter().find(|s| s.id == id)?;
+            let note = found.clone();
+            // Kept for later questions.
+            let _ = node.with_core(move |core, _| core.heard(note)).await;
+            Some(found)
+        }
+        _ => known,
+    }
+}
+
+/// `godwit migrations`: what this node knows, and what the others know better.
+pub(super) async fn list(
+    node: &Arc<Node>,
+    id: Option<MigrationId>,
+) -> Result<Vec<Migration>, ApiError> {
+    let mut found: std::collections::BTreeMap<MigrationId, Status> = node
+        .with_core(move |core, _| {
+            core.statuses()
+                .filter(|s| id.is_none_or(|id| id == s.id))
+                .map(|s| (s.id, s.clone()))
+                .collect()
+        })
+        .await?;
+    let others: Vec<HostId> = node
+        .net
+        .members()
+        .iter()
+        .filter(|m| m.connected && m.host != node.me)
+        .map(|m| m.host)
+        .collect();
+    let answers =
+        futures::future::join_all(others.iter().map(|h| node.ask(*h, Ask::Migrations(id)))).await;
+    for (host, answer) in others.iter().zip(answers) {
+        let Ok(Answer::Migrations(statuses)) = answer else { continue };
+        for status in statuses {
+            merge(&mut found, status, *host);
+        }
+    }
+    if let Some(id) = id.filter(|_| found.is_empty()) {
+        return Err(ApiError::new(
+            format!("no migration {id} is known to the hosts that answer"),
+            "see godwit migrations",
+        ));
+    }
+    Ok(found.into_values().map(|s| Migration::new(s, |h| node.host_name(h))).collect())
+}
+
+/// Joins two ends' knowledge: the timelines of both, the state of the source unless only the other
+/// has seen the end.
+fn merge(
+    found: &mut std::collections::BTreeMap<MigrationId, Status>,
+    status: Status,
+    told_by: HostId,
+) {
+    let Some(known) = found.get_mut(&status.id) else {
+        found.insert(status.id, status);
+        return;
+    };
+    let mut timeline = known.timeline.clone();
+    timeline.extend(status.timeline.iter().filter(|m| !known.timeline.contains(m)).cloned());
+    timeline.sort_by_key(|m| m.at_us);
+    let lead_says = told_by == status.from && (status.phase.is_end() || !known.phase.is_end());
+    if lead_says || (status.phase.is_end() && !known.phase.is_end()) {
+        *known = status;
+    }
+    known.timeline = timeline;
+}
+
+/// `godwit abort`.
+pub(super) async fn abort(node: &Arc<Node>, id: MigrationId) -> Result<Done, ApiError> {
+    let known = list(node, Some(id)).await?;
+    let lead = known.first().map_or(node.me, |m| m.status.from);
+    if lead == node.me {
+        node.with_core(move |core, now| core.abort(now, id)).await?.map_err(ApiError::plain)?;
+    } else {
+        match node.ask(lead, Ask::Abort(id)).await? {
+            Answer::Refused(cause) => return Err(ApiError::plain(cause)),
+            _ => {}
+        }
+    }
+    Ok(Done { done: format!("migration {id} is given up; the VM runs on where it was") })
+}

@@ -1,0 +1,166 @@
+//! What every part of the driver shares: the adapters' handles and the way to the core.
+//!
+//! Owns no state of its own but the tables it names.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use godwit_protocol::core::Core;
+use godwit_protocol::id::{HostId, MigrationId, Name};
+use godwit_protocol::migrate::Happened;
+use godwit_protocol::time::Time;
+use godwit_protocol::wire::migrate::Status;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::asks::Asks;
+use super::copies::Copies;
+use crate::api::types::ApiError;
+use crate::link::{Cidr, Links};
+use crate::net::{Bulk, BulkStream, Frames, NetHandle};
+use crate::store::{Corpus, Hard, Images};
+use crate::vmm::{AccelChoice, HostCaps};
+
+/// How the daemon is started.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// The state directory.
+    pub state: PathBuf,
+    /// Where it listens: this port for control, the next for bulk, the one after for frames.
+    pub listen: SocketAddr,
+    /// Where others reach it; none: the listening address.
+    pub advertise: Option<SocketAddr>,
+    /// Memory for all guests, bytes; none: what the host has, less a tenth.
+    pub memory_limit: Option<u64>,
+    /// The QEMU to use.
+    pub qemu: PathBuf,
+    /// The accelerator of VMs that do not name one.
+    pub accel: AccelChoice,
+    /// LANs on which plain VXLAN may be used.
+    pub trusted_lan: Vec<Cidr>,
+}
+
+/// Why the daemon cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct DriverError(pub String);
+
+impl DriverError {
+    pub(super) fn of(error: impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// A piece of work on the core, and what is to be done once its commands were performed.
+pub(super) type Job = Box<dyn FnOnce(&mut Core, Time) -> Box<dyn FnOnce() + Send> + Send>;
+
+/// What reaches the engine from the rest of the driver.
+pub(super) enum Input {
+    /// Work on the core.
+    Job(Job),
+    /// Something happened to a migration.
+    Happened(MigrationId, Happened),
+    /// The QEMU of a copy ended.
+    Gone(godwit_protocol::id::CopyId),
+}
+
+/// Shared by all tasks of the driver.
+pub(super) struct Node {
+    pub me: HostId,
+    pub name: Name,
+    pub site: Name,
+    pub options: RunOptions,
+    pub underlay: SocketAddr,
+    pub caps: HostCaps,
+    pub memory_limit: u64,
+    pub hard: Arc<Hard>,
+    pub net: NetHandle,
+    pub bulk: Bulk,
+    pub links: Links,
+    pub corpus: Arc<Corpus>,
+    pub images: Arc<Images>,
+    pub chunk_key: [u8; 32],
+    pub copies: Copies,
+    pub asks: Asks,
+    pub wires: Mutex<super::wires::Table>,
+    pub frames: Frames,
+    pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,
+    pub statuses: broadcast::Sender<Status>,
+    pub inputs: mpsc::Sender<Input>,
+    pub started: Instant,
+}
+
+/// How long anything may wait for the core before something is badly wrong.
+const CORE_DEADLINE: Duration = Duration::from_secs(120);
+
+impl Node {
+    /// The core's time.
+    pub fn now(&self) -> Time {
+        Time(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// Works on the core; returns when all commands that came of it were performed, flushes included.
+    pub async fn with_core<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Core, Time) -> R + Send + 'static,
+    ) -> Result<R, ApiError> {
+        let (tell, told) = oneshot::channel();
+        let job: Job = Box::new(move |core, now| {
+            let result = work(core, now);
+            Box::new(move || {
+                let _ = tell.send(result);
+            })
+        });
+        let stopping = || ApiError::plain("the daemon is stopping");
+        self.inputs.send(Input::Job(job)).await.map_err(|_| stopping())?;
+        match tokio::time::timeout(CORE_DEADLINE, told).await {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(_)) => Err(stopping()),
+            Err(_) => Err(ApiError::plain("the daemon did not get to it in time")),
+        }
+    }
+
+    /// Tells a migration what happened.
+    pub async fn happened(&self, id: MigrationId, happened: Happened) {
+        // Fails only when the engine has ended.
+        let _ = self.inputs.send(Input::Happened(id, happened)).await;
+    }
+
+    /// Where copies live.
+    pub fn vm_dir(&self) -> PathBuf {
+        self.options.state.join("vm")
+    }
+
+    /// The table of migrations that wait for bulk connections.
+    pub fn receiving(
+        &self,
+    ) -> std::sync::MutexGuard<'_, BTreeMap<MigrationId, mpsc::Sender<BulkStream>>> {
+        self.receiving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The name of a member, for people.
+    pub fn host_name(&self, host: HostId) -> String {
+        self.net
+            .members()
+            .into_iter()
+            .find(|m| m.host == host)
+            .map_or_else(|| host.to_string()[..8].to_owned(), |m| m.name.to_string())
+    }
+}
+
+/// Wall clock, microseconds since 1970.
+pub(super) fn wall_us() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// Fresh random bytes of the operating system.
+pub(super) fn random<const N: usize>() -> Result<[u8; N], ApiError> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(ApiError::plain)?;
+    Ok(bytes)
+}

@@ -1,0 +1,189 @@
+//! The source's work of a migration: QEMU streams into the relay, the relay crosses the WAN.
+//!
+//! Owns the sessions of one outgoing migration. Decides nothing: it measures and obeys.
+
+use std::future::pending;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::id::HostId;
+use godwit_protocol::migrate::{Happened, Progress};
+use godwit_protocol::wire::migrate::Options;
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+
+use super::bulk;
+use super::copies::Copy;
+use super::node::wall_us;
+use super::worker::Worker;
+use crate::relay::{
+    RelayError, SourceEnd, SourceHandle, SourceParams, SourceProgress, SourceSession,
+};
+use crate::vmm::commands::RamInfo;
+use crate::vmm::{Outgoing, Qemu, RAM_BLOCK};
+
+/// How often the core hears figures.
+const FIGURES: Duration = Duration::from_millis(100);
+
+/// How long QEMU may take to connect to the relay.
+const ACCEPT: Duration = Duration::from_secs(10);
+/// How long a cut of the bulk connection may last.
+const RECONNECT: Duration = Duration::from_secs(60);
+/// How long QEMU may take to end a migration that was cancelled.
+const CANCEL: Duration = Duration::from_secs(5);
+
+/// One outgoing migration.
+pub(super) struct Sending {
+    copy: Arc<Copy>,
+    session: Arc<SourceHandle>,
+    figures: JoinHandle<()>,
+    end: JoinHandle<()>,
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.figures.abort();
+        self.end.abort();
+        self.session.abort();
+    }
+}
+
+impl Worker {
+    /// Lets QEMU stream and dials the destination.
+    pub(super) async fn transfer(&mut self, to: HostId, options: Options) -> Result<(), String> {
+        let copy = self.node.copies.running(self.vm).ok_or("the VM does not run here")?;
+        let socket = copy.dir.join("out.sock");
+        let _ = std::fs::remove_file(&socket);
+        let listener =
+            UnixListener::bind(&socket).map_err(|e| format!("{}: {e}", socket.display()))?;
+        let connect = bulk::connector(&self.node, to, self.id);
+        let params = SourceParams {
+            listener,
+            connect,
+            key: ChunkKey(self.node.chunk_key),
+            ram_block: RAM_BLOCK.into(),
+            ram_bytes: copy.spec.memory,
+            migration: self.id,
+            bandwidth: options.bandwidth_bytes_per_s,
+            accept_deadline: ACCEPT,
+            reconnect_deadline: RECONNECT,
+        };
+        let mut session = SourceSession::spawn(params).map_err(|e| e.to_string())?;
+        let finished = std::mem::replace(&mut session.finished, tokio::spawn(pending()));
+        let session = Arc::new(session);
+        let qemu = copy.qemu();
+        let started = qemu.outgoing_start(&socket, Outgoing::default()).await;
+        let figures = self.watch_figures(&session, qemu);
+        let end = self.watch_end(finished);
+        self.sending = Some(Sending { copy, session, figures, end });
+        started.map_err(|e| e.to_string())
+    }
+
+    /// Tells the core figures until the guest is stopped.
+    fn watch_figures(&self, session: &Arc<SourceHandle>, qemu: Qemu) -> JoinHandle<()> {
+        let (node, id, session) = (Arc::clone(&self.node), self.id, Arc::clone(session));
+        tokio::spawn(async move {
+            let mut tick = tokio::time::interval(FIGURES);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            let progress = session.progress();
+            let mut cost = Cost::default();
+            loop {
+                tick.tick().await;
+                let now = *progress.borrow();
+                cost.learn(&now);
+                let Ok(info) = qemu.query_migrate().await else { continue };
+                let figures = figures(&now, &cost, &info.ram.unwrap_or_default());
+                node.happened(id, Happened::Progress(figures)).await;
+            }
+        })
+    }
+
+    /// Tells the core when the session cannot go on. A good end is told by the destination.
+    fn watch_end(&self, finished: JoinHandle<Result<SourceEnd, RelayError>>) -> JoinHandle<()> {
+        let (node, id) = (Arc::clone(&self.node), self.id);
+        tokio::spawn(async move {
+            let cause = match finished.await {
+                Ok(Ok(_)) => return,
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => error.to_string(),
+            };
+            node.happened(id, Happened::TransferFailed(cause)).await;
+        })
+    }
+
+    /// QMP `stop` is the gate: what follows is the last of the stream.
+    pub(super) async fn stop(&mut self) -> Result<u64, String> {
+        let sending = self.sending.as_ref().ok_or("there is no transfer")?;
+        sending.figures.abort();
+        sending.session.begin_cutover();
+        let at = sending.copy.qemu().stop().await.map_err(|e| e.to_string())?;
+        Ok(at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0)))
+    }
+
+    /// Ends the transfer; QEMU's migration with it. Whether the guest runs is not touched.
+    pub(super) async fn cancel_transfer(&mut self) {
+        let copy = match self.sending.take() {
+            Some(sending) => Arc::clone(&sending.copy),
+            None => match self.node.copies.running(self.vm) {
+                Some(copy) => copy,
+                None => return,
+            },
+        };
+        let qemu = copy.qemu();
+        // Refused when nothing is under way, which is what is wanted.
+        if let Err(error) = qemu.migrate_cancel().await {
+            tracing::debug!(%error, "no transfer to cancel");
+        }
+        if let Err(error) = qemu.wait_outgoing(CANCEL).await {
+            tracing::debug!(%error, "the cancelled transfer");
+        }
+        let _ = std::fs::remove_file(copy.dir.join("out.sock"));
+    }
+}
+
+/// What a non-zero guest page costs on the wire, learned from the last pages that crossed.
+#[derive(Default)]
+struct Cost {
+    pages: u64,
+    bytes: u64,
+    ppm: u64,
+}
+
+impl Cost {
+    /// Pages after which the ratio is taken anew.
+    const SAMPLE: u64 = 256;
+
+    fn learn(&mut self, p: &SourceProgress) {
+        let (pages, bytes) = (p.pages_known + p.pages_literal, p.wire_bytes_out);
+        let (new, cost) = (pages.saturating_sub(self.pages), bytes.saturating_sub(self.bytes));
+        if new >= Self::SAMPLE || (self.ppm == 0 && new > 0) {
+            self.ppm = cost.saturating_mul(1_000_000) / (new * 4096);
+            (self.pages, self.bytes) = (pages, bytes);
+        }
+    }
+
+    fn of(&self, guest_bytes: u64) -> u64 {
+        let cost = u128::from(guest_bytes) * u128::from(self.ppm) / 1_000_000;
+        u64::try_from(cost).unwrap_or(u64::MAX)
+    }
+}
+
+fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
+    let handled = p.pages_zero + p.pages_known + p.pages_literal;
+    Progress {
+        passes: u64::from(p.passes),
+        remaining_bytes: ram.remaining,
+        backlog_bytes: cost.of(p.unplaced_bytes),
+        link_bytes_per_s: p.link_bytes_per_s as u64,
+        rtt_ms: p.rtt_us / 1000,
+        dirty_bytes_per_s: ram.dirty_pages_rate.saturating_mul(4096),
+        wire_per_guest_ppm: cost.ppm,
+        bulk_bytes: p.wire_bytes_out + p.wire_bytes_in,
+        nonzero_bytes: p.first_pass_nonzero_pages * 4096,
+        first_pass_bytes: if p.passes > 0 { u64::MAX } else { handled * 4096 },
+        zero: p.pages_zero,
+        known: p.pages_known,
+        literal: p.pages_literal,
+    }
+}

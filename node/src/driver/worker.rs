@@ -1,0 +1,161 @@
+//! One worker per migration: does its effects one after the other, off the engine.
+//!
+//! Owns what a migration holds at this end: sessions, the copy it receives.
+
+use std::sync::Arc;
+
+use godwit_protocol::id::{CopyId, MigrationId, VmId};
+use godwit_protocol::migrate::{Effect, Happened};
+use tokio::sync::mpsc;
+
+use super::copies::Copy;
+use super::destination::Receiving;
+use super::node::{Node, wall_us};
+use super::source::Sending;
+use super::{hold, wires};
+
+/// Effects that may wait at one worker. A migration has few at a time.
+const EFFECTS: usize = 32;
+/// How long a QEMU may take to leave before it is killed.
+const QUIT: std::time::Duration = std::time::Duration::from_secs(2);
+
+pub(super) struct Worker {
+    pub node: Arc<Node>,
+    pub id: MigrationId,
+    pub vm: VmId,
+    pub sending: Option<Sending>,
+    pub receiving: Option<Receiving>,
+}
+
+impl Worker {
+    /// Starts one; it ends when the sender is dropped and everything asked of it is done.
+    pub fn spawn(node: &Arc<Node>, id: MigrationId, vm: VmId) -> mpsc::Sender<Effect> {
+        let (effects, mut todo) = mpsc::channel(EFFECTS);
+        let mut worker = Self { node: Arc::clone(node), id, vm, sending: None, receiving: None };
+        tokio::spawn(async move {
+            while let Some(effect) = todo.recv().await {
+                worker.perform(effect).await;
+            }
+        });
+        effects
+    }
+
+    async fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Receive { spec, source } => {
+                let happened = match self.receive(&spec, source).await {
+                    Ok(()) => Happened::Received,
+                    Err(cause) => Happened::Refused(cause),
+                };
+                self.node.happened(self.id, happened).await;
+            }
+            Effect::Transfer { to, options } => {
+                if let Err(cause) = self.transfer(to, options).await {
+                    self.node.happened(self.id, Happened::TransferFailed(cause)).await;
+                }
+            }
+            Effect::Stop => {
+                let happened = match self.stop().await {
+                    Ok(at_us) => Happened::Stopped(at_us),
+                    Err(cause) => Happened::TransferFailed(cause),
+                };
+                self.node.happened(self.id, happened).await;
+            }
+            Effect::CancelTransfer => self.cancel_transfer().await,
+            Effect::Cont(copy) => self.cont(copy).await,
+            Effect::Discard(copy) => {
+                self.sending = None;
+                self.receiving = None;
+                discard(&self.node, copy).await;
+            }
+            Effect::DropReceived => {
+                if let Some(receiving) = self.receiving.take() {
+                    self.node.receiving().remove(&self.id);
+                    discard(&self.node, receiving.copy).await;
+                }
+            }
+            Effect::Rebuild(copy) => {
+                let happened = match self.rebuild(copy).await {
+                    Ok(()) => Happened::Rebuilt,
+                    Err(cause) => Happened::RebuildFailed(cause),
+                };
+                self.node.happened(self.id, happened).await;
+            }
+        }
+    }
+
+    /// A decided record names this copy: its guest may run.
+    async fn cont(&mut self, id: CopyId) {
+        let Some(copy) = self.node.copies.get(id) else {
+            let gone = Happened::QemuGone { ran: false };
+            return self.node.happened(self.id, gone).await;
+        };
+        if self.receiving.is_some() {
+            hold::at("decided").await;
+        }
+        let qemu = copy.qemu();
+        if qemu.exit().is_some() {
+            let gone = Happened::QemuGone { ran: copy.ran() };
+            return self.node.happened(self.id, gone).await;
+        }
+        copy.will_run();
+        match qemu.cont().await {
+            Ok(at) => {
+                let at_us = at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0));
+                wires::runs_here(&self.node, &copy).await;
+                if self.receiving.is_some() {
+                    hold::at("running").await;
+                }
+                self.receiving = None;
+                self.node.happened(self.id, Happened::Running(at_us)).await;
+            }
+            Err(error) => {
+                tracing::error!(vm = %self.vm, copy = %id, %error, "cont failed");
+                if qemu.exit().is_some() {
+                    self.node.happened(self.id, Happened::QemuGone { ran: true }).await;
+                } else {
+                    // It may still come: ask again, the record stands.
+                    retry_cont(&self.node, self.id, &copy);
+                }
+            }
+        }
+    }
+}
+
+/// Asks a QEMU that did not take `cont` again until it does or ends; the record stands.
+fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
+    let (node, copy) = (Arc::clone(node), Arc::clone(copy));
+    tokio::spawn(async move {
+        for _ in 0..60 {
+            tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+            let qemu = copy.qemu();
+            if qemu.exit().is_some() {
+                return node.happened(id, Happened::QemuGone { ran: true }).await;
+            }
+            if let Ok(at) = qemu.cont().await {
+                let at_us = at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0));
+                wires::runs_here(&node, &copy).await;
+                return node.happened(id, Happened::Running(at_us)).await;
+            }
+        }
+        tracing::error!(copy = %copy.id, "QEMU takes no cont: ending it");
+        let _ = copy.qemu().kill().await;
+        node.happened(id, Happened::QemuGone { ran: true }).await;
+    });
+}
+
+/// Ends a copy's QEMU and removes what it held. The guest must not be needed here any more.
+pub(super) async fn discard(node: &Arc<Node>, id: CopyId) {
+    let Some(copy) = node.copies.remove(id) else { return };
+    if let Err(error) = copy.qemu().quit(QUIT).await {
+        tracing::error!(copy = %id, %error, "its QEMU does not end");
+    }
+    wires::runs_no_more(node, &copy).await;
+    let dir = copy.dir.clone();
+    let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
+    if let Ok(Err(error)) = removed {
+        tracing::warn!(copy = %id, %error, "its directory stays");
+    }
+    let vm = copy.vm();
+    let _ = node.with_core(move |core, _| core.runs_no_more(vm, id)).await;
+}

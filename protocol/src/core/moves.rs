@@ -1,0 +1,285 @@
+//! Migrations inside the core: who hears of what, and what their actions become.
+//!
+//! Owns the table of moves and of statuses. Decides nothing of a move itself.
+
+use super::{Command, Core, Key, Move, Value};
+use crate::id::{Epoch, HostId, MigrationId, Name, VmId};
+use crate::limits;
+use crate::migrate::destination::Destination;
+use crate::migrate::source::{Begin, Source};
+use crate::migrate::{Action, Happened, Moving, Role};
+use crate::time::Time;
+use crate::wire::control::Control;
+use crate::wire::migrate::{Body, Message, Phase, Status};
+use crate::wire::record::{Cause, Record};
+
+/// How long the ballot of a move may be driven, milliseconds.
+const BALLOT_MS: u64 = 30_000;
+/// Ended migrations that are remembered.
+const REMEMBERED: usize = 256;
+
+impl Core {
+    /// Starts a migration of a VM that this host runs. The same id asked twice starts once.
+    ///
+    /// # Errors
+    /// One line for the user; nothing changed.
+    pub fn request(&mut self, now: Time, begin: Begin) -> Result<(), String> {
+        let (id, vm) = (begin.status.id, begin.status.vm);
+        if self.moves.contains_key(&id) || self.statuses.contains_key(&id) {
+            return Ok(());
+        }
+        let name = &begin.status.name;
+        let runs =
+            self.local.get(&vm).is_some_and(|l| begin.record.names(vm, self.me.host, l.copy));
+        if !runs || self.epochs.newest(vm) != Some(&begin.record) {
+            return Err(format!("{name} does not run on this host any more: ask again"));
+        }
+        if self.is_moving(vm) {
+            return Err(format!(
+                "{name} is moving already: wait for it (godwit migrations) or abort it"
+            ));
+        }
+        if self.epochs.attempting(vm).is_some() {
+            return Err(format!("the record of {name} is being changed just now: ask again"));
+        }
+        self.persist_status(&begin.status);
+        let mut out = Vec::new();
+        let source = Source::begin(now, begin, &mut out);
+        self.moves.insert(id, Move::Source(Box::new(source)));
+        self.perform(now, id, out);
+        self.drain(now);
+        Ok(())
+    }
+
+    /// Gives a migration up if its guest has not been stopped.
+    ///
+    /// # Errors
+    /// One line for the user; nothing changed.
+    pub fn abort(&mut self, now: Time, id: MigrationId) -> Result<(), String> {
+        let Some(m) = self.moves.get(&id) else {
+            return Err(format!("migration {id} is not under way on this host"));
+        };
+        if !matches!(m.status().phase, Phase::Preparing | Phase::Transfer) {
+            return Err("too late to abort: the guest was stopped, the epoch decides".to_owned());
+        }
+        self.happened(now, id, Happened::Abort);
+        Ok(())
+    }
+
+    /// Something happened to a migration of this host.
+    pub fn happened(&mut self, now: Time, id: MigrationId, happened: Happened) {
+        let mut out = Vec::new();
+        if let Some(m) = self.moves.get_mut(&id) {
+            m.get_mut().handle(now, happened, &mut out);
+        }
+        self.perform(now, id, out);
+        self.drain(now);
+    }
+
+    /// Whether a migration of `vm` is under way here.
+    #[must_use]
+    pub fn is_moving(&self, vm: VmId) -> bool {
+        self.migration_of(vm).is_some()
+    }
+
+    pub(super) fn said(&mut self, now: Time, from: HostId, message: Message) {
+        let Message { id, vm, base, body } = message;
+        if self.moves.contains_key(&id) {
+            return self.happened(now, id, Happened::Said(from, body));
+        }
+        let answer = match body {
+            Body::Prepare { record, spec, options: _, requested_on } => {
+                match self.receive(now, from, id, vm, record, spec, requested_on) {
+                    Ok(()) => return,
+                    Err(cause) => Body::Refused(cause),
+                }
+            }
+            Body::Where => Body::Unknown,
+            // The source of a move that is over: the other end may stop telling.
+            Body::Running { .. } | Body::Lost(_) => Body::Released,
+            _ => return,
+        };
+        let message = Message { id, vm, base, body: answer };
+        self.out.push_back(Command::Send(from, Control::Migrate(message)));
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn receive(
+        &mut self,
+        now: Time,
+        from: HostId,
+        id: MigrationId,
+        vm: VmId,
+        record: Record,
+        spec: Vec<u8>,
+        requested_on: HostId,
+    ) -> Result<(), String> {
+        if !record.is_well_formed() || record.placement_of(vm).is_none_or(|p| p.host != from) {
+            return Err("the source's record does not name it: ask again".to_owned());
+        }
+        if self.is_moving(vm) {
+            return Err("the destination is in another migration of this VM".to_owned());
+        }
+        self.epochs.learned(now, record.clone());
+        if self.epochs.newest(vm) != Some(&record) {
+            return Err("a newer record of this VM is decided: ask again".to_owned());
+        }
+        let status = blank(id, vm, &record, from, requested_on);
+        let mut out = Vec::new();
+        let status = Status { to: Some(self.me.host), ..status };
+        let destination = Destination::begin(self.me.host, status, record, spec, &mut out);
+        self.moves.insert(id, Move::Destination(Box::new(destination)));
+        self.perform(now, id, out);
+        Ok(())
+    }
+
+    /// Tells every move of `vm`.
+    pub(super) fn tell_moves(&mut self, now: Time, vm: VmId, happened: &Happened) {
+        let ids: Vec<_> =
+            self.moves.iter().filter(|(_, m)| m.status().vm == vm).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.happened(now, id, happened.clone());
+        }
+    }
+
+    pub(super) fn take_up(&mut self, now: Time, moving: &Moving, present: bool) {
+        let Some(record) = self.epochs.newest(moving.vm).cloned() else { return };
+        let peer = moving.peer;
+        let from = if moving.role == Role::Source { self.me.host } else { peer };
+        let status = self
+            .statuses
+            .get(&moving.id)
+            .cloned()
+            .unwrap_or_else(|| blank(moving.id, moving.vm, &record, from, moving.requested_on));
+        // What the end is bound to; the newest record may already be the decision.
+        let base = Record { epoch: moving.base, ..record.clone() };
+        let mut out = Vec::new();
+        let m = match moving.role {
+            Role::Source => {
+                Move::Source(Box::new(Source::resume(now, moving, base, status, &mut out)))
+            }
+            Role::Destination => {
+                let me = self.me.host;
+                let d = Destination::resume(now, me, moving, base, status, present, &mut out);
+                Move::Destination(Box::new(d))
+            }
+        };
+        self.moves.insert(moving.id, m);
+        if record.epoch > moving.base {
+            out.retain(|a| !matches!(a, Action::Resolve(_)));
+            self.perform(now, moving.id, out);
+            self.happened(now, moving.id, Happened::Decided(record));
+        } else {
+            self.perform(now, moving.id, out);
+        }
+    }
+
+    /// Migrations that were not bound when this node went down ended with it: the guest ran on.
+    pub(super) fn close_unbound(&mut self) {
+        let open: Vec<Status> = self
+            .statuses
+            .values()
+            .filter(|s| !s.phase.is_end() && !self.moves.contains_key(&s.id))
+            .filter(|s| s.from == self.me.host || s.to == Some(self.me.host))
+            .cloned()
+            .collect();
+        for status in open {
+            let cause = "the node restarted during the transfer".to_owned();
+            let ended = Status { phase: Phase::Stayed, cause, ..status };
+            self.publish(ended);
+        }
+    }
+
+    /// Another node's word on a migration; an end that is known is never taken back.
+    pub(super) fn note(&mut self, status: Status) {
+        let known = self.statuses.get(&status.id);
+        if known.is_some_and(|k| k.phase.is_end() && !status.phase.is_end()) {
+            return;
+        }
+        if self.moves.contains_key(&status.id) {
+            return;
+        }
+        self.remember(status.clone());
+        self.out.push_back(Command::Status(Box::new(status)));
+    }
+
+    fn remember(&mut self, status: Status) {
+        self.statuses.insert(status.id, status);
+        while self.statuses.len() > REMEMBERED {
+            let Some(id) =
+                self.statuses.values().find(|s| s.phase.is_end()).map(|s| s.id).or_else(|| {
+                    self.statuses.keys().find(|id| !self.moves.contains_key(id)).copied()
+                })
+            else {
+                return;
+            };
+            self.statuses.remove(&id);
+            self.out.push_back(Command::Persist(Key::Status(id), None));
+        }
+    }
+
+    /// Shows a status here, and to the node that took the request.
+    fn publish(&mut self, status: Status) {
+        let ended = status.phase.is_end();
+        if ended {
+            self.persist_status(&status);
+        }
+        self.remember(status.clone());
+        let to = status.requested_on;
+        if to != self.me.host {
+            self.out.push_back(Command::Send(to, Control::Progress(Box::new(status.clone()))));
+        }
+        self.out.push_back(Command::Status(Box::new(status)));
+    }
+
+    fn perform(&mut self, now: Time, id: MigrationId, actions: Vec<Action>) {
+        let Some(m) = self.moves.get(&id) else { return };
+        let (status, over) = (m.status().clone(), m.get().is_over());
+        let vm = status.vm;
+        for action in actions {
+            match action {
+                Action::Persist(moving) => {
+                    let value = Value::Moving(moving);
+                    self.out.push_back(Command::Persist(Key::Moving(id), Some(value)));
+                }
+                Action::Forget => self.out.push_back(Command::Persist(Key::Moving(id), None)),
+                Action::Send(to, body) => {
+                    let base = status.epoch_before;
+                    let message = Message { id, vm, base, body };
+                    self.out.push_back(Command::Send(to, Control::Migrate(message)));
+                }
+                Action::PrepareBallot => {
+                    // Refused only for a cluster without a record: the source asks again.
+                    let _ = self.epochs.prepare(now, vm, now.plus_ms(BALLOT_MS));
+                }
+                Action::Propose(record) => {
+                    let _ = self.epochs.propose(now, record, now.plus_ms(BALLOT_MS));
+                }
+                Action::Resolve(why) => self.resolve(now, id, vm, status.epoch_before, why),
+                Action::Effect(effect) => self.out.push_back(Command::Effect { id, vm, effect }),
+                Action::Report => self.publish(status.clone()),
+            }
+        }
+        if over {
+            self.moves.remove(&id);
+        }
+    }
+
+    /// Drives the epoch after `base` to a decision; if it is decided, says so.
+    fn resolve(&mut self, now: Time, id: MigrationId, vm: VmId, base: Epoch, mut why: String) {
+        let Some(record) = self.epochs.newest(vm).cloned() else { return };
+        if record.epoch > base {
+            return self.happened(now, id, Happened::Decided(record));
+        }
+        why.truncate(why.floor_char_boundary(limits::TEXT_BYTES));
+        let stay = Record { epoch: record.epoch.next(), cause: Cause::Stay(why), ..record };
+        // Refused only if the epoch was decided meanwhile, which is told by `Decided`.
+        let _ = self.epochs.resolve(now, stay);
+    }
+}
+
+/// A status of which nothing is known but who and what.
+fn blank(id: MigrationId, vm: VmId, record: &Record, from: HostId, requested_on: HostId) -> Status {
+    let name: Name = record.name.clone();
+    Status::new(id, vm, name, from, requested_on, record.epoch)
+}

@@ -1,0 +1,217 @@
+//! One migration, seen from each end.
+//!
+//! Owns when a guest may be stopped, who is bound to which epoch, and what each end does with a
+//! decision. Never talks to QEMU or a socket: it answers events with [`Action`]s, performed in
+//! order; a [`Action::Persist`] is on disk before the next action is performed.
+//!
+//! ```text
+//!  source                                            destination
+//!  Preparing ----------- Prepare ------------------> Checking
+//!  Transfer  <---------- Ready --------------------- Receiving
+//!     |      ----------- PrepareBallot ------------>    |
+//!     |      <---------- BallotReady ---------------    |
+//!  Stopping  (bound on disk, then QMP stop)             |
+//!  Stopped   ........... last pages, device state ..> Loaded: bound on disk, proposes e+1
+//!     |      <---------- decided e+1 --------------->   |
+//!  Starting                                          Starting (on disk), cont
+//!  Releasing <---------- Running ------------------- Running
+//!  Moved     ----------- Released -----------------> over
+//! ```
+//!
+//! Invariants (R1, R2, R4): a destination copy gets `cont` only after a decided record names it; a
+//! bound end acts only on the decision of `base + 1`, across restarts; *unknown* is resolved by
+//! deciding, never by reading.
+
+pub mod destination;
+pub mod plan;
+pub mod source;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{CopyId, Epoch, HostId, MigrationId, VmId};
+use crate::wire::migrate::{Body, Options, Status};
+use crate::wire::record::Record;
+
+/// Which end of a migration a host is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// The guest ran here.
+    Source,
+    /// The guest shall run here.
+    Destination,
+}
+
+/// Hard state of a bound end: written before the step that binds it, removed when the move is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moving {
+    /// The migration.
+    pub id: MigrationId,
+    /// The VM.
+    pub vm: VmId,
+    /// It waits for the decision of the epoch after this one.
+    pub base: Epoch,
+    /// Which end this host is.
+    pub role: Role,
+    /// The other end.
+    pub peer: HostId,
+    /// The node that took the request.
+    pub requested_on: HostId,
+    /// This end's copy.
+    pub copy: CopyId,
+    /// Destination: `cont` may have been sent. A QEMU that is gone after this is *lost*.
+    pub started: bool,
+}
+
+/// What a migration wants done. Performed in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Write this hard state and flush it before anything that follows.
+    Persist(Moving),
+    /// Remove the hard state of this migration.
+    Forget,
+    /// Tell the other end.
+    Send(HostId, Body),
+    /// Run phase 1 for the next epoch with this host as proposer.
+    PrepareBallot,
+    /// Propose this record (the next epoch).
+    Propose(Record),
+    /// Drive the next epoch to a decision: adopt what may have been accepted, else *stay*.
+    Resolve(String),
+    /// Let the driver do this.
+    Effect(Effect),
+    /// The status changed: show it.
+    Report,
+}
+
+/// What the driver does to the world for a migration; each is answered by an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Destination: check that this host can take the VM, start a QEMU that waits for it.
+    Receive {
+        /// The VM's description.
+        spec: Vec<u8>,
+        /// The other end.
+        source: HostId,
+    },
+    /// Source: let QEMU stream into the relay and dial the destination.
+    Transfer {
+        /// The other end.
+        to: HostId,
+        /// What was asked for.
+        options: Options,
+    },
+    /// Source: QMP `stop`, then let the last pages and the device state go.
+    Stop,
+    /// Source: end the transfer; the guest goes on running.
+    CancelTransfer,
+    /// `cont` this copy: a decided record names it.
+    Cont(CopyId),
+    /// End the QEMU of this copy and free what it holds; it will never run again.
+    Discard(CopyId),
+    /// Destination: forget what was received; no copy was bound.
+    DropReceived,
+    /// Destination: the copy's QEMU is gone before `cont`: start it again from the stored device
+    /// state and the memory.
+    Rebuild(CopyId),
+}
+
+/// What the source measures while pages cross; from the driver, a few times a second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// QEMU's completed passes over memory.
+    pub passes: u64,
+    /// Bytes that QEMU still has to send (its estimate).
+    pub remaining_bytes: u64,
+    /// Bytes accepted from QEMU that are not placed at the destination, as they will cross.
+    pub backlog_bytes: u64,
+    /// What the path gave lately, bytes per second.
+    pub link_bytes_per_s: u64,
+    /// Round trip of the path, milliseconds.
+    pub rtt_ms: u64,
+    /// What the guest dirties, bytes per second.
+    pub dirty_bytes_per_s: u64,
+    /// Bytes on the wire per guest byte lately, in parts per million.
+    pub wire_per_guest_ppm: u64,
+    /// Bytes that crossed, both directions.
+    pub bulk_bytes: u64,
+    /// Non-zero guest memory of the first pass, bytes.
+    pub nonzero_bytes: u64,
+    /// Guest bytes that are handled (zero, known and literal alike) in the first pass.
+    pub first_pass_bytes: u64,
+    /// Pages: all zero.
+    pub zero: u64,
+    /// Pages: the destination had them.
+    pub known: u64,
+    /// Pages: sent.
+    pub literal: u64,
+}
+
+/// What happened to a migration, as far as its end is told by the driver or the core.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Happened {
+    /// A message of the other end.
+    Said(HostId, Body),
+    /// Destination: a QEMU waits.
+    Received,
+    /// Destination: this host cannot take the VM.
+    Refused(String),
+    /// Source: figures.
+    Progress(Progress),
+    /// Source: the transfer cannot go on. Destination: what was received is of no use.
+    TransferFailed(String),
+    /// Source: the guest stands still since then (microseconds since 1970).
+    Stopped(u64),
+    /// Destination: device state loaded, digests equal; a fresh copy id was minted.
+    Loaded(CopyId),
+    /// `cont` succeeded at that time (microseconds since 1970).
+    Running(u64),
+    /// The copy's QEMU is gone.
+    QemuGone {
+        /// Whether `cont` had been written to it: if not, the guest never ran in it.
+        ran: bool,
+    },
+    /// Destination: the copy waits again, loaded.
+    Rebuilt,
+    /// Destination: it could not be started again.
+    RebuildFailed(String),
+    /// A majority has promised; what was found accepted must be adopted.
+    BallotReady,
+    /// The next epoch is decided.
+    Decided(Record),
+    /// Somebody asked to give up.
+    Abort,
+    /// The core's timer for this migration rang.
+    Timer,
+}
+
+/// Times after which a silent step is given up or asked about again, milliseconds.
+pub mod wait {
+    /// Destination checks and starts a QEMU.
+    pub const PREPARE_MS: u64 = 60_000;
+    /// Default deadline of the transfer.
+    pub const TRANSFER_MS: u64 = 3_600_000;
+    /// Phase 1 before the stop.
+    pub const BALLOT_MS: u64 = 3_000;
+    /// From the stop to a decision, before an end drives one.
+    pub const DECISION_MS: u64 = 20_000;
+    /// Between two questions to the other end.
+    pub const ASK_MS: u64 = 500;
+    /// From the decision to *running*, before the source reports that it waits in vain.
+    pub const RUNNING_MS: u64 = 120_000;
+    /// How often a lost destination QEMU is started again before its guest is given up.
+    pub const REBUILDS: u32 = 3;
+    /// A destination that hears nothing of its source asks where it stands.
+    pub const SILENCE_MS: u64 = 5_000;
+}
+
+/// A migration's public face: both ends keep one.
+pub trait Migration {
+    /// What is known of it.
+    fn status(&self) -> &Status;
+    /// Takes in what happened; what is to be done is appended to `out`.
+    fn handle(&mut self, now: crate::time::Time, happened: Happened, out: &mut Vec<Action>);
+    /// When [`Happened::Timer`] is due.
+    fn timeout(&self) -> Option<crate::time::Time>;
+    /// Whether nothing more will happen and the machine can be dropped.
+    fn is_over(&self) -> bool;
+}

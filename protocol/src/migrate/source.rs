@@ -1,0 +1,419 @@
+//! The source of a migration, which also leads it.
+//!
+//! Owns the order of steps of `super`'s diagram, left side. Invariant: once `Stopping` is entered
+//! (bound, on disk), the guest runs again here only on a decided record that names this copy.
+
+use super::plan;
+use super::wait;
+use super::{Action, Effect, Happened, Migration, Moving, Progress, Role};
+use crate::id::{CopyId, HostId};
+use crate::time::Time;
+use crate::wire::migrate::{Body, Options, Phase, Status};
+use crate::wire::record::Record;
+
+/// Where the source stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    /// Waiting for the destination's answer.
+    Preparing { until: Time },
+    /// Pages cross; with what is known of the ballot.
+    Transfer { until: Time, ballot: Ballot },
+    /// Bound; QMP `stop` is on its way or done; until a decision or the deadline.
+    Stopped { until: Time },
+    /// Decided for the destination; asking it for *running*.
+    Starting { ask_at: Time, until: Time },
+    /// Decided to stay; `cont` is on its way.
+    Resuming { ask_at: Time },
+    /// Nothing more.
+    Over,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ballot {
+    None,
+    Asked(Time),
+    Ready,
+}
+
+/// The source's end of one migration.
+#[derive(Debug, Clone)]
+pub struct Source {
+    status: Status,
+    record: Record,
+    copy: CopyId,
+    spec: Vec<u8>,
+    options: Options,
+    /// Hosts to try, the next one last.
+    candidates: Vec<HostId>,
+    peer: HostId,
+    state: State,
+    started: Time,
+    last: Progress,
+    refusals: Vec<String>,
+    stopped_us: Option<u64>,
+}
+
+/// What a new source needs to know.
+#[derive(Debug, Clone)]
+pub struct Begin {
+    /// How it starts out: ids, names, requester, memory size.
+    pub status: Status,
+    /// The decided record that names this copy.
+    pub record: Record,
+    /// This host's copy.
+    pub copy: CopyId,
+    /// The VM's description, for the destination.
+    pub spec: Vec<u8>,
+    /// What was asked for.
+    pub options: Options,
+    /// Hosts to try, best first; at least one.
+    pub candidates: Vec<HostId>,
+}
+
+impl Source {
+    /// Starts: asks the first candidate.
+    pub fn begin(now: Time, begin: Begin, out: &mut Vec<Action>) -> Self {
+        let mut candidates = begin.candidates;
+        candidates.reverse();
+        let mut this = Self {
+            peer: begin.status.from,
+            status: begin.status,
+            record: begin.record,
+            copy: begin.copy,
+            spec: begin.spec,
+            options: begin.options,
+            candidates,
+            state: State::Over,
+            started: now,
+            last: Progress::default(),
+            refusals: Vec::new(),
+            stopped_us: None,
+        };
+        this.ask_next(now, out);
+        this
+    }
+
+    /// Takes up a bound source after a restart: only the decision of `base + 1` can end it.
+    pub fn resume(
+        now: Time,
+        moving: &Moving,
+        record: Record,
+        status: Status,
+        out: &mut Vec<Action>,
+    ) -> Self {
+        let this = Self {
+            status: Status { phase: Phase::Stopped, to: Some(moving.peer), ..status },
+            record,
+            copy: moving.copy,
+            spec: Vec::new(),
+            options: Options::default(),
+            candidates: Vec::new(),
+            peer: moving.peer,
+            state: State::Stopped { until: now.plus_ms(wait::DECISION_MS) },
+            started: now,
+            last: Progress::default(),
+            refusals: Vec::new(),
+            stopped_us: None,
+        };
+        out.push(Action::Resolve("the source node restarted while the guest stood still".into()));
+        this
+    }
+
+    fn ask_next(&mut self, now: Time, out: &mut Vec<Action>) {
+        let Some(next) = self.candidates.pop() else {
+            let why = if self.refusals.is_empty() {
+                "no host to move to".to_owned()
+            } else {
+                self.refusals.join("; ")
+            };
+            return self.end(Phase::Stayed, why, out);
+        };
+        self.peer = next;
+        self.status.to = Some(next);
+        self.status.phase = Phase::Preparing;
+        self.state = State::Preparing { until: now.plus_ms(wait::PREPARE_MS) };
+        out.push(Action::Send(
+            next,
+            Body::Prepare {
+                record: self.record.clone(),
+                spec: self.spec.clone(),
+                options: self.options,
+                requested_on: self.status.requested_on,
+            },
+        ));
+        out.push(Action::Report);
+    }
+
+    fn end(&mut self, phase: Phase, cause: String, out: &mut Vec<Action>) {
+        self.state = State::Over;
+        self.status.phase = phase;
+        self.status.cause = cause;
+        if phase == Phase::Moved {
+            self.status.done_ppm = 1_000_000;
+            self.status.left_ms = Some(0);
+        }
+        out.push(Action::Forget);
+        out.push(Action::Report);
+    }
+
+    /// Gives up before the stop: the guest never noticed.
+    fn give_up(&mut self, cause: String, out: &mut Vec<Action>) {
+        out.push(Action::Effect(Effect::CancelTransfer));
+        out.push(Action::Send(self.peer, Body::Cancel(cause.clone())));
+        self.end(Phase::Stayed, cause, out);
+    }
+
+    fn on_progress(&mut self, now: Time, p: Progress, out: &mut Vec<Action>) {
+        self.last = p;
+        let (ppm, left) = plan::work_done(&p, self.status.ram_bytes);
+        self.status.done_ppm = self.status.done_ppm.max(ppm);
+        self.status.left_ms = left;
+        self.status.ram_nonzero_bytes = self.status.ram_nonzero_bytes.max(p.nonzero_bytes);
+        self.status.bulk_bytes = p.bulk_bytes;
+        self.status.dirty_bytes_per_s = p.dirty_bytes_per_s;
+        self.status.chunks_zero = p.zero;
+        self.status.chunks_known = p.known;
+        self.status.chunks_literal = p.literal;
+        self.status.total_ms = now.ms_since(self.started);
+        out.push(Action::Report);
+        let converged = plan::is_converged(&p, self.options.max_downtime_ms);
+        let State::Transfer { ballot, .. } = &mut self.state else { return };
+        match *ballot {
+            Ballot::None if converged => {
+                *ballot = Ballot::Asked(now);
+                out.push(Action::Send(self.peer, Body::PrepareBallot));
+            }
+            Ballot::Asked(at) if now.ms_since(at) > wait::BALLOT_MS => *ballot = Ballot::None,
+            Ballot::Ready if converged => self.stop(now, out),
+            _ => {}
+        }
+    }
+
+    /// The one-way door: bound on disk first, then QMP `stop`.
+    fn stop(&mut self, now: Time, out: &mut Vec<Action>) {
+        out.push(Action::Persist(Moving {
+            id: self.status.id,
+            vm: self.status.vm,
+            base: self.record.epoch,
+            role: Role::Source,
+            peer: self.peer,
+            requested_on: self.status.requested_on,
+            copy: self.copy,
+            started: false,
+        }));
+        self.state = State::Stopped { until: now.plus_ms(wait::DECISION_MS) };
+        self.status.phase = Phase::Stopped;
+        out.push(Action::Effect(Effect::Stop));
+        out.push(Action::Report);
+    }
+
+    fn on_decided(&mut self, now: Time, record: Record, out: &mut Vec<Action>) {
+        if record.epoch <= self.record.epoch
+            || matches!(self.state, State::Starting { .. } | State::Resuming { .. } | State::Over)
+        {
+            return;
+        }
+        self.status.epoch_after = Some(record.epoch);
+        let Some(placed) = record.placement_of(self.status.vm).copied() else {
+            // The VM was removed meanwhile: no copy may run.
+            out.push(Action::Effect(Effect::CancelTransfer));
+            out.push(Action::Effect(Effect::Discard(self.copy)));
+            return self.end(Phase::Lost, "the VM was removed while it moved".into(), out);
+        };
+        if placed.copy == self.copy {
+            let bound = matches!(self.state, State::Stopped { .. });
+            self.status.cause = match record.cause {
+                crate::wire::record::Cause::Stay(why) => why,
+                _ => "another change of the record was decided first".into(),
+            };
+            if bound {
+                self.state = State::Resuming { ask_at: now.plus_ms(wait::SILENCE_MS) };
+                out.push(Action::Send(self.peer, Body::Cancel(self.status.cause.clone())));
+                out.push(Action::Effect(Effect::CancelTransfer));
+                out.push(Action::Effect(Effect::Cont(self.copy)));
+                out.push(Action::Report);
+            } else {
+                self.give_up(self.status.cause.clone(), out);
+            }
+        } else {
+            self.status.to = Some(placed.host);
+            self.peer = placed.host;
+            self.status.phase = Phase::Starting;
+            self.state = State::Starting {
+                ask_at: now.plus_ms(wait::ASK_MS),
+                until: now.plus_ms(wait::RUNNING_MS),
+            };
+            out.push(Action::Report);
+        }
+    }
+
+    fn on_running(&mut self, now: Time, resumed_us: u64, out: &mut Vec<Action>) {
+        let decided = matches!(self.state, State::Starting { .. });
+        if !decided {
+            return;
+        }
+        self.status.total_ms = now.ms_since(self.started);
+        self.status.downtime_us = self.stopped_us.map(|at| resumed_us.saturating_sub(at));
+        self.status.phase = Phase::Releasing;
+        out.push(Action::Report);
+        out.push(Action::Effect(Effect::Discard(self.copy)));
+        out.push(Action::Send(self.peer, Body::Released));
+        self.end(Phase::Moved, String::new(), out);
+    }
+
+    fn on_said(&mut self, now: Time, body: Body, out: &mut Vec<Action>) {
+        match (body, &mut self.state) {
+            (Body::Ready, State::Preparing { .. }) => {
+                let limit_ms = match self.options.deadline_s {
+                    0 => wait::TRANSFER_MS,
+                    s => s.saturating_mul(1000),
+                };
+                self.state = State::Transfer { until: now.plus_ms(limit_ms), ballot: Ballot::None };
+                self.status.phase = Phase::Transfer;
+                let (to, options) = (self.peer, self.options);
+                out.push(Action::Effect(Effect::Transfer { to, options }));
+                out.push(Action::Report);
+            }
+            (Body::Refused(cause), State::Preparing { .. }) => {
+                self.refusals.push(cause);
+                self.ask_next(now, out);
+            }
+            (Body::BallotReady, State::Transfer { ballot, .. }) => {
+                *ballot = Ballot::Ready;
+                let last = self.last;
+                self.on_progress(now, last, out);
+            }
+            (Body::Failed(cause), State::Transfer { .. }) => self.give_up(cause, out),
+            (Body::Failed(cause), State::Stopped { .. }) => out.push(Action::Resolve(cause)),
+            (Body::Loaded(_), State::Stopped { .. }) => {
+                self.status.phase = Phase::Deciding;
+                out.push(Action::Report);
+            }
+            (Body::Running { resumed_us, .. }, State::Starting { .. }) => {
+                self.on_running(now, resumed_us, out);
+            }
+            (Body::Running { .. }, State::Over) => {
+                out.push(Action::Send(self.peer, Body::Released));
+            }
+            (Body::Lost(cause), State::Starting { .. }) => {
+                out.push(Action::Effect(Effect::Discard(self.copy)));
+                out.push(Action::Send(self.peer, Body::Released));
+                self.end(Phase::Lost, cause, out);
+            }
+            (Body::Unknown, State::Transfer { .. }) => {
+                self.give_up("the destination node restarted during the transfer".into(), out);
+            }
+            (Body::Unknown, State::Stopped { .. }) => {
+                // It may have been about to bind, so the epoch is decided, not read.
+                out.push(Action::Resolve("the destination forgot the move".into()));
+            }
+            _ => {}
+        }
+    }
+
+    fn on_timer(&mut self, now: Time, out: &mut Vec<Action>) {
+        match &mut self.state {
+            State::Preparing { until } if now >= *until => {
+                self.refusals.push("the destination did not answer in time".into());
+                out.push(Action::Send(self.peer, Body::Cancel("no answer in time".into())));
+                self.ask_next(now, out);
+            }
+            State::Transfer { until, .. } if now >= *until => {
+                let cause = format!(
+                    "deadline: not converged after {} s (the guest dirties {} KB/s, the path gives \
+                     {} KB/s); allow a longer --max-downtime",
+                    now.ms_since(self.started) / 1000,
+                    self.last.dirty_bytes_per_s / 1000,
+                    self.last.link_bytes_per_s / 1000
+                );
+                self.give_up(cause, out);
+            }
+            State::Stopped { until } if now >= *until => {
+                *until = now.plus_ms(wait::DECISION_MS);
+                out.push(Action::Resolve("no decision in time while the guest stood still".into()));
+            }
+            State::Starting { ask_at, until } if now >= *ask_at => {
+                if now >= *until && self.status.cause.is_empty() {
+                    // Nothing may be started here any more: the copy stays, stopped, and so does
+                    // the question.
+                    self.status.cause = "decided for the destination, which does not answer; \
+                        the stopped source copy is kept"
+                        .into();
+                    out.push(Action::Report);
+                }
+                *ask_at = now.plus_ms(wait::ASK_MS);
+                out.push(Action::Send(self.peer, Body::Where));
+            }
+            State::Resuming { ask_at } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::SILENCE_MS);
+                out.push(Action::Effect(Effect::Cont(self.copy)));
+            }
+            _ => {}
+        }
+    }
+
+    fn on_failure(&mut self, cause: String, out: &mut Vec<Action>) {
+        match self.state {
+            State::Transfer { .. } => self.give_up(cause, out),
+            State::Stopped { .. } => out.push(Action::Resolve(cause)),
+            _ => {}
+        }
+    }
+}
+
+impl Migration for Source {
+    fn status(&self) -> &Status {
+        &self.status
+    }
+
+    fn handle(&mut self, now: Time, happened: Happened, out: &mut Vec<Action>) {
+        match happened {
+            Happened::Said(from, body) if from == self.peer => self.on_said(now, body, out),
+            Happened::Progress(p) => self.on_progress(now, p, out),
+            Happened::Stopped(at_us) => {
+                self.stopped_us = Some(at_us);
+                out.push(Action::Report);
+            }
+            Happened::Decided(record) => self.on_decided(now, record, out),
+            Happened::TransferFailed(cause) => self.on_failure(cause, out),
+            Happened::QemuGone { .. }
+                if !matches!(self.state, State::Over | State::Starting { .. }) =>
+            {
+                let cause = "the guest's QEMU at the source ended".to_owned();
+                out.push(Action::Send(self.peer, Body::Cancel(cause.clone())));
+                if matches!(self.state, State::Stopped { .. }) {
+                    return out.push(Action::Resolve(cause));
+                }
+                out.push(Action::Effect(Effect::CancelTransfer));
+                self.end(Phase::Lost, cause, out);
+            }
+            Happened::Running(_) if matches!(self.state, State::Resuming { .. }) => {
+                self.status.total_ms = now.ms_since(self.started);
+                let cause = self.status.cause.clone();
+                self.end(Phase::Stayed, cause, out);
+            }
+            Happened::Abort => match self.state {
+                State::Preparing { .. } | State::Transfer { .. } => {
+                    self.give_up("aborted on request".into(), out);
+                }
+                _ => {}
+            },
+            Happened::Timer => self.on_timer(now, out),
+            _ => {}
+        }
+    }
+
+    fn timeout(&self) -> Option<Time> {
+        match &self.state {
+            State::Preparing { until }
+            | State::Transfer { until, .. }
+            | State::Stopped { until } => Some(*until),
+            State::Starting { ask_at, .. } | State::Resuming { ask_at } => Some(*ask_at),
+            State::Over => None,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.state == State::Over
+    }
+}
