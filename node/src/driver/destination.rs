@@ -14,7 +14,8 @@ use super::copies::Copy;
 use super::node::random;
 use super::worker::Worker;
 use super::{bulk, hold};
-use crate::relay::{DestHandle, DestParams, DestinationSession, feed_blob};
+use crate::relay::dest::feed_blob;
+use crate::relay::{DestHandle, DestParams, DestinationSession};
 use crate::vmm::{Mode, ResolvedSpec};
 
 /// The stored device state of a copy that was loaded and not started yet.

@@ -73,7 +73,6 @@ pub(super) struct Node {
     pub name: Name,
     pub site: Name,
     pub options: RunOptions,
-    pub underlay: SocketAddr,
     pub caps: HostCaps,
     pub memory_limit: u64,
     pub hard: Arc<Hard>,

@@ -98,7 +98,6 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk,
         frames,
         wires: Mutex::default(),
-        underlay,
         memory_limit,
         caps,
         hard,
