@@ -1,2 +1,5 @@
 //! The one binary: daemon and command line.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    godwit::cli::main()
+}

@@ -36,13 +36,15 @@ pub async fn call(
         if line.len() > LINE_BYTES {
             return Err(ApiError::plain(format!("the request is over {LINE_BYTES} bytes")));
         }
-        write.write_all(&line).await.map_err(broken)?;
+        // A daemon that is busy answers and closes without reading: its answer says why.
+        let written = write.write_all(&line).await;
         let mut reader = BufReader::new(read);
         loop {
             let mut line = Vec::new();
             let limit = LINE_BYTES as u64;
             (&mut reader).take(limit).read_until(b'\n', &mut line).await.map_err(broken)?;
             if line.last() != Some(&b'\n') {
+                written.map_err(broken)?;
                 return Err(broken(io::ErrorKind::UnexpectedEof.into()));
             }
             match serde_json::from_slice(&line) {

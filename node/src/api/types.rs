@@ -136,6 +136,35 @@ impl Request {
     }
 }
 
+/// The parsed form of `--to`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum To {
+    /// A host by name or id.
+    Host(String),
+    /// Any host of a site.
+    Site(Name),
+    /// Any other host.
+    Auto,
+}
+
+impl std::str::FromStr for To {
+    type Err = ApiError;
+    fn from_str(text: &str) -> Result<Self, ApiError> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let hint = "write --to HOST, --to site:SITE or --to auto";
+        let name = |name: &str| {
+            name.parse::<Name>().map_err(|e| ApiError::new(format!("{name:?}: {e}"), hint))
+        };
+        match text.strip_prefix("site:") {
+            Some(site) => Ok(Self::Site(name(site)?)),
+            None if text.parse::<HostId>().is_ok() => Ok(Self::Host(text.to_owned())),
+            None => Ok(Self::Host(name(text)?.into())),
+        }
+    }
+}
+
 /// What the daemon says before its answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
