@@ -103,7 +103,7 @@ impl Worker {
         let copy = self.node.copies.get(id).ok_or("its memory is gone with both processes")?;
         let blob = tokio::fs::read(copy.dir.join(BLOB)).await.map_err(|e| e.to_string())?;
         // What the dead QEMU left; its record is written anew.
-        for name in ["qmp.sock", "console.sock", "serial1.sock", "in.sock"] {
+        for name in ["copy.json", "qmp.sock", "console.sock", "serial1.sock", "in.sock"] {
             let _ = std::fs::remove_file(copy.dir.join(name));
         }
         let memory = Arc::clone(&copy.memory);
