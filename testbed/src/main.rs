@@ -6,8 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use godwit_testbed::guest::GuestKind;
 use godwit_testbed::lab::wan::LinkParams;
 use godwit_testbed::lab::{self, Lab, LabConfig};
+use godwit_testbed::scenario::demo;
 
 #[derive(Parser)]
 #[command(name = "godwit-lab", version, about = "Lab, scenarios and benchmarks of godwit")]
@@ -18,6 +20,15 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Move a real guest between two sites while somebody talks to it, and print what happened
+    Demo {
+        /// Write the report to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Use the small busybox guest instead of Debian
+        #[arg(long)]
+        small: bool,
+    },
     /// Check the emulated WAN against the kernel's TCP, a UDP echo and its own counters
     WanCheck {
         /// Rate of the link in Mbit/s, each direction
@@ -56,6 +67,10 @@ fn main() -> ExitCode {
 /// Runs one command; false means that it ran and did not pass.
 fn run(command: Command) -> anyhow::Result<bool> {
     match command {
+        Command::Demo { json, small } => {
+            let kind = if small { GuestKind::Busybox } else { GuestKind::Debian };
+            demo::demo(&demo::Options { kind, json: json.as_deref() })
+        }
         Command::WanCheck { mbit, rtt_ms, json } => {
             let value = lab::check::wan_check_of("wancheck", &LinkParams::new(mbit, rtt_ms))?;
             let text = serde_json::to_string_pretty(&value)?;
