@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use godwit_testbed::guest::GuestKind;
 use godwit_testbed::lab::wan::LinkParams;
 use godwit_testbed::lab::{self, Lab, LabConfig};
-use godwit_testbed::scenario::demo;
+use godwit_testbed::scenario::{self, demo};
 
 #[derive(Parser)]
 #[command(name = "godwit-lab", version, about = "Lab, scenarios and benchmarks of godwit")]
@@ -20,6 +20,16 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Name the scenarios
+    List,
+    /// Run one scenario and write its figures
+    Run {
+        /// Its name
+        name: String,
+        /// Write the report to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
     /// Move a real guest between two sites while somebody talks to it, and print what happened
     Demo {
         /// Write the report to this file, too
@@ -64,21 +74,35 @@ fn main() -> ExitCode {
     }
 }
 
+/// Prints a report, and writes it to a file if one is named.
+fn show(report: &serde_json::Value, json: Option<&std::path::Path>) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(report)?;
+    println!("{text}");
+    let Some(path) = json else { return Ok(()) };
+    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}
+
 /// Runs one command; false means that it ran and did not pass.
 fn run(command: Command) -> anyhow::Result<bool> {
     match command {
+        Command::List => {
+            for scenario in scenario::ALL {
+                println!("{:<16} {}", scenario.name, scenario.about);
+            }
+            Ok(true)
+        }
+        Command::Run { name, json } => {
+            let report = (scenario::find(&name)?.run)()?;
+            show(&report, json.as_deref())?;
+            Ok(report["passed"] == true)
+        }
         Command::Demo { json, small } => {
             let kind = if small { GuestKind::Busybox } else { GuestKind::Debian };
             demo::demo(&demo::Options { kind, json: json.as_deref() })
         }
         Command::WanCheck { mbit, rtt_ms, json } => {
             let value = lab::check::wan_check_of("wancheck", &LinkParams::new(mbit, rtt_ms))?;
-            let text = serde_json::to_string_pretty(&value)?;
-            println!("{text}");
-            if let Some(path) = json {
-                std::fs::write(&path, text)
-                    .with_context(|| format!("writing {}", path.display()))?;
-            }
+            show(&value, json.as_deref())?;
             Ok(value["passed"] == true)
         }
         Command::Hold { labid } => {

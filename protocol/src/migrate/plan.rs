@@ -34,13 +34,17 @@ pub fn is_converged(p: &Progress, max_downtime_ms: u64) -> bool {
 /// Share of the work that is done (parts per million) and the milliseconds left, if known.
 #[must_use]
 pub fn work_done(p: &Progress, ram_bytes: u64) -> (u32, Option<u64>) {
+    // QEMU's estimate says nothing before its first look at memory.
     let first = ram_bytes.saturating_sub(p.first_pass_bytes);
-    let guest_left = first.max(p.remaining_bytes);
+    let guest_left = if p.passes == 0 { first } else { p.remaining_bytes };
     let wire_left = p.backlog_bytes
         + (u128::from(guest_left) * u128::from(p.wire_per_guest_ppm) / 1_000_000) as u64;
     let handled = p.bulk_bytes;
     let total = handled.saturating_add(wire_left).max(1);
-    let ppm = u128::from(handled) * 1_000_000 / u128::from(total);
+    let crossed = u128::from(handled) * 1_000_000 / u128::from(total);
+    let read =
+        u128::from(p.first_pass_bytes.min(ram_bytes)) * 1_000_000 / u128::from(ram_bytes.max(1));
+    let ppm = crossed.min(read);
     // The dirtied bytes of the time left must cross as well: the net rate is what shrinks the rest.
     let dirtied = u128::from(p.dirty_bytes_per_s) * u128::from(p.wire_per_guest_ppm) / 1_000_000;
     let net = u128::from(p.link_bytes_per_s).saturating_sub(dirtied);

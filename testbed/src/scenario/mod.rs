@@ -6,4 +6,28 @@
 pub mod demo;
 pub mod swarm;
 
+use anyhow::{Context, Result};
+use serde_json::Value;
+
 pub use swarm::{Guest, Swarm};
+
+/// A scenario: its name, what it shows, and the run. The report has `passed` (true or false) and the figures; a part
+/// that this machine cannot do says *skipped: cause*.
+pub struct Scenario {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// One line.
+    pub about: &'static str,
+    /// Runs it.
+    pub run: fn() -> Result<Value>,
+}
+
+/// All scenarios.
+pub const ALL: &[Scenario] = &[];
+
+/// The scenario called `name`.
+pub fn find(name: &str) -> Result<&'static Scenario> {
+    ALL.iter().find(|s| s.name == name).with_context(|| {
+        format!("no scenario is called {name}: see godwit-lab list for those there are")
+    })
+}

@@ -58,7 +58,8 @@ impl Swarm {
             for node in &s.nodes {
                 let hosts = node.cli_json(&["hosts"], COMMAND)?;
                 let alive = |h: &Value| h["state"] == "alive";
-                if hosts.as_array().is_none_or(|h| h.len() < s.nodes.len() || !h.iter().all(alive)) {
+                if hosts.as_array().is_none_or(|h| h.len() < s.nodes.len() || !h.iter().all(alive))
+                {
                     return Ok(false);
                 }
             }
@@ -231,7 +232,8 @@ fn expect(node: &Node, args: &[&str]) -> Result<()> {
 
 /// Where the guest's control channel is, by `godwit vm show`.
 pub fn serial1(info: &Value) -> Result<PathBuf> {
-    let path = info["detail"]["serial1"].as_str().context("the VM has no second serial port here")?;
+    let path =
+        info["detail"]["serial1"].as_str().context("the VM has no second serial port here")?;
     Ok(Path::new(path).to_owned())
 }
 
