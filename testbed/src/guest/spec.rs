@@ -53,6 +53,8 @@ pub struct VmSpec {
     pub machine: Option<String>,
     /// CPU model; `None` leaves it to the node.
     pub cpu: Option<String>,
+    /// Accelerator; `None` lets the node try KVM first.
+    pub accel: Option<Accel>,
 }
 
 impl VmSpec {
@@ -68,6 +70,7 @@ impl VmSpec {
             seed: None,
             machine: None,
             cpu: None,
+            accel: None,
         }
     }
 }
@@ -84,6 +87,7 @@ pub fn vm_spec(files: &GuestFiles, spec: &VmSpec) -> Result<String> {
         ("vcpus", Some(spec.vcpus.to_string())),
         ("machine", spec.machine.as_deref().map(quote)),
         ("cpu", spec.cpu.as_deref().map(quote)),
+        ("accel", spec.accel.map(|accel| quote(accel.name()))),
         ("kernel", Some(quote(utf8(&files.kernel)?))),
         ("initrd", files.initrd.as_deref().map(utf8).transpose()?.map(quote)),
         ("cmdline", Some(quote(&cmdline(files.kind, spec.address, spec.seed)))),
@@ -239,7 +243,11 @@ pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
     command
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .arg("-machine")
-        .arg(format!("{},accel={},memory-backend=pc.ram", spec.machine, spec.accel.name()))
+        .arg(format!(
+            "{},accel={},memory-backend=pc.ram,usb=off,vmport=off,smbus=off",
+            spec.machine,
+            spec.accel.name()
+        ))
         .args(["-cpu", &spec.cpu, "-smp", &spec.vcpus.to_string()])
         .args(["-m", &format!("{memory}M"), "-object"])
         .arg(format!("memory-backend-memfd,id=pc.ram,size={memory}M,share=on"))
@@ -253,8 +261,9 @@ pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
         command.arg("-initrd").arg(initrd);
     }
     if let Some(disk) = &spec.disk {
-        let mut drive =
-            OsString::from("driver=raw,node-name=disk0,file.driver=file,file.filename=");
+        let mut drive = OsString::from(
+            "driver=raw,node-name=disk0,file.driver=file,file.locking=on,file.filename=",
+        );
         drive.push(utf8(disk)?.replace(',', ",,"));
         command.arg("-blockdev").arg(drive);
         command.args(["-device", "virtio-blk-pci,drive=disk0,id=blk0"]);
@@ -265,7 +274,7 @@ pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
             .arg(format!("tap,id=net{at},ifname={},script=no,downscript=no", nic.tap));
         command
             .arg("-device")
-            .arg(format!("virtio-net-pci,netdev=net{at},id=nic{at},mac={}", nic.mac));
+            .arg(format!("virtio-net-pci,netdev=net{at},id=nic{at},romfile=,mac={}", nic.mac));
     }
     if spec.incoming {
         command.args(["-incoming", "defer", "-S"]);
@@ -346,6 +355,26 @@ wire = "lan"
 mac = "52:54:00:00:00:01"
 "#;
         assert_eq!(vm_spec(&files(GuestKind::Debian), &spec).unwrap(), expected);
+    }
+
+    #[test]
+    fn the_node_reads_the_spec() {
+        let mut spec = VmSpec::new("bare-1", 64);
+        spec.machine = Some("pc-q35-10.0".into());
+        spec.cpu = Some(Accel::Kvm.default_cpu().into());
+        spec.accel = Some(Accel::Kvm);
+        spec.nics.push(SpecNic { wire: "lan".into(), mac: None });
+        spec.seed = Some(7);
+        let text = vm_spec(&files(GuestKind::Busybox), &spec).unwrap();
+        let read: godwit::vmm::VmSpec = text.parse().unwrap();
+        assert!(read.serial1);
+        assert_eq!(read.accel, godwit::vmm::AccelChoice::Kvm);
+        assert_eq!(read.nic.len(), 1);
+        assert!(read.cmdline.ends_with("godwit.seed=7"), "{}", read.cmdline);
+        spec.disk = Some("/v/vm.img".into());
+        let text = vm_spec(&files(GuestKind::Debian), &spec).unwrap();
+        let read: godwit::vmm::VmSpec = text.parse().unwrap();
+        assert!(read.disk[0].shared);
     }
 
     #[test]
