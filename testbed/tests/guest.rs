@@ -125,6 +125,7 @@ async fn churns_and_verifies(guest: &mut Running, mb: u32, rate_kbps: u32) {
     assert_eq!(before.pages, u64::from(mb) * 256);
     assert!(before.churning);
     let start = Instant::now();
+    // The time over which its rate is measured.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let after = guest.control.stats(false).await.unwrap();
     let bytes = (after.pages_written - before.pages_written) as f64 * PAGE_BYTES as f64;

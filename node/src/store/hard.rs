@@ -49,6 +49,9 @@ pub enum StoreError {
 /// One change: a key and its new value, or none to remove it.
 pub type Change<'a> = (&'a [u8], Option<&'a [u8]>);
 
+/// One entry: a key and its value.
+pub type Entry = (Vec<u8>, Vec<u8>);
+
 /// The hard state of a node, locked for this process.
 #[derive(Debug)]
 pub struct Hard {
@@ -141,7 +144,7 @@ impl Hard {
     ///
     /// # Errors
     /// [`StoreError::Failed`]; [`StoreError::Refused`] for a prefix that covers the store's own keys.
-    pub fn scan(&self, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+    pub fn scan(&self, prefix: &[u8]) -> Result<Vec<Entry>, StoreError> {
         check_key(prefix)?;
         scan(&self.db, prefix).map_err(|e| StoreError::Failed(e.to_string()))
     }
@@ -258,7 +261,7 @@ fn read(db: &Database, key: &[u8]) -> Result<Option<Vec<u8>>, redb::Error> {
     }
 }
 
-fn scan(db: &Database, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, redb::Error> {
+fn scan(db: &Database, prefix: &[u8]) -> Result<Vec<Entry>, redb::Error> {
     let table = match db.begin_read()?.open_table(TABLE) {
         Ok(table) => table,
         Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
