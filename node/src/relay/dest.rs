@@ -110,6 +110,12 @@ impl DestHandle {
         self.streams.send(stream).await.map_err(|_| RelayError::Aborted)
     }
 
+    /// Where the node's bulk listener puts streams of this migration; see [`DestHandle::attach`].
+    #[must_use]
+    pub fn streams(&self) -> mpsc::Sender<Stream> {
+        self.streams.clone()
+    }
+
     /// How far it is.
     #[must_use]
     pub fn progress(&self) -> watch::Receiver<DestProgress> {

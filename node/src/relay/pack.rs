@@ -52,17 +52,19 @@ impl Levels {
     }
 
     /// Notes that `bytes` left in `over`, during `busy` of which the link did not take more.
-    /// `work` says whether compressed messages were being waited for.
-    pub(super) fn sent(&mut self, bytes: u64, over: Duration, busy: Duration, work: bool) {
-        if bytes < 64 << 10 || over.is_zero() {
+    /// `waiting` says whether the link waits for the processor and may be believed: a socket's
+    /// buffer takes the first bytes at any rate.
+    pub(super) fn sent(&mut self, bytes: u64, over: Duration, busy: Duration, waiting: bool) {
+        if bytes < 16 << 10 || over.is_zero() {
             return;
         }
         if busy > over.mul_f64(0.6) {
             let measured = bytes as f64 / busy.as_secs_f64();
             self.link += WEIGHT * 2.0 * (measured - self.link);
-        } else if work && busy < over.mul_f64(0.3) {
-            // The link waits for the processor: it can do more than was seen.
-            self.link = (self.link * 1.3).max(bytes as f64 / over.as_secs_f64()).min(1e11);
+        } else if waiting && busy < over.mul_f64(0.3) {
+            // It can do more than was seen.
+            let seen = bytes as f64 / over.as_secs_f64();
+            self.link = self.link.max(seen * 4.0).min(1e11);
         }
     }
 
@@ -161,7 +163,7 @@ mod tests {
         assert_eq!(levels.choose(), 0);
         // A link that waits for the processor gets less compression.
         let mut levels = Levels::new();
-        (0..40).for_each(|_| levels.sent(12_500_000, second, Duration::ZERO, true));
+        (0..40).for_each(|_| levels.sent(200_000_000, second, Duration::ZERO, true));
         assert_eq!(levels.choose(), 0);
     }
 

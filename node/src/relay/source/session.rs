@@ -26,7 +26,15 @@ use crate::relay::RelayError;
 use crate::relay::frames::{Conn, Connector, Frame, Meter};
 use crate::relay::pool::Pool;
 
-const TICK: Duration = Duration::from_millis(100);
+const TICK: Duration = Duration::from_millis(20);
+/// A PING every so many ticks.
+const PING_TICKS: u64 = 25;
+/// Touched regions of the digest are closed every so many ticks.
+const CLOSE_TICKS: u64 = 5;
+/// Round trip up to which a link that took bytes quickly is believed at once, microseconds.
+const NEAR_US: u64 = 3000;
+/// Bytes after which a farther link is believed, too: more than a socket's buffer.
+const BELIEVE_BYTES: u64 = 16 << 20;
 /// A connection on which nothing was heard for so long is given up.
 const SILENCE: Duration = Duration::from_secs(8);
 /// How long connecting and the first answer may take together.
@@ -224,11 +232,13 @@ impl Session {
             migration: self.params.migration,
             pages: self.shared.table.pages(),
         };
+        let said = Instant::now();
         if conn.outgoing.send(hello.into()).await.is_err() {
             return Ok(None);
         }
         match conn.incoming.recv().await {
             Some(Ok(Frame { head: Head::Welcome { placed, opaque }, .. })) => {
+                self.exchange.progress.rtt_us = said.elapsed().as_micros() as u64;
                 self.exchange.resume(placed, opaque);
                 Ok(Some(conn))
             }
@@ -298,12 +308,16 @@ impl Session {
     }
 
     fn tick(&mut self, window: &mut Window) {
-        let work = self.exchange.is_packing();
+        let rtt = self.exchange.progress.rtt_us;
+        let sent = self.meter.bytes_out.load(Ordering::Relaxed);
+        let work = self.exchange.is_packing() && (rtt <= NEAR_US || sent > BELIEVE_BYTES);
         window.close(&self.meter, |bytes, over, busy| {
             self.exchange.levels.sent(bytes, over, busy, work);
         });
-        self.shared.table.close();
-        if window.ticks.is_multiple_of(5) {
+        if window.ticks.is_multiple_of(CLOSE_TICKS) {
+            self.shared.table.close();
+        }
+        if window.ticks.is_multiple_of(PING_TICKS) {
             let stamp = self.began.elapsed().as_micros() as u64;
             self.exchange.soon(Head::Ping { stamp });
         }

@@ -60,7 +60,7 @@ mod tests {
         #[test]
         fn found_however_it_is_cut(
             state in prop::collection::vec(any::<u8>(), 0..300),
-            json in prop::collection::vec(b'a'..b'z', 0..300),
+            json in prop::collection::vec(b'a'..=b'z', 0..300),
             cuts in prop::collection::vec(1_usize..40, 1..20),
         ) {
             let mut stream = state.clone();
