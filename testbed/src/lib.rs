@@ -4,6 +4,7 @@
 //! know that this crate exists.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
+pub mod bench;
 pub mod guest;
 pub mod lab;
 pub mod scenario;

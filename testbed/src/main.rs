@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use godwit_testbed::bench;
 use godwit_testbed::guest::GuestKind;
 use godwit_testbed::lab::wan::LinkParams;
 use godwit_testbed::lab::{self, Lab, LabConfig};
@@ -51,6 +52,11 @@ enum Command {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// Measure something and write the figures
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
     /// Build the demo's lab (h1 and h3 in paris, h2 in tokyo) and keep it until Ctrl-C
     Hold {
         /// Id of the lab
@@ -60,6 +66,16 @@ enum Command {
     Cleanup {
         /// Id of the lab
         labid: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Compare transports for one bulk stream over emulated links and a veth (about five minutes)
+    Transport {
+        /// Write the figures to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
     },
 }
 
@@ -104,6 +120,10 @@ fn run(command: Command) -> anyhow::Result<bool> {
             let value = lab::check::wan_check_of("wancheck", &LinkParams::new(mbit, rtt_ms))?;
             show(&value, json.as_deref())?;
             Ok(value["passed"] == true)
+        }
+        Command::Bench { what: Bench::Transport { json } } => {
+            show(&bench::transport::run()?, json.as_deref())?;
+            Ok(true)
         }
         Command::Hold { labid } => {
             let lab = Lab::new(&LabConfig::demo(&labid))?;

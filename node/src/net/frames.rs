@@ -230,14 +230,14 @@ impl Frames {
         if frame.is_empty() || frame.len() > FRAME_BYTES {
             return Err(FrameError::Length(frame.len()));
         }
+        if !self.0.shared.admitted(to) {
+            return Err(FrameError::NotMember(to));
+        }
         let connection = {
             let mut peers = self.peers();
             match peers.get_mut(&to).and_then(|p| p.connections.last().cloned()) {
                 Some(connection) => connection,
                 None => {
-                    if !self.0.shared.admitted(to) {
-                        return Err(FrameError::NotMember(to));
-                    }
                     let peer = peers.entry(to).or_default();
                     self.want(to, peer);
                     if peer.waiting.len() >= WAITING {
@@ -335,11 +335,15 @@ impl Frames {
             let whole = joiner.take(datagram, Instant::now());
             counters.incomplete.fetch_add(joiner.dropped - before, Ordering::Relaxed);
             let Some((tag, frame)) = whole else { continue };
+            if !self.0.shared.admitted(host) {
+                break;
+            }
             match self.0.deliver.try_send((host, tag, frame)) {
                 Ok(()) => counters.received.fetch_add(1, Ordering::Relaxed),
                 Err(_) => counters.not_delivered.fetch_add(1, Ordering::Relaxed),
             };
         }
+        connection.close(VarInt::from_u32(0), b"");
         self.gone(host, &connection);
     }
 
