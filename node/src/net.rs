@@ -230,7 +230,7 @@ impl Net {
         let (stop, stopped) = watch::channel(());
         let mut tasks = vec![tokio::spawn(runner.run()), bulk_task, frames_task];
         tasks.push(tokio::spawn(Arc::clone(&shared).keep_saved()));
-        let supervisor = tokio::spawn(supervise(tasks, stopped, daemon));
+        let supervisor = tokio::spawn(supervise(tasks, stopped, Arc::clone(&shared), daemon));
         let running = Running { stop: Some(stop), supervisor: Some(supervisor) };
         let handle = NetHandle { shared, running: Arc::new(tokio::sync::Mutex::new(running)) };
         Ok(Self { handle, events, bulk, bulk_inbound, frames, frames_inbound })
@@ -280,12 +280,16 @@ struct Running {
 async fn supervise(
     tasks: Vec<JoinHandle<()>>,
     mut stopped: watch::Receiver<()>,
+    shared: Arc<Shared>,
     daemon: StateLock,
 ) {
     let _ = stopped.changed().await;
     for task in tasks {
         task.abort();
         let _ = task.await;
+    }
+    if let Err(cause) = shared.save().await {
+        tracing::error!(%cause, "the member list was not saved at the end");
     }
     drop(daemon);
 }

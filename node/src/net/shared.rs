@@ -189,6 +189,12 @@ impl Shared {
         }
         self.spread(fresh.0, fresh.1, from);
         self.change(|_| ());
+        // Who is out stays out, also if this process dies right after it said so.
+        if !out.is_empty()
+            && let Err(cause) = self.save().await
+        {
+            tracing::error!(%cause, "a revocation was not saved; trying again with the next change");
+        }
         for host in added {
             if let Some(info) = self.member(host) {
                 self.emit(NetEvent::MemberAdded(info)).await;
@@ -227,7 +233,7 @@ impl Shared {
     }
 
     /// Makes the roster durable.
-    pub async fn save(self: &Arc<Self>) -> Result<(), StateError> {
+    pub async fn save(&self) -> Result<(), StateError> {
         let _one_at_a_time = self.saving.lock().await;
         let (roster, state) = (self.roster(Clone::clone), self.state.clone());
         let saved = tokio::task::spawn_blocking(move || roster.save(&state)).await;

@@ -1,0 +1,4 @@
+//! Benchmarks: figures that decide something, measured in the lab.
+
+pub mod endpoints;
+pub mod transport;
