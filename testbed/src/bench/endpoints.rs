@@ -145,7 +145,11 @@ pub(super) async fn send(transport: Transport, address: SocketAddr, peer: PeerId
                     stream.write_all(&block).await?;
                 }
             };
-            let drive = async { loop { swarm.select_next_some().await; } };
+            let drive = async {
+                loop {
+                    swarm.select_next_some().await;
+                }
+            };
             tokio::select! {
                 ended = talk => ended,
                 () = drive => Ok(()),
