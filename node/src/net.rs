@@ -361,6 +361,12 @@ impl NetHandle {
         self.shared.rtt(host)
     }
 
+    /// Measures a round trip on the control stream now; `None` if there is no stream or no answer
+    /// within `patience`. Goes past messages that wait, as pings do.
+    pub async fn probe(&self, host: HostId, patience: Duration) -> Option<Duration> {
+        self.shared.probe(host, patience).await
+    }
+
     /// Mints a token, see [`admission::mint_token`].
     ///
     /// # Errors

@@ -128,7 +128,8 @@ async fn three_nodes_talk_in_all_three_classes_and_survive_restarts() {
     frame_flows(&b, &mut c, 60).await;
     frame_flows(&c, &mut b, 1514).await;
     frame_flows(&c, &mut b, 9014).await;
-    until("rtt", || b.handle.rtt(c.handle.me()).is_some()).await;
+    let rtt = b.handle.probe(c.handle.me(), PATIENCE).await.expect("no answer to a ping");
+    assert!(rtt < Duration::from_secs(1), "{rtt:?} on loopback");
     let info = b.handle.member(c.handle.me()).unwrap();
     assert_eq!((info.name, info.site), (name("c"), name("tokyo")));
     assert_eq!(info.store, Some(StoreId([7; 16])));
@@ -373,4 +374,43 @@ async fn a_host_that_leaves_is_gone_for_good_and_may_join_anew() {
     let dir_c = joined(&b, "c").await;
     let mut c = start(&dir_c).await;
     message_flows(&mut c, &mut a, 3).await;
+}
+
+/// Passes TCP connections on to `target`; nothing answers UDP on its port.
+async fn tcp_only(target: std::net::SocketAddr) -> std::net::SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut far = tokio::net::TcpStream::connect(target).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_udp_does_not_pass_join_and_control_go_over_tcp() {
+    let dir_a = first("a");
+    // Three ports in a row; another process may hold one of them.
+    let mut found = None;
+    for port in (21_000..22_000).step_by(7) {
+        let mut config = config(dir_a.path());
+        config.listen = ([127, 0, 0, 1], port).into();
+        config.advertise = Some(tcp_only(config.listen).await);
+        if let Ok(net) = Net::start(config).await {
+            found = Some(net);
+            break;
+        }
+    }
+    let mut a = found.expect("no three free ports");
+    let dir_b = joined(&a, "b").await;
+    let mut config = config(dir_b.path());
+    // Nobody reaches b, so the one stream is the one that b dials.
+    config.advertise = Some("127.0.0.1:1".parse().unwrap());
+    let mut b = Net::start(config).await.unwrap();
+    message_flows(&mut b, &mut a, 1).await;
+    message_flows(&mut a, &mut b, 2).await;
 }

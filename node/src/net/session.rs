@@ -175,7 +175,7 @@ where
 {
     let (mut from, mut to) = stream.split();
     let LinkEnds { mut queue, mut internal, answers, waiting_bytes, rtt_us, stop, .. } = ends;
-    let start = Instant::now();
+    let (start, answered) = (ends.since, ends.answered);
     let reader = async {
         let mut roster_sent: Option<Instant> = None;
         loop {
@@ -202,6 +202,7 @@ where
                     if let Some(rtt) = start.elapsed().checked_sub(sent) {
                         let us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX - 1);
                         rtt_us.store(us, Ordering::Relaxed);
+                        answered.notify_waiters();
                     }
                 }
                 Frame::Roster { members, revocations } => {

@@ -41,17 +41,20 @@ pub(super) struct Link {
     pub internal: mpsc::Sender<Vec<u8>>,
     pub waiting_bytes: Arc<AtomicUsize>,
     pub rtt_us: Arc<AtomicU64>,
+    pub answered: Arc<Notify>,
     pub stop: Arc<Notify>,
 }
 
 /// The other ends of a [`Link`], for the task that drives the stream.
 pub(super) struct LinkEnds {
     pub id: u64,
+    pub since: Instant,
     pub queue: mpsc::Receiver<Vec<u8>>,
     pub internal: mpsc::Receiver<Vec<u8>>,
     pub answers: mpsc::Sender<Vec<u8>>,
     pub waiting_bytes: Arc<AtomicUsize>,
     pub rtt_us: Arc<AtomicU64>,
+    pub answered: Arc<Notify>,
     pub stop: Arc<Notify>,
 }
 
@@ -283,17 +286,19 @@ impl Shared {
         let (internal, internal_out) = mpsc::channel(QUEUE_INTERNAL);
         let id = self.next_link.fetch_add(1, Ordering::Relaxed);
         let (waiting_bytes, rtt_us) = (Arc::default(), Arc::new(AtomicU64::new(u64::MAX)));
-        let stop = Arc::new(Notify::new());
+        let (stop, answered) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (instance, store, since) = (hello.instance, hello.store, Instant::now());
         let ends = LinkEnds {
             id,
+            since,
             queue: queue_out,
             internal: internal_out,
             answers: internal.clone(),
             waiting_bytes: Arc::clone(&waiting_bytes),
             rtt_us: Arc::clone(&rtt_us),
+            answered: Arc::clone(&answered),
             stop: Arc::clone(&stop),
         };
-        let (instance, store, since) = (hello.instance, hello.store, Instant::now());
         let link = Link {
             id,
             instance,
@@ -304,6 +309,7 @@ impl Shared {
             internal,
             waiting_bytes,
             rtt_us,
+            answered,
             stop,
         };
         let old = lock(&self.links).insert(host, link);
@@ -356,6 +362,22 @@ impl Shared {
     pub fn rtt(&self, host: HostId) -> Option<Duration> {
         let us = lock(&self.links).get(&host)?.rtt_us.load(Ordering::Relaxed);
         (us != u64::MAX).then(|| Duration::from_micros(us))
+    }
+
+    /// Sends a ping now and waits for an answer.
+    pub async fn probe(&self, host: HostId, patience: Duration) -> Option<Duration> {
+        let digest = self.digest();
+        let answered = {
+            let links = lock(&self.links);
+            let link = links.get(&host)?;
+            let number = u64::try_from(link.since.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let ping = message(&Frame::Ping { number, digest }, FRAME_BYTES).ok()?;
+            let answered = Arc::clone(&link.answered).notified_owned();
+            link.internal.try_send(ping).ok()?;
+            answered
+        };
+        tokio::time::timeout(patience, answered).await.ok()?;
+        self.rtt(host)
     }
 
     pub fn member(&self, host: HostId) -> Option<MemberInfo> {
