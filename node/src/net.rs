@@ -230,7 +230,8 @@ impl Net {
         let (stop, stopped) = watch::channel(());
         let mut tasks = vec![tokio::spawn(runner.run()), bulk_task, frames_task];
         tasks.push(tokio::spawn(Arc::clone(&shared).keep_saved()));
-        let supervisor = tokio::spawn(supervise(tasks, stopped, Arc::clone(&shared), daemon));
+        let supervisor =
+            tokio::spawn(supervise(tasks, stopped, Arc::clone(&shared), frames.clone(), daemon));
         let running = Running { stop: Some(stop), supervisor: Some(supervisor) };
         let handle = NetHandle { shared, running: Arc::new(tokio::sync::Mutex::new(running)) };
         Ok(Self { handle, events, bulk, bulk_inbound, frames, frames_inbound })
@@ -281,9 +282,11 @@ async fn supervise(
     tasks: Vec<JoinHandle<()>>,
     mut stopped: watch::Receiver<()>,
     shared: Arc<Shared>,
+    frames: Frames,
     daemon: StateLock,
 ) {
     let _ = stopped.changed().await;
+    frames.close().await;
     for task in tasks {
         task.abort();
         let _ = task.await;

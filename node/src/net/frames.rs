@@ -35,6 +35,8 @@ const INBOUND: usize = 4096;
 const WAITING: usize = 256;
 /// One attempt at an address.
 const CONNECT: Duration = Duration::from_secs(3);
+/// Time to tell the peers that this node goes.
+const GOODBYE: Duration = Duration::from_millis(500);
 /// Pause after an attempt at all addresses failed.
 const RETRY: Duration = Duration::from_millis(500);
 /// Most handshakes of others under way at once.
@@ -224,6 +226,12 @@ impl Frames {
             not_delivered: read(&c.not_delivered),
             incomplete: read(&c.incomplete),
         }
+    }
+
+    /// Tells every peer that this node goes, so that none sends into the void until it notices.
+    pub(super) async fn close(&self) {
+        self.0.endpoint.close(VarInt::from_u32(0), b"");
+        let _ = timeout(GOODBYE, self.0.endpoint.wait_idle()).await;
     }
 
     fn try_send(&self, to: HostId, tag: u32, frame: &[u8]) -> Result<(), FrameError> {

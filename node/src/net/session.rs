@@ -20,6 +20,7 @@ use super::certificate::Signed;
 use super::hello::{
     self, BATCH, FRAME_BYTES, Frame, Hello, StreamError, read_message, write_version,
 };
+use super::roster::MemberRecord;
 use super::shared::{LinkEnds, Shared};
 
 /// How long a hello may take.
@@ -209,7 +210,7 @@ where
                     if members.len() > BATCH || revocations.len() > BATCH {
                         return "a roster frame over its limit".to_owned();
                     }
-                    shared.learn(members, revocations, Some(host)).await;
+                    learn(shared, members, revocations, host).await;
                 }
             }
         }
@@ -247,16 +248,31 @@ where
     tracing::debug!(%host, %cause, "control stream ended");
 }
 
-async fn deliver(shared: &Shared, from: HostId, msg: Control) {
+async fn deliver(shared: &Arc<Shared>, from: HostId, msg: Control) {
     if let Control::Revocations(encoded) = msg {
         let limit = encoded.len().min(BATCH);
         let decode = |bytes: &Vec<u8>| {
             godwit_protocol::wire::codec::decode::<Signed, CONTROL_MESSAGE_BYTES>(bytes).ok()
         };
         let revocations = encoded[..limit].iter().filter_map(decode).collect();
-        shared.learn(Vec::new(), revocations, Some(from)).await;
+        learn(shared, Vec::new(), revocations, from).await;
     } else {
         shared.emit(NetEvent::Message { from, msg }).await;
+    }
+}
+
+/// Takes in news to the end, also if they are that this very stream has to end.
+async fn learn(
+    shared: &Arc<Shared>,
+    members: Vec<MemberRecord>,
+    revocations: Vec<Signed>,
+    from: HostId,
+) {
+    let shared = Arc::clone(shared);
+    let learning =
+        tokio::spawn(async move { shared.learn(members, revocations, Some(from)).await });
+    if let Err(cause) = learning.await {
+        tracing::error!(%cause, "news of the roster were not taken in");
     }
 }
 

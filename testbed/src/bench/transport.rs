@@ -84,6 +84,7 @@ fn measure(lab: &Lab, transport: Transport) -> Result<Figure> {
     let (from, to) = (lab.host("a")?, lab.host("b")?);
     let address = SocketAddr::new(IpAddr::V4(to.addr), PORT);
     let (ready, is_ready) = mpsc::sync_channel(1);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let received = thread::scope(|scope| {
         let receiver = scope.spawn(move || {
             inside(to, async move { endpoints::receive(transport, address, ready).await })
@@ -91,11 +92,18 @@ fn measure(lab: &Lab, transport: Transport) -> Result<Figure> {
         let server = is_ready.recv_timeout(SETUP).context("the receiver did not start");
         if let Ok(server) = server {
             scope.spawn(move || {
-                // Ends with an error when the receiver has seen enough; that is no failure.
-                let _ = inside(from, endpoints::send(transport, address, server));
+                // Ends when the receiver has seen enough; its own error then is no failure.
+                let _ = inside(from, async move {
+                    tokio::select! {
+                        sent = endpoints::send(transport, address, server) => sent,
+                        _ = stopped => Ok(()),
+                    }
+                });
             });
         }
-        receiver.join().map_err(|_| anyhow!("the receiver panicked"))?
+        let received = receiver.join();
+        drop(stop);
+        received.map_err(|_| anyhow!("the receiver panicked"))?
     });
     let transport = transport.name();
     Ok(match received {
