@@ -116,7 +116,8 @@ fn disk_args(index: usize, disk: &DiskSpec, add: &mut impl FnMut(&str, String)) 
         "driver": "virtio-blk-pci",
         "id": format!("blk{index}"),
         "drive": format!("disk{index}"),
-        "bootindex": index,
+        // A kernel given with `-kernel` boots from index 0.
+        "bootindex": index + 1,
     });
     add("-device", device.to_string());
 }
