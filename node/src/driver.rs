@@ -10,6 +10,7 @@
 //!   clock------------+                              +--> wires --> link
 //! ```
 
+mod adopt;
 mod answers;
 mod asks;
 mod boot;

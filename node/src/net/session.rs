@@ -190,17 +190,10 @@ where
                 Frame::Control(msg) => deliver(shared, host, *msg).await,
                 Frame::Ping { number, digest } => {
                     reply(&answers, &Frame::Pong(number));
-                    let due = roster_sent.is_none_or(|at| at.elapsed() > ROSTER_EVERY);
-                    if digest != shared.digest() && due {
-                        roster_sent = Some(Instant::now());
-                        for frame in shared.roster_as_frames() {
-                            let _ = answers.try_send(frame);
-                        }
-                    }
+                    send_roster(shared, digest, &answers, &mut roster_sent);
                 }
                 Frame::Pong(number) => {
-                    let sent = Duration::from_micros(number);
-                    if let Some(rtt) = start.elapsed().checked_sub(sent) {
+                    if let Some(rtt) = start.elapsed().checked_sub(Duration::from_micros(number)) {
                         let us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX - 1);
                         rtt_us.store(us, Ordering::Relaxed);
                         answered.notify_waiters();
@@ -246,6 +239,23 @@ where
         cause = writer => cause,
     };
     tracing::debug!(%host, %cause, "control stream ended");
+}
+
+/// Sends what this node knows of members to a peer that knows something else, not too often.
+fn send_roster(
+    shared: &Shared,
+    digest: [u8; 16],
+    answers: &mpsc::Sender<Vec<u8>>,
+    sent: &mut Option<Instant>,
+) {
+    if digest == shared.digest() || sent.is_some_and(|at| at.elapsed() <= ROSTER_EVERY) {
+        return;
+    }
+    *sent = Some(Instant::now());
+    for frame in shared.roster_as_frames() {
+        // A full queue: the next ping asks again.
+        let _ = answers.try_send(frame);
+    }
 }
 
 async fn deliver(shared: &Arc<Shared>, from: HostId, msg: Control) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::swarm::{GuestPlan, Swarm, run};
+use super::swarm::{Guest, GuestPlan, Swarm, run};
 use crate::guest::{Cache, GuestFiles, GuestKind};
 use crate::lab::LabConfig;
 use crate::lab::prober::{ProbeConfig, Prober};
@@ -62,18 +62,38 @@ pub fn demo(options: &Options<'_>) -> Result<bool> {
     drop(control);
 
     say("h3 is asked to move it to h2");
+    let report = watch_move(&swarm, &guest, prober)?;
+    drop(station);
+    swarm.down()?;
+    println!("{}", serde_json::to_string_pretty(&report)?);
+    if let Some(path) = options.json {
+        std::fs::write(path, serde_json::to_string_pretty(&report)?)
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    let broken = promises(&report);
+    for promise in &broken {
+        println!("BROKEN: {promise}");
+    }
+    if broken.is_empty() {
+        say("the guest noticed nothing but a pause");
+    }
+    Ok(broken.is_empty())
+}
+
+/// The move itself, seen from outside, as the demo's report.
+fn watch_move(swarm: &Swarm, guest: &Guest, prober: Prober) -> Result<Value> {
     let before = swarm.lab.wan()?.stats()?;
-    let status = migrate_watched(&swarm, "h3", "web", "h2")?;
+    let status = migrate_watched(swarm, "h3", "web", "h2")?;
     let wan = swarm.lab.wan()?.stats()?.since(&before);
     prober.wait_unique(prober.snapshot().unique + 200, Duration::from_secs(30));
     let probe = prober.stop(Duration::from_secs(2));
 
     let verified = run(async {
-        let mut control = swarm.control("h2", &guest)?;
+        let mut control = swarm.control("h2", guest)?;
         control.verify().await
     })?;
     let info = swarm.ask("h2", &["vm", "show", "web"])?;
-    let report = json!({
+    Ok(json!({
         "outcome": status["phase"],
         "vm": "web",
         "from": status["from_name"],
@@ -100,22 +120,7 @@ pub fn demo(options: &Options<'_>) -> Result<bool> {
             "pages_corrupt": verified.pages_corrupt,
         },
         "accel": info["accel"],
-    });
-    drop(station);
-    swarm.down()?;
-    println!("{}", serde_json::to_string_pretty(&report)?);
-    if let Some(path) = options.json {
-        std::fs::write(path, serde_json::to_string_pretty(&report)?)
-            .with_context(|| format!("writing {}", path.display()))?;
-    }
-    let broken = promises(&report);
-    for promise in &broken {
-        println!("BROKEN: {promise}");
-    }
-    if broken.is_empty() {
-        say("the guest noticed nothing but a pause");
-    }
-    Ok(broken.is_empty())
+    }))
 }
 
 /// What the demo promises, and this run did not keep.

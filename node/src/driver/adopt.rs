@@ -1,0 +1,157 @@
+//! What outlived the last daemon: hard state, and copies whose QEMU still lives.
+//!
+//! Owns their way back into the table and the core. Invariant: before the core runs, every living
+//! copy of this host is in the table, or was ended because no record can name it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use godwit_protocol::core::{Config, Core};
+use godwit_protocol::epoch::Hard as Votes;
+use godwit_protocol::id::{CopyId, VmId};
+use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
+use godwit_protocol::migrate::{Moving, Role};
+use godwit_protocol::wire::codec;
+use godwit_protocol::wire::migrate::Status;
+use serde::de::DeserializeOwned;
+
+use super::copies::Copy;
+use super::node::{DriverError, Node, random, wall_us};
+use super::{boot, wires};
+use crate::store::Hard;
+use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy};
+
+/// Hard state as the last daemon left it.
+pub(super) struct Saved {
+    votes: BTreeMap<VmId, Votes>,
+    moving: Vec<Moving>,
+    statuses: Vec<Status>,
+}
+
+impl Saved {
+    /// Reads it.
+    pub fn read(hard: &Hard) -> Result<Self, DriverError> {
+        let votes: Vec<Votes> = read(hard, b"epoch/")?;
+        Ok(Self {
+            votes: votes.into_iter().map(|v| (v.decided().cluster, v)).collect(),
+            moving: read(hard, b"moving/")?,
+            statuses: read(hard, b"status/")?,
+        })
+    }
+
+    /// Whether a migration waits for the decision on this copy.
+    fn binds(&self, copy: CopyId) -> bool {
+        self.moving.iter().any(|m| m.copy == copy)
+    }
+
+    /// Whether the newest known record lets this copy run here.
+    fn names(&self, node: &Node, copy: &Copy) -> bool {
+        let record = self.votes.get(&copy.vm()).map(Votes::decided);
+        record.is_some_and(|r| r.names(copy.vm(), node.me, copy.id))
+    }
+}
+
+fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, DriverError> {
+    let entries = hard.scan(prefix).map_err(DriverError::of)?;
+    let decode = |value: &[u8]| codec::decode::<T, CONTROL_MESSAGE_BYTES>(value);
+    entries
+        .iter()
+        .map(|(_, value)| decode(value))
+        .collect::<Result<_, _>>()
+        .map_err(|e| DriverError(format!("hard state is damaged ({e}): see docs/operations.md")))
+}
+
+/// Finds living copies and gives them to the core as what they are: bound, running, or superseded.
+pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, DriverError> {
+    let mut living = find_living(node, &saved).await?;
+    end_superseded(node, &saved, &mut living).await?;
+    for copy in living.values() {
+        node.copies.insert(Arc::clone(copy));
+        wires::adopt(node, copy).await;
+    }
+    let mut moving = Vec::new();
+    for m in &saved.moving {
+        let present = match living.get(&m.copy) {
+            Some(copy) => copy.qemu().run_state().await.is_ok_and(|s| s.status != "inmigrate"),
+            None => false,
+        };
+        moving.push((m.clone(), present));
+    }
+    let unbound: Vec<_> = living.values().filter(|c| !saved.binds(c.id)).cloned().collect();
+    let epochs: BTreeMap<VmId, _> =
+        saved.votes.iter().map(|(vm, v)| (*vm, v.decided().epoch)).collect();
+    let config = Config {
+        me: node.me,
+        store: node.hard.id(),
+        site: node.site.clone(),
+        generation: wall_us() / 1_000_000,
+        seed: u64::from_le_bytes(random().map_err(DriverError::of)?),
+        hard: saved.votes,
+        moving,
+        statuses: saved.statuses,
+    };
+    let mut core = Core::new(node.now(), config);
+    for copy in unbound {
+        // A record names it and no move binds it: it runs, or was about to.
+        copy.will_run();
+        if let Err(error) = copy.qemu().cont().await {
+            tracing::error!(vm = %copy.spec.name, %error, "cannot run it");
+        }
+        let epoch = epochs.get(&copy.vm()).copied().unwrap_or_default();
+        core.runs(node.now(), copy.vm(), copy.id, boot::route(node, &copy, epoch));
+    }
+    for copy in living.values() {
+        boot::watch(node, copy);
+    }
+    Ok(core)
+}
+
+async fn find_living(
+    node: &Node,
+    saved: &Saved,
+) -> Result<BTreeMap<CopyId, Arc<Copy>>, DriverError> {
+    let mut living = BTreeMap::new();
+    for dir in copy_dirs(&node.vm_dir()).map_err(DriverError::of)? {
+        match Qemu::readopt(&dir).await {
+            Ok(Adoption::Alive(qemu)) => {
+                let moving = saved.moving.iter().find(|m| m.copy == qemu.copy());
+                let ran = moving.is_none_or(|m| m.role == Role::Source || m.started);
+                living.insert(qemu.copy(), Arc::new(Copy::new(qemu, ran)));
+            }
+            Ok(Adoption::Gone(record)) => {
+                let bound = saved.binds(record.copy);
+                tracing::warn!(vm = %record.spec.name, copy = %record.copy, bound, "its QEMU is gone");
+                remove(&dir);
+            }
+            Err(error) => {
+                tracing::warn!(dir = %dir.display(), %error, "cannot take the copy up: ending it");
+                kill_copy(&dir).await.map_err(DriverError::of)?;
+                remove(&dir);
+            }
+        }
+    }
+    Ok(living)
+}
+
+/// A copy that no record names and no move binds never runs again.
+async fn end_superseded(
+    node: &Node,
+    saved: &Saved,
+    living: &mut BTreeMap<CopyId, Arc<Copy>>,
+) -> Result<(), DriverError> {
+    let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c);
+    for copy in living.values().filter(|c| superseded(c)) {
+        tracing::info!(vm = %copy.spec.name, copy = %copy.id, "superseded: ending it");
+        copy.qemu().kill().await.map_err(DriverError::of)?;
+        remove(&copy.dir);
+    }
+    living.retain(|_, c| !superseded(c));
+    Ok(())
+}
+
+fn remove(dir: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(dir) {
+        tracing::warn!(dir = %dir.display(), %error, "not removed");
+    }
+}
