@@ -145,9 +145,10 @@ fn fill(memory: &File) {
         match page % 4 {
             0 => continue,
             1 => content.fill((page / 64) as u8),
-            2 => {
-                content.iter_mut().enumerate().for_each(|(i, b)| *b = (i as u64 * page >> 9) as u8)
-            }
+            2 => content
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, b)| *b = ((i as u64 * page) >> 9) as u8),
             _ => content.chunks_exact_mut(8).for_each(|word| {
                 state ^= state << 13;
                 state ^= state >> 7;

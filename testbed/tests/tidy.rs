@@ -405,7 +405,7 @@ fn the_rules_see_what_they_look_for() {
         blank("fn a() { let s = \"}\"; // }\n let c = '}'; let r = r#\"\n}\"#; /* } */ }\nfn b();");
     assert_eq!(functions(&code), [(1, 3, "a".to_owned())]);
     let code = "fn long(x: [u8; 3]) {\n{}\n}\nimpl X { fn y(&self) -> u8\nwhere A: B,\n{ 1 } }";
-    let seen: Vec<_> = functions(code).into_iter().map(|(at, n, name)| (at, n, name)).collect();
+    let seen: Vec<_> = functions(code).into_iter().collect();
     assert_eq!(seen, [(1, 3, "long".to_owned()), (4, 3, "y".to_owned())]);
     let names =
         |code: &str| imported(code, "crate").into_iter().map(|(_, n)| n).collect::<Vec<_>>();

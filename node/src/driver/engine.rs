@@ -106,7 +106,7 @@ impl Engine {
                 self.perform().await?;
                 after();
             }
-            Input::Happened(id, happened) => self.core.happened(now, id, happened),
+            Input::Happened(id, happened) => self.core.happened(now, id, *happened),
             Input::Gone(id) => self.copy_gone(id).await,
         }
         Ok(())

@@ -264,9 +264,8 @@ pub(super) async fn abort(node: &Arc<Node>, id: MigrationId) -> Result<Done, Api
     if lead == node.me {
         node.with_core(move |core, now| core.abort(now, id)).await?.map_err(ApiError::plain)?;
     } else {
-        match node.ask(lead, Ask::Abort(id)).await? {
-            Answer::Refused(cause) => return Err(ApiError::plain(cause)),
-            _ => {}
+        if let Answer::Refused(cause) = node.ask(lead, Ask::Abort(id)).await? {
+            return Err(ApiError::plain(cause));
         }
     }
     Ok(Done { done: format!("migration {id} is given up; the VM runs on where it was") })

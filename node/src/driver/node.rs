@@ -62,7 +62,7 @@ pub(super) enum Input {
     /// Work on the core.
     Job(Job),
     /// Something happened to a migration.
-    Happened(MigrationId, Happened),
+    Happened(MigrationId, Box<Happened>),
     /// The QEMU of a copy ended.
     Gone(godwit_protocol::id::CopyId),
 }
@@ -125,7 +125,7 @@ impl Node {
     /// Tells a migration what happened.
     pub async fn happened(&self, id: MigrationId, happened: Happened) {
         // Fails only when the engine has ended.
-        let _ = self.inputs.send(Input::Happened(id, happened)).await;
+        let _ = self.inputs.send(Input::Happened(id, Box::new(happened))).await;
     }
 
     /// Where copies live.

@@ -245,7 +245,7 @@ where
 fn send_roster(
     shared: &Shared,
     digest: [u8; 16],
-    answers: &mpsc::Sender<Vec<u8>>,
+    answers: &tokio::sync::mpsc::Sender<Vec<u8>>,
     sent: &mut Option<Instant>,
 ) {
     if digest == shared.digest() || sent.is_some_and(|at| at.elapsed() <= ROSTER_EVERY) {

@@ -16,7 +16,7 @@ pub fn stream(pages: u32, passes: &[Vec<Record>]) -> Vec<u8> {
     out.extend_from_slice(b"\x08\0\x02\0\x04\0\0\0\x01");
     out.extend_from_slice(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
     let main = u64::from(pages) * 4096;
-    out.extend_from_slice(&(main + 0x40000 | 0x004).to_be_bytes());
+    out.extend_from_slice(&((main + 0x40000) | 0x004).to_be_bytes());
     for (name, bytes) in [("pc.ram", main), ("pc.bios", 0x40000)] {
         name_of(&mut out, name);
         out.extend_from_slice(&bytes.to_be_bytes());
@@ -39,7 +39,7 @@ pub fn stream(pages: u32, passes: &[Vec<Record>]) -> Vec<u8> {
         footer_body(&mut out);
     }
     out.extend_from_slice(b"\x04\0\0\0\x05\x05timer\0\0\0\0\0\0\0\x02");
-    out.extend((0..DEVICES).map(|i| (i * i >> 3) as u8));
+    out.extend((0..DEVICES).map(|i| ((i * i) >> 3) as u8));
     out.extend_from_slice(b"\x00\x06\0\0\0\x0a{\"vm\": [] }");
     // The length above counts the braces' content: keep both in step.
     let at = out.len() - 11;
@@ -56,7 +56,7 @@ fn record(
     let (page, content) = record;
     let again = if *current == block { 0x20 } else { 0 };
     let flag = if content.is_some() { 0x008 } else { 0x002 };
-    out.extend_from_slice(&(u64::from(page) * 4096 | flag | again).to_be_bytes());
+    out.extend_from_slice(&((u64::from(page) * 4096) | flag | again).to_be_bytes());
     if again == 0 {
         name_of(out, block);
         *current = block;
