@@ -15,6 +15,7 @@
 //!         opaque bytes ------------------------->  blob -> QEMU (device state after all pages)
 //! ```
 
+mod buffers;
 pub mod corpus;
 pub mod dest;
 mod error;

@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::RelayError;
+use super::buffers::Buffers;
 
 /// A byte stream in both directions (TLS over TCP; a pipe in tests).
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -83,8 +84,9 @@ impl Conn {
         let (outgoing, from_session) = mpsc::channel(QUEUE);
         let counter = Arc::clone(&meter);
         let reader = tokio::spawn(async move {
+            let buffers = Buffers::default();
             loop {
-                let frame = match receive(&mut read, &counter).await {
+                let frame = match receive(&mut read, &counter, &buffers).await {
                     Ok(Some(frame)) => Ok(frame),
                     Ok(None) => return,
                     Err(e) => Err(e),
@@ -132,6 +134,7 @@ impl Conn {
 async fn receive(
     read: &mut (impl AsyncRead + Unpin),
     meter: &Meter,
+    buffers: &Buffers,
 ) -> Result<Option<Frame>, RelayError> {
     let mut prefix = [0; PREFIX_BYTES];
     if read.read_exact(&mut prefix).await.is_err() {
@@ -144,7 +147,7 @@ async fn receive(
     }
     let head = bulk::head(&bytes)?;
     meter.bytes_in.fetch_add((PREFIX_BYTES + bytes.len()) as u64, Ordering::Relaxed);
-    let mut content = Vec::with_capacity(payload);
+    let mut content = buffers.take(payload);
     let mut limited = (&mut *read).take(payload as u64);
     while content.len() < payload {
         match limited.read_buf(&mut content).await {
@@ -153,7 +156,7 @@ async fn receive(
         }
     }
     meter.bytes_in.fetch_add(payload as u64, Ordering::Relaxed);
-    Ok(Some(Frame { head, payload: content.into() }))
+    Ok(Some(Frame { head, payload: buffers.share(content) }))
 }
 
 async fn send_all(

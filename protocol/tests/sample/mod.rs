@@ -30,7 +30,7 @@ pub fn stream(pages: u32, passes: &[Vec<Record>]) -> Vec<u8> {
         }
         out.extend_from_slice(if last { b"\x03\0\0\0\x02" } else { b"\x02\0\0\0\x02" });
         for (n, (page, content)) in pass.iter().enumerate() {
-            if n % 7 == 3 {
+            if n % 7 == 3 && n < 2000 {
                 record(&mut out, &mut current, "pc.bios", (n as u32 % 64, Some(&[n as u8; 4096])));
             }
             record(&mut out, &mut current, "pc.ram", (*page, content.as_ref()));

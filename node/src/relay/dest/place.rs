@@ -350,3 +350,56 @@ fn self_check(
 fn want(seq: u32, bits: Vec<u8>) -> Frame {
     Frame { head: Head::Want { seq }, payload: bits.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::relay::corpus::EmptyCorpus;
+    use crate::relay::sink::FileSink;
+
+    fn runs(pages: &[u32]) -> Vec<u8> {
+        let mut list = Runs::default();
+        pages.iter().for_each(|&page| list.push(page));
+        list.encode()
+    }
+
+    fn said(frames: &[Frame]) -> Vec<Head> {
+        frames.iter().map(|frame| frame.head.clone()).collect()
+    }
+
+    #[test]
+    fn a_late_literal_never_replaces_a_younger_page_and_still_serves_who_waits() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(16 * 4096).unwrap();
+        let key = ChunkKey([1; 32]);
+        let sink: Arc<dyn PageSink> = Arc::new(FileSink::new(file));
+        let placer = Placer::new(Arc::clone(&sink), Arc::new(EmptyCorpus), key.clone(), 16);
+        let mut worker = Worker::new(Arc::new(placer)).unwrap();
+        let (old, young) = ([1_u8; 4096], [2_u8; 4096]);
+        let offer = |seq, page: u32| Frame {
+            head: Head::Offer { seq, pages: runs(&[page]), zeros: vec![] },
+            payload: key.id(&old).0.to_vec().into(),
+        };
+        let answer = worker.run(offer(1, 5)).unwrap();
+        assert_eq!(
+            (said(&answer), &answer[0].payload[..]),
+            (vec![Head::Want { seq: 1 }], &[1][..])
+        );
+        // The same content elsewhere is not asked for again.
+        assert_eq!(&worker.run(offer(3, 9)).unwrap()[0].payload[..], &[0]);
+        let push = Head::Push { seq: 2, pages: runs(&[5]), zeros: vec![], coding: Coding::Raw };
+        let answer = worker.run(Frame { head: push, payload: young.to_vec().into() }).unwrap();
+        assert_eq!(said(&answer), [Head::Placed { seq: 2 }]);
+        let literals = Frame {
+            head: Head::Literals { segments: vec![(1, 1)], coding: Coding::Raw },
+            payload: old.to_vec().into(),
+        };
+        let answer = worker.run(literals.clone()).unwrap();
+        assert_eq!(said(&answer), [Head::Placed { seq: 1 }, Head::Placed { seq: 3 }]);
+        assert_eq!(said(&worker.run(literals).unwrap()), [], "twice is once");
+        let (mut there, mut copy) = ([0; 4096], [0; 4096]);
+        sink.read(5, &mut there).unwrap();
+        sink.read(9, &mut copy).unwrap();
+        assert!(there == young && copy == old);
+    }
+}

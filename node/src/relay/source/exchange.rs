@@ -142,7 +142,7 @@ impl Exchange {
     fn hashed(&mut self, batch: Batch, ids: &[ChunkId]) {
         self.hashed += 1;
         self.progress.pages_zero += batch.zeros.len() as u64;
-        let (seq, data) = (batch.seq, Bytes::from(batch.data));
+        let (seq, data) = (batch.seq, self.shared.buffers.share(batch.data));
         let ask = !self.hurried() && self.levels.choose() > 0;
         let mut names = Vec::with_capacity(if ask { ids.len() * 16 } else { 0 });
         if ask {

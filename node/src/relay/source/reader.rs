@@ -236,7 +236,9 @@ impl Sink for Filler {
             self.shared.first_nonzero.fetch_add(1, Ordering::Relaxed);
         }
         if self.batch.data.is_empty() {
-            self.batch.data.reserve_exact(BATCH_PAGES * CHUNK_BYTES);
+            let hurried = self.shared.hurried.load(Ordering::Relaxed);
+            let pages = if hurried { HURRIED_PAGES } else { BATCH_PAGES };
+            self.batch.data = self.shared.buffers.take(pages * CHUNK_BYTES);
         }
         self.batch.pages.push(index);
         self.batch.data.extend_from_slice(content);

@@ -12,6 +12,7 @@ use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::limits::RELAY_STORE_BYTES;
 
 use crate::relay::RelayError;
+use crate::relay::buffers::Buffers;
 use crate::relay::pool::lock;
 use crate::relay::table::Table;
 
@@ -56,6 +57,7 @@ pub(super) struct Shared {
     pub(super) key: ChunkKey,
     pub(super) table: Table,
     pub(super) store: Store,
+    pub(super) buffers: Buffers,
     pub(super) stop: AtomicBool,
     pub(super) hurried: AtomicBool,
     /// The newest batch that was filled.
@@ -74,6 +76,7 @@ impl Shared {
             key,
             table: Table::new(pages, zero),
             store: Store::default(),
+            buffers: Buffers::default(),
             stop: AtomicBool::new(false),
             hurried: AtomicBool::new(false),
             batches: AtomicU32::new(0),
