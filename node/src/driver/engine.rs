@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protocol::core::{Command, Core, Key, Value};
-use godwit_protocol::id::MigrationId;
+use godwit_protocol::id::{HostId, MigrationId};
 use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
 use godwit_protocol::migrate::{Effect, Happened};
 use godwit_protocol::wire::codec;
@@ -176,6 +176,9 @@ impl Engine {
         match command {
             Command::Persist(..) => {}
             Command::Send(to, message) => {
+                if let Some(delay) = late_accept(&message) {
+                    return send_late(&self.node, to, message, delay);
+                }
                 // Lost messages are sent again by whoever waits for the answer.
                 if let Err(error) = self.node.net.send(to, message) {
                     tracing::debug!(%to, %error, "not sent");
@@ -212,6 +215,26 @@ impl Engine {
             tracing::error!(%id, "a migration's worker is stuck: effect dropped");
         }
     }
+}
+
+/// The lab's delay, if this is what it asks to delay.
+fn late_accept(message: &Control) -> Option<Duration> {
+    let Control::Epoch(epoch) = message else { return None };
+    let accept = matches!(epoch.body, godwit_protocol::wire::epoch::Body::Accept { .. });
+    if accept { hold::late("late-accept") } else { None }
+}
+
+/// Sends a message after the delay, and then once more: to a protocol that must bear it.
+fn send_late(node: &Arc<Node>, to: HostId, message: Control, delay: Duration) {
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        tokio::time::sleep(delay).await;
+        for _ in 0..2 {
+            if node.net.send(to, message.clone()).is_ok() {
+                hold::note("late-accept");
+            }
+        }
+    });
 }
 
 fn key_bytes(key: Key) -> Vec<u8> {

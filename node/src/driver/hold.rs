@@ -32,6 +32,21 @@ pub(super) async fn at(point: &str) {
     let _ = tokio::time::timeout(HELD, released).await;
 }
 
+/// How much later what this point sends shall go, and then twice: the milliseconds in its file.
+pub(super) fn late(point: &str) -> Option<Duration> {
+    let text = std::fs::read_to_string(dir()?.join(point)).ok()?;
+    text.trim().parse().ok().map(Duration::from_millis)
+}
+
+/// Leaves word for the lab that a point was passed once more.
+pub(super) fn note(point: &str) {
+    use std::io::Write;
+    let Some(dir) = dir() else { return };
+    let path = dir.join(format!("{point}.reached"));
+    let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+    let _ = file.and_then(|mut file| file.write_all(b"x"));
+}
+
 /// Whether the lab asks for this fault.
 pub(super) fn fault(name: &str) -> bool {
     dir().is_some_and(|dir| dir.join(name).exists())

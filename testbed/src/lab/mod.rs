@@ -10,9 +10,11 @@
 
 pub mod check;
 pub mod cleanup;
+pub mod frames;
 pub mod node;
 pub mod ns;
 pub mod prober;
+pub mod qemus;
 pub mod signals;
 pub mod wan;
 

@@ -4,6 +4,7 @@
 //! guest's own check), not told by a node.
 
 pub mod demo;
+pub mod faults;
 pub mod swarm;
 
 use anyhow::{Context, Result};
@@ -23,7 +24,11 @@ pub struct Scenario {
 }
 
 /// All scenarios.
-pub const ALL: &[Scenario] = &[];
+pub const ALL: &[Scenario] = &[Scenario {
+    name: "faults",
+    about: "kill -9, a cut WAN and late accepts in every phase of a move (about 20 minutes)",
+    run: faults::full,
+}];
 
 /// The scenario called `name`.
 pub fn find(name: &str) -> Result<&'static Scenario> {

@@ -1,0 +1,402 @@
+//! One case: a fresh move, brought to its phase, hit there, and looked at afterwards.
+//!
+//! Owns the order of steps and the proof that the fault landed. What must hold afterwards is `super::checks`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::checks::{self, Facts};
+use super::follow::Follow;
+use super::world::{REQUESTER, World};
+use crate::guest::GuestControl;
+use crate::lab::qemus::SeenQemu;
+use crate::scenario::swarm::run;
+
+/// How long the WAN stays cut.
+const CUT: Duration = Duration::from_secs(5);
+/// Bytes per second of a move that shall still be in its transfer when it is hit.
+const SLOW: u64 = 3_000_000;
+/// Share of the work that is done then, parts per million.
+const UNDER_WAY_PPM: u32 = 100_000;
+/// How long a move may take to its phase.
+const REACH: Duration = Duration::from_secs(60);
+/// How long a killed process may take to be gone.
+const GONE: Duration = Duration::from_secs(5);
+/// How long a node may take to be ready again.
+const READY: Duration = Duration::from_secs(30);
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// `kill -9` of the QEMU that receives.
+    DestinationQemu,
+    /// `kill -9` of its node, which is started again.
+    DestinationNode,
+    /// `kill -9` of the source's node, which is started again.
+    SourceNode,
+    /// `kill -9` of the node that took the request, which is started again.
+    RequestingNode,
+    /// No packet crosses the WAN for [`CUT`].
+    WanCut,
+    /// What asks the voters to accept leaves the proposer so much later, and twice.
+    LateAccept {
+        /// How much later.
+        ms: u64,
+    },
+}
+
+/// When.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Pages cross, the guest runs at the source.
+    Transfer,
+    /// The guest stands still; the destination has all, and is not bound.
+    Stopped,
+    /// The destination is bound; nothing is proposed.
+    Loaded,
+    /// Decided for the destination; its guest does not run.
+    Decided,
+    /// Its guest runs; the source has not heard of it.
+    Running,
+}
+
+impl Phase {
+    /// All, in order.
+    pub const ALL: [Self; 5] =
+        [Self::Transfer, Self::Stopped, Self::Loaded, Self::Decided, Self::Running];
+
+    /// Its name; of all but the first also the point at which a node stands still.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Transfer => "transfer",
+            Self::Stopped => "stopped",
+            Self::Loaded => "loaded",
+            Self::Decided => "decided",
+            Self::Running => "running",
+        }
+    }
+}
+
+/// One case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// What is done.
+    pub fault: Fault,
+    /// When.
+    pub phase: Phase,
+    /// A killed node is ready again before the destination goes on.
+    pub back_first: bool,
+}
+
+/// A case under way.
+struct Scene {
+    vm: String,
+    number: u8,
+    source: String,
+    destination: String,
+    follow: Follow,
+    started: Instant,
+    started_us: u64,
+    point: PathBuf,
+}
+
+impl Case {
+    /// The destination goes on as soon as the fault was done.
+    #[must_use]
+    pub fn new(fault: Fault, phase: Phase) -> Self {
+        Self { fault, phase, back_first: false }
+    }
+
+    fn fault_name(&self) -> String {
+        match self.fault {
+            Fault::DestinationQemu => "kill destination QEMU".into(),
+            Fault::DestinationNode => "kill destination node".into(),
+            Fault::SourceNode => "kill source node".into(),
+            Fault::RequestingNode => "kill requesting node".into(),
+            Fault::WanCut => "cut WAN 5 s".into(),
+            Fault::LateAccept { ms } => format!("accept {ms} ms late and twice"),
+        }
+    }
+
+    /// Unique in the matrix.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let back = if self.back_first { ", back before the destination goes on" } else { "" };
+        format!("{} / {}{back}", self.fault_name(), self.phase.name())
+    }
+
+    fn says(&self) -> Value {
+        json!({ "case": self.name(), "fault": self.fault_name(), "phase": self.phase.name() })
+    }
+
+    /// The report of a case that could not be finished.
+    pub fn broken(&self, error: &str) -> Value {
+        merge(self.says(), json!({ "passed": false, "failures": [error] }))
+    }
+
+    /// Runs it. An error: the lab, not the product, failed, or the fault did not land.
+    pub fn run(&self, world: &mut World) -> Result<Value> {
+        let (guest, source) = world.guest()?;
+        let destination = if source == "h1" { "h2" } else { "h1" }.to_owned();
+        world.settled(&guest.name, &source)?;
+        world.clear_holds()?;
+        let hold = world.hold_dir(&destination)?;
+        let point = match self.fault {
+            Fault::LateAccept { .. } => hold.join("late-accept"),
+            _ => hold.join(self.phase.name()),
+        };
+        if let Fault::LateAccept { ms } = self.fault {
+            fs::write(&point, ms.to_string())?;
+        } else if self.phase != Phase::Transfer {
+            fs::write(&point, "")?;
+        }
+        let bandwidth = if self.phase == Phase::Transfer { SLOW } else { 0 };
+        let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+        let started_us = now_us();
+        let follow = Follow::start(&state, &guest.name, &destination, bandwidth)?;
+        let scene = Scene {
+            vm: guest.name.clone(),
+            number: guest.plan.number,
+            source,
+            destination,
+            follow,
+            started: Instant::now(),
+            started_us,
+            point,
+        };
+        let landed = match self.fault {
+            Fault::LateAccept { .. } => self.late(&scene)?,
+            _ => self.strike(world, &scene)?,
+        };
+        let facts = self.facts(world, &scene)?;
+        world.clear_holds()?;
+        let judged = checks::judge(self, world, &facts);
+        let report = json!({
+            "landed": landed,
+            "from": scene.source,
+            "to": scene.destination,
+        });
+        Ok(merge(merge(self.says(), report), judged))
+    }
+
+    /// Brings the move to its phase and does the fault there. Answers with the proof.
+    fn strike(&self, world: &mut World, scene: &Scene) -> Result<Value> {
+        let reached = scene.point.with_extension("reached");
+        let heard = match self.phase {
+            Phase::Transfer => scene.follow.wait(REACH, |heard| {
+                heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
+                    && heard.done_ppm > UNDER_WAY_PPM
+            })?,
+            _ => scene.follow.wait(REACH, |_| reached.exists()).context("the point")?,
+        };
+        let before = self.seen_phase(world, scene)?;
+        let struck = self.act(world, scene)?;
+        self.was_phase(world, scene, struck["at_us"].as_u64().context("no time")?)?;
+        Ok(json!({
+            "point_reached": (self.phase != Phase::Transfer).then(|| self.phase.name()),
+            "phase_shown": heard.phase,
+            "done_ppm": heard.done_ppm,
+            "guests": before,
+            "struck": struck,
+        }))
+    }
+
+    /// Where the guest runs and stands, by the QEMUs' events; an error if that is not this phase.
+    fn seen_phase(&self, world: &World, scene: &Scene) -> Result<Value> {
+        let (source, destination) = (receiver(world, &scene.vm, &scene.source)?, {
+            receiver(world, &scene.vm, &scene.destination)?
+        });
+        let ran = !destination.ran().is_empty();
+        let fits = match self.phase {
+            Phase::Transfer => source.runs() && !ran,
+            Phase::Stopped | Phase::Loaded | Phase::Decided => !source.runs() && !ran,
+            Phase::Running => !source.runs() && destination.runs(),
+        };
+        ensure!(
+            fits && source.alive() && destination.alive(),
+            "not the phase: source {source:?}, destination {destination:?}"
+        );
+        Ok(json!({ "source_runs": source.runs(), "destination_ran": ran }))
+    }
+
+    /// As [`Case::seen_phase`], of the moment at which the fault was done: from the events' own times.
+    fn was_phase(&self, world: &World, scene: &Scene, at_us: u64) -> Result<()> {
+        let copies = world.copies(&scene.vm);
+        let on = |host: &str| {
+            let here = |q: &&SeenQemu| world.host_of(q).as_deref() == Some(host);
+            copies.iter().filter(here).flat_map(SeenQemu::ran).collect::<Vec<_>>()
+        };
+        let (source, destination) = (on(&scene.source), on(&scene.destination));
+        let covers = |ran: &[(u64, Option<u64>)]| {
+            ran.iter().any(|(from, to)| *from <= at_us && to.is_none_or(|to| to > at_us))
+        };
+        let ran = destination.iter().any(|(from, _)| (scene.started_us..=at_us).contains(from));
+        let fits = match self.phase {
+            Phase::Transfer => covers(&source) && !ran,
+            Phase::Stopped | Phase::Loaded | Phase::Decided => !covers(&source) && !ran,
+            Phase::Running => !covers(&source) && ran,
+        };
+        ensure!(fits, "at {at_us} it was not the phase: {source:?}, {destination:?}");
+        Ok(())
+    }
+
+    fn act(&self, world: &mut World, scene: &Scene) -> Result<Value> {
+        match self.fault {
+            Fault::DestinationQemu => {
+                let qemu = receiver(world, &scene.vm, &scene.destination)?;
+                kill(Pid::from_raw(qemu.pid), Signal::SIGKILL).context("kill -9 of QEMU")?;
+                let gone = |world: &World| {
+                    let all = world.copies(&scene.vm);
+                    all.iter().any(|q| q.pid == qemu.pid && !q.alive())
+                };
+                until(GONE, || gone(world)).context("QEMU lives on")?;
+                let at_us = now_us();
+                self.still_held(scene)?;
+                release(&scene.point)?;
+                Ok(json!({ "at_us": at_us, "killed_pid": qemu.pid, "gone_after": true }))
+            }
+            Fault::DestinationNode => self.kill_node(world, scene, &scene.destination),
+            Fault::SourceNode => self.kill_node(world, scene, &scene.source),
+            Fault::RequestingNode => self.kill_node(world, scene, REQUESTER),
+            Fault::WanCut => {
+                let wan = world.swarm.lab.wan()?;
+                wan.cut()?;
+                let (before, at_us) = (wan.stats()?, now_us());
+                self.still_held(scene)?;
+                release(&scene.point)?;
+                // The fault's own length.
+                std::thread::sleep(CUT);
+                let during = wan.stats()?.since(&before);
+                wan.restore()?;
+                let passed = during.forward.delivered_packets + during.backward.delivered_packets;
+                let offered = during.forward.offered_packets + during.backward.offered_packets;
+                ensure!(passed == 0 && offered > 0, "the cut let {passed} of {offered} pass");
+                Ok(json!({ "at_us": at_us, "packets_offered": offered, "packets_passed": passed }))
+            }
+            Fault::LateAccept { .. } => bail!("not done to a point"),
+        }
+    }
+
+    fn kill_node(&self, world: &mut World, scene: &Scene, host: &str) -> Result<Value> {
+        let node = world.swarm.node_mut(host)?;
+        let alive = node.exit_status()?.is_none();
+        let pid = node.pid().filter(|_| alive).context("the node did not run")?;
+        node.kill9()?;
+        let gone = !Path::new(&format!("/proc/{pid}")).exists();
+        ensure!(gone, "the node lives on");
+        let at_us = now_us();
+        self.still_held(scene)?;
+        if self.back_first {
+            node.start_ready(READY)?;
+            release(&scene.point)?;
+        } else {
+            // Gone before a node that starts again could see it.
+            release(&scene.point)?;
+            node.start_ready(READY)?;
+        }
+        Ok(json!({ "at_us": at_us, "killed_pid": pid, "gone_after": true }))
+    }
+
+    /// The point is held to this moment: what was done so far was done in the phase.
+    fn still_held(&self, scene: &Scene) -> Result<()> {
+        ensure!(self.phase == Phase::Transfer || scene.point.exists(), "the point is not held");
+        Ok(())
+    }
+
+    /// Nothing to strike: the proposer's node does it. Shown by its word of each message.
+    fn late(&self, scene: &Scene) -> Result<Value> {
+        let word = scene.point.with_extension("reached");
+        let sent = || fs::metadata(&word).map_or(0, |m| m.len());
+        until(Duration::from_secs(85), || sent() >= 2).context("no accept left late")?;
+        Ok(json!({ "late_accepts_sent": sent() }))
+    }
+
+    /// Waits for the end as shown where it was asked for, then for what must come true soon after.
+    fn facts(&self, world: &World, scene: &Scene) -> Result<Facts> {
+        let id = scene.follow.id.to_string();
+        let left = checks::END.saturating_sub(scene.started.elapsed());
+        let mut shown = Value::Null;
+        let ended = world.swarm.wait("the migration ends", left, |swarm| {
+            let all = swarm.ask(REQUESTER, &["migrations"])?;
+            let found = all.as_array().and_then(|all| all.iter().find(|m| m["id"] == id.as_str()));
+            shown = found.cloned().unwrap_or(Value::Null);
+            Ok(["moved", "stayed", "lost"].iter().any(|end| shown["phase"] == *end))
+        });
+        let ended_ms = scene.started.elapsed().as_millis() as u64;
+        if let Err(error) = ended {
+            bail!("{error:#}\nshown at {REQUESTER}: {shown}");
+        }
+        let lost = shown["phase"] == "lost";
+        // The superseded copy goes soon after the end is known.
+        let _ = until(checks::TIDY, || {
+            let copies = world.copies(&scene.vm);
+            copies.iter().filter(|q| q.alive()).count() == usize::from(!lost)
+        });
+        let verified = match world.control(&scene.vm) {
+            Ok(control) => Some(verify(control)?),
+            Err(_) => None,
+        };
+        Ok(Facts {
+            vm: scene.vm.clone(),
+            number: scene.number,
+            source: scene.source.clone(),
+            destination: scene.destination.clone(),
+            started_us: scene.started_us,
+            ended_us: now_us(),
+            ended_ms,
+            shown,
+            verified,
+        })
+    }
+}
+
+fn verify(mut control: GuestControl) -> Result<crate::guest::wire::Verified> {
+    run(async {
+        control.wait_ready(Duration::from_secs(30)).await?;
+        control.verify().await
+    })
+}
+
+/// The newest QEMU of the VM on a host.
+fn receiver(world: &World, vm: &str, host: &str) -> Result<SeenQemu> {
+    let mut copies = world.copies(vm);
+    copies.retain(|qemu| world.host_of(qemu).as_deref() == Some(host));
+    copies.pop().with_context(|| format!("{host} has no QEMU of {vm}"))
+}
+
+fn release(point: &Path) -> Result<()> {
+    match fs::remove_file(point) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+fn until(deadline: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
+    let end = Instant::now() + deadline;
+    while !done() {
+        ensure!(Instant::now() < end, "not within {deadline:?}");
+        // What another process does gives no event here; a deadline bounds this.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn now_us() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |d| d.as_micros() as u64)
+}
+
+/// `more`'s members added to `object`.
+fn merge(mut object: Value, more: Value) -> Value {
+    if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
+        object.extend(more);
+    }
+    object
+}

@@ -1,0 +1,180 @@
+//! The swarm that faults are done to, with the eyes that look at it from outside.
+//!
+//! Owns three hosts (h1 and h2 at two sites, h3 that is asked), one guest at a time, and the watches of QEMUs and taps.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::{Cache, GuestControl, GuestFiles, GuestKind};
+use crate::lab::frames::FrameWatch;
+use crate::lab::prober::{ProbeConfig, Prober, Station};
+use crate::lab::qemus::{QemuWatch, SeenQemu};
+use crate::lab::{LabConfig, cleanup};
+use crate::scenario::swarm::{Guest, GuestPlan, Swarm, run};
+
+/// The node that is asked to move the VM.
+pub const REQUESTER: &str = "h3";
+/// How long the swarm may take to be whole again after a fault.
+const SETTLE: Duration = Duration::from_secs(60);
+/// MiB of guest memory.
+const MEMORY_MIB: u32 = 256;
+/// MiB that the guest rewrites, and thousands of bytes of it per second.
+const CHURN: (u32, u32) = (16, 1000);
+/// Datagrams per second that the guest echoes: each makes it send a frame.
+const PROBES: u32 = 50;
+
+/// See the module.
+pub struct World {
+    /// The nodes.
+    pub swarm: Swarm,
+    /// Every QEMU.
+    pub qemus: QemuWatch,
+    /// Every frame of a guest.
+    pub frames: FrameWatch,
+    files: GuestFiles,
+    guest: Option<Guest>,
+    guests: u8,
+    talk: Option<Talk>,
+}
+
+/// Somebody outside who talks to the guest. The prober goes before its namespace.
+struct Talk {
+    _prober: Prober,
+    station: Station,
+}
+
+impl World {
+    /// Builds the lab and the swarm; no guest yet.
+    pub fn up(labid: &str) -> Result<Self> {
+        let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
+        let dir = cleanup::run_dir(labid);
+        let mut qemus = None;
+        let swarm = Swarm::up(&LabConfig::demo(labid), |node| {
+            // The lab's directory is there now, which it was not before.
+            let watch = qemus.get_or_insert_with(|| QemuWatch::start(&dir.join("qemus")));
+            if let Ok(watch) = watch {
+                node.arg("--qemu").arg(&watch.program().display().to_string());
+            }
+            let hold = node.host().work_dir.join("hold");
+            // If this fails, no point is ever reached, which each case notices.
+            let _ = cleanup::make_private_dir(&hold);
+            node.env("GODWIT_LAB_HOLD", &hold.display().to_string());
+        })?;
+        let qemus = qemus.context("a lab without hosts")??;
+        let frames = FrameWatch::start(swarm.lab.hosts())?;
+        Ok(Self { swarm, qemus, frames, files, guest: None, guests: 0, talk: None })
+    }
+
+    /// The guest: the one that lives, else a new one on h1; and the host that it runs on.
+    pub fn guest(&mut self) -> Result<(Guest, String)> {
+        if let Some(guest) = &self.guest
+            && let Some(host) = self.runs_on(&guest.name)
+        {
+            return Ok((guest.clone(), host));
+        }
+        self.talk = None;
+        self.guests += 1;
+        let plan = GuestPlan::new(&format!("vm{}", self.guests), self.guests, MEMORY_MIB);
+        let guest = self.swarm.start_guest("h1", &self.files, &plan)?;
+        run(async { self.swarm.control("h1", &guest)?.churn(CHURN.0, CHURN.1, false).await })?;
+        self.guest = Some(guest.clone());
+        let station = self.swarm.station(REQUESTER, 1)?;
+        let target = std::net::SocketAddr::from((plan.ip(), crate::lab::prober::ECHO_PORT));
+        let probes = ProbeConfig { target, rate_pps: PROBES, size: 64 };
+        let prober = Prober::start(Some(station.ns()), &probes)?;
+        ensure!(prober.wait_unique(20, Duration::from_secs(30)), "the guest does not echo");
+        self.talk = Some(Talk { _prober: prober, station });
+        Ok((guest, "h1".to_owned()))
+    }
+
+    /// All QEMUs of a VM, oldest first.
+    pub fn copies(&self, vm: &str) -> Vec<SeenQemu> {
+        let mut seen = self.qemus.seen();
+        seen.retain(|qemu| qemu.vm == vm);
+        seen
+    }
+
+    /// The host whose QEMU runs the VM's guest now, by its events.
+    pub fn runs_on(&self, vm: &str) -> Option<String> {
+        let copy = self.copies(vm).into_iter().find(SeenQemu::runs)?;
+        self.host_of(&copy)
+    }
+
+    /// The host whose node started this QEMU.
+    pub fn host_of(&self, qemu: &SeenQemu) -> Option<String> {
+        let on = self.swarm.lab.hosts().iter().find(|host| qemu.on(&host.state_dir));
+        on.map(|host| host.name.clone())
+    }
+
+    /// The guest's control channel, wherever it runs.
+    pub fn control(&self, vm: &str) -> Result<GuestControl> {
+        let copy = self.copies(vm).into_iter().find(SeenQemu::runs).context("it runs nowhere")?;
+        let path = copy.dir.join("serial1.sock");
+        Ok(GuestControl::new(path).with_deadline(Duration::from_secs(60)))
+    }
+
+    /// Waits until all nodes see each other and the VM has its three voters and does not move.
+    pub fn settled(&self, vm: &str, host: &str) -> Result<()> {
+        // What a node that was restarted does not carry any more.
+        let station = self.talk.as_ref().map(|talk| talk.station.ns());
+        if station.is_some() {
+            let port = ["wire", "port", crate::scenario::swarm::WIRE, "--mac", STATION_MAC];
+            self.swarm.ask(REQUESTER, &port)?;
+        }
+        self.swarm.wait("the swarm is whole again", SETTLE, |swarm| {
+            for node in swarm.nodes() {
+                let hosts = swarm.ask(&node.host().name, &["hosts"])?;
+                let alive = |h: &serde_json::Value| h["state"] == "alive";
+                if !hosts.as_array().is_some_and(|h| h.len() == 3 && h.iter().all(alive)) {
+                    return Ok(false);
+                }
+            }
+            let info = swarm.ask(host, &["vm", "show", vm])?;
+            Ok(info["detail"]["voters"].as_array().is_some_and(|v| v.len() >= 3))
+        })
+    }
+
+    /// Where a host's node looks for points to stand still at.
+    pub fn hold_dir(&self, host: &str) -> Result<PathBuf> {
+        Ok(self.swarm.lab.host(host)?.work_dir.join("hold"))
+    }
+
+    /// Removes every point and every word of one.
+    pub fn clear_holds(&self) -> Result<()> {
+        for host in self.swarm.lab.hosts() {
+            for file in fs::read_dir(self.hold_dir(&host.name)?)? {
+                fs::remove_file(file?.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the nodes' logs to `$GODWIT_LAB_LOGS/CASE` if that is set.
+    pub fn keep_logs(&self, case: &str) {
+        let Some(dir) = std::env::var_os("GODWIT_LAB_LOGS") else { return };
+        let dir = PathBuf::from(dir).join(case.replace(' ', "-"));
+        let copy = || -> Result<()> {
+            fs::create_dir_all(&dir)?;
+            for node in self.swarm.nodes() {
+                fs::copy(node.log_path(), dir.join(format!("{}.log", node.host().name)))?;
+            }
+            fs::write(dir.join("qemus"), format!("{:#?}", self.qemus.seen()))?;
+            Ok(())
+        };
+        if let Err(error) = copy() {
+            eprintln!("logs of {case} not kept: {error:#}");
+        }
+    }
+
+    /// Ends everything.
+    pub fn down(mut self) -> Result<()> {
+        self.talk = None;
+        self.swarm.down()
+    }
+}
+
+/// The station's address on the wire.
+const STATION_MAC: &str = "02:00:00:00:00:01";
