@@ -149,6 +149,8 @@ pub struct Core {
     local: BTreeMap<VmId, Local>,
     moves: BTreeMap<MigrationId, Move>,
     statuses: BTreeMap<MigrationId, Status>,
+    /// The statuses' ids, the longest known first.
+    order: VecDeque<MigrationId>,
     out: VecDeque<Command>,
     voters_at: Time,
 }
@@ -174,6 +176,7 @@ impl Core {
             up: BTreeSet::new(),
             local: BTreeMap::new(),
             moves: BTreeMap::new(),
+            order: config.statuses.iter().map(|s| s.id).collect(),
             statuses: config.statuses.into_iter().map(|s| (s.id, s)).collect(),
             out: VecDeque::new(),
             voters_at: now,

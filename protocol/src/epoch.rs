@@ -104,6 +104,12 @@ impl Epochs {
         self.attempts.get(&cluster).map(|a| a.epoch)
     }
 
+    /// Whether this node drives the next epoch to a decision, whatever it is: without a deadline.
+    #[must_use]
+    pub fn is_resolving(&self, cluster: VmId) -> bool {
+        self.attempts.get(&cluster).is_some_and(|a| a.deadline.is_none())
+    }
+
     /// Whether this node holds a prepared ballot for the next epoch, with no record found in it.
     #[must_use]
     pub fn is_prepared(&self, cluster: VmId) -> bool {

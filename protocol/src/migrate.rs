@@ -196,12 +196,28 @@ pub mod wait {
     pub const DECISION_MS: u64 = 20_000;
     /// Between two questions to the other end.
     pub const ASK_MS: u64 = 500;
-    /// From the decision to *running*, before the source reports that it waits in vain.
+    /// From the decision to *running*, before the source reports that it waits in vain; and from
+    /// *running*, before the destination ends the move without the source's *released*.
     pub const RUNNING_MS: u64 = 120_000;
-    /// How often a lost destination QEMU is started again before its guest is given up.
+    /// How often starting a lost destination QEMU again may fail before its guest is given up.
     pub const REBUILDS: u32 = 3;
-    /// A destination that hears nothing of its source asks where it stands.
+    /// An end that hears nothing of the other while pages cross asks where it stands.
     pub const SILENCE_MS: u64 = 5_000;
+    /// Unbound ends give the move up after so long without a word of the other.
+    pub const HEARD_MS: u64 = 90_000;
+    /// Before *prepare* is said again to a destination that has not answered.
+    pub const PREPARE_AGAIN_MS: u64 = 2_000;
+    /// How long a prepared ballot counts as a majority that was seen alive.
+    pub const BALLOT_FRESH_MS: u64 = 10_000;
+    /// Before a `cont` that was not answered is asked for again.
+    pub const CONT_AGAIN_MS: u64 = 15_000;
+}
+
+/// A cause as it may be stored and sent: at most [`crate::limits::TEXT_BYTES`] long.
+#[must_use]
+pub(crate) fn clip(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(crate::limits::TEXT_BYTES));
+    text
 }
 
 /// A migration's public face: both ends keep one.

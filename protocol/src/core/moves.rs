@@ -3,11 +3,11 @@
 //! Owns the table of moves and of statuses. Decides nothing of a move itself.
 
 use super::{Command, Core, Key, Move, Value};
-use crate::id::{Epoch, HostId, MigrationId, Name, VmId};
+use crate::id::{CopyId, Epoch, HostId, MigrationId, Name, VmId};
 use crate::limits;
 use crate::migrate::destination::Destination;
 use crate::migrate::source::{Begin, Source};
-use crate::migrate::{Action, Happened, Moving, Role};
+use crate::migrate::{self, Action, Effect, Happened, Moving, Role};
 use crate::time::Time;
 use crate::wire::control::Control;
 use crate::wire::migrate::{Body, Message, Phase, Status};
@@ -17,6 +17,8 @@ use crate::wire::record::{Cause, Record};
 const BALLOT_MS: u64 = 30_000;
 /// Ended migrations that are remembered.
 const REMEMBERED: usize = 256;
+/// Longest timeline that another node may tell.
+const MOMENTS: usize = 256;
 
 impl Core {
     /// Starts a migration of a VM that this host runs. The same id asked twice starts once.
@@ -89,12 +91,12 @@ impl Core {
         }
         let answer = match body {
             Body::Prepare { record, spec, options: _, requested_on } => {
-                match self.receive(now, from, id, vm, record, spec, requested_on) {
+                match self.receive(now, from, id, (vm, base), record, spec, requested_on) {
                     Ok(()) => return,
                     Err(cause) => Body::Refused(cause),
                 }
             }
-            Body::Where => Body::Unknown,
+            Body::Where => self.stands(from, id, vm, base),
             // The source of a move that is over: the other end may stop telling.
             Body::Running { .. } | Body::Lost(_) => Body::Released,
             _ => return,
@@ -103,17 +105,45 @@ impl Core {
         self.out.push_back(Command::Send(from, Control::Migrate(message)));
     }
 
+    /// Where a migration stands that is not under way here (any more).
+    fn stands(&self, from: HostId, id: MigrationId, vm: VmId, base: Epoch) -> Body {
+        let placed = |r: &Record| r.placement_of(vm).map(|p| p.copy);
+        let newest = self.epochs.newest(vm).filter(|r| r.epoch > base);
+        let ended = self.statuses.get(&id).filter(|s| s.from == from && s.to == Some(self.me.host));
+        match ended.map(|s| s.phase) {
+            Some(Phase::Lost) => return Body::Lost(ended.map_or("", |s| &s.cause).to_owned()),
+            Some(Phase::Moved) => {
+                let copy = newest.and_then(placed).unwrap_or(CopyId([0; 16]));
+                return Body::Running { copy, resumed_us: 0 };
+            }
+            _ => {}
+        }
+        // So long ago that it is forgotten; the VM is here, under a later record.
+        let here = self.local.get(&vm).map(|l| l.copy);
+        match here.filter(|copy| newest.is_some_and(|r| r.names(vm, self.me.host, *copy))) {
+            Some(copy) => Body::Running { copy, resumed_us: 0 },
+            None => Body::Unknown,
+        }
+    }
+
     #[allow(clippy::too_many_arguments)]
     fn receive(
         &mut self,
         now: Time,
         from: HostId,
         id: MigrationId,
-        vm: VmId,
+        (vm, base): (VmId, Epoch),
         record: Record,
         spec: Vec<u8>,
         requested_on: HostId,
     ) -> Result<(), String> {
+        if let Some(over) = self.statuses.get(&id).filter(|s| s.phase.is_end()) {
+            // A late copy of the question, or the answer was lost.
+            return Err(over.cause.clone());
+        }
+        if record.cluster != vm || record.epoch != base {
+            return Err("the source's record is of something else: ask again".to_owned());
+        }
         if !record.is_well_formed() || record.placement_of(vm).is_none_or(|p| p.host != from) {
             return Err("the source's record does not name it: ask again".to_owned());
         }
@@ -127,7 +157,7 @@ impl Core {
         let status = blank(id, vm, &record, from, requested_on);
         let mut out = Vec::new();
         let status = Status { to: Some(self.me.host), ..status };
-        let destination = Destination::begin(self.me.host, status, record, spec, &mut out);
+        let destination = Destination::begin(now, self.me, status, record, spec, &mut out);
         self.moves.insert(id, Move::Destination(Box::new(destination)));
         self.perform(now, id, out);
         Ok(())
@@ -159,14 +189,19 @@ impl Core {
                 Move::Source(Box::new(Source::resume(now, moving, base, status, &mut out)))
             }
             Role::Destination => {
-                let me = self.me.host;
+                let me = self.me;
                 let d = Destination::resume(now, me, moving, base, status, present, &mut out);
                 Move::Destination(Box::new(d))
             }
         };
         self.moves.insert(moving.id, m);
         if record.epoch > moving.base {
-            out.retain(|a| !matches!(a, Action::Resolve(_)));
+            let named = record.names(moving.vm, self.me.host, moving.copy);
+            out.retain(|a| match a {
+                Action::Resolve(_) => false,
+                Action::Effect(Effect::Rebuild(_)) => named,
+                _ => true,
+            });
             self.perform(now, moving.id, out);
             self.happened(now, moving.id, Happened::Decided(record));
         } else {
@@ -196,7 +231,10 @@ impl Core {
         if known.is_some_and(|k| k.phase.is_end() && !status.phase.is_end()) {
             return;
         }
-        if self.moves.contains_key(&status.id) {
+        // One migration has one source, and texts have bounds.
+        let other = known.is_some_and(|k| (k.from, k.vm) != (status.from, status.vm));
+        let long = status.cause.len() > limits::TEXT_BYTES || status.timeline.len() > MOMENTS;
+        if self.moves.contains_key(&status.id) || other || long {
             return;
         }
         self.remember(status.clone());
@@ -204,15 +242,23 @@ impl Core {
     }
 
     fn remember(&mut self, status: Status) {
+        if !self.statuses.contains_key(&status.id) {
+            self.order.push_back(status.id);
+        }
         self.statuses.insert(status.id, status);
         while self.statuses.len() > REMEMBERED {
-            let Some(id) =
-                self.statuses.values().find(|s| s.phase.is_end()).map(|s| s.id).or_else(|| {
-                    self.statuses.keys().find(|id| !self.moves.contains_key(id)).copied()
-                })
+            // The longest known that has ended, else (another node's word) any that is not ours.
+            let ended = |id: &MigrationId| self.statuses.get(id).is_none_or(|s| s.phase.is_end());
+            let free = |id: &MigrationId| !self.moves.contains_key(id);
+            let Some(at) = self
+                .order
+                .iter()
+                .position(|id| free(id) && ended(id))
+                .or_else(|| self.order.iter().position(free))
             else {
                 return;
             };
+            let Some(id) = self.order.remove(at) else { return };
             self.statuses.remove(&id);
             self.out.push_back(Command::Persist(Key::Status(id), None));
         }
@@ -249,8 +295,13 @@ impl Core {
                     self.out.push_back(Command::Send(to, Control::Migrate(message)));
                 }
                 Action::PrepareBallot => {
-                    // Refused only for a cluster without a record: the source asks again.
-                    let _ = self.epochs.prepare(now, vm, now.plus_ms(BALLOT_MS));
+                    if self.epochs.is_prepared(vm) {
+                        // The answer was lost.
+                        self.happened(now, id, Happened::BallotReady);
+                    } else {
+                        // Refused only for a cluster without a record: the source asks again.
+                        let _ = self.epochs.prepare(now, vm, now.plus_ms(BALLOT_MS));
+                    }
                 }
                 Action::Propose(record) => {
                     let _ = self.epochs.propose(now, record, now.plus_ms(BALLOT_MS));
@@ -265,14 +316,18 @@ impl Core {
         }
     }
 
-    /// Drives the epoch after `base` to a decision; if it is decided, says so.
-    fn resolve(&mut self, now: Time, id: MigrationId, vm: VmId, base: Epoch, mut why: String) {
+    /// Drives the epoch after `base` to a decision; if it is decided, says so. Asked again, it goes
+    /// on as it was: another cause would be another record, and need another ballot.
+    fn resolve(&mut self, now: Time, id: MigrationId, vm: VmId, base: Epoch, why: String) {
         let Some(record) = self.epochs.newest(vm).cloned() else { return };
         if record.epoch > base {
             return self.happened(now, id, Happened::Decided(record));
         }
-        why.truncate(why.floor_char_boundary(limits::TEXT_BYTES));
-        let stay = Record { epoch: record.epoch.next(), cause: Cause::Stay(why), ..record };
+        if self.epochs.is_resolving(vm) {
+            return;
+        }
+        let cause = Cause::Stay(migrate::clip(why));
+        let stay = Record { epoch: record.epoch.next(), cause, ..record };
         // Refused only if the epoch was decided meanwhile, which is told by `Decided`.
         let _ = self.epochs.resolve(now, stay);
     }

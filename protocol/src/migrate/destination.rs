@@ -5,35 +5,63 @@
 //! disk; an end that is not bound yet may forget everything at any time.
 
 use super::wait;
-use super::{Action, Effect, Happened, Migration, Moving, Role};
+use super::{Action, Effect, Happened, Migration, Moving, Role, clip};
 use crate::id::{CopyId, HostId};
 use crate::time::Time;
 use crate::wire::migrate::{Body, Phase, Status};
-use crate::wire::record::{Cause, Placement, Record};
+use crate::wire::record::{Cause, Placement, Record, Voter};
 
 /// Where the destination stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     /// The driver checks and starts a QEMU.
-    Checking,
-    /// Pages arrive; the source is asked where it stands after a silence.
-    Receiving { silent_at: Time },
+    Checking(Silence),
+    /// Pages arrive.
+    Receiving(Silence),
     /// Bound: loaded, proposed; until a decision or the deadline.
-    Loaded { until: Time, present: bool },
-    /// Decided for this copy; `cont` when its QEMU is there.
-    Starting { present: bool },
-    /// Runs; the source is told until it says *released*.
-    Running { tell_at: Time, resumed_us: u64 },
-    /// It ran and is gone; the source is told until it says *released*.
-    Lost { tell_at: Time, cause: String },
+    Loaded { until: Time, qemu: Qemu },
+    /// Decided for this copy; `cont` when its QEMU is there, and again if that is not answered.
+    Starting { qemu: Qemu, again_at: Time },
+    /// Runs; the source is told until it says *released*, or for long enough.
+    Running { tell_at: Time, until: Time, resumed_us: u64 },
+    /// It ran and is gone; the source is told until it says *released*, or for long enough.
+    Lost { tell_at: Time, until: Time, cause: String },
     /// Nothing more.
     Over,
+}
+
+/// The source was last heard; when it is asked where it stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Silence {
+    heard: Time,
+    ask_at: Time,
+}
+
+impl Silence {
+    fn since(now: Time) -> Self {
+        Self { heard: now, ask_at: now.plus_ms(wait::SILENCE_MS) }
+    }
+
+    fn ends(&self) -> Time {
+        self.heard.plus_ms(wait::HEARD_MS)
+    }
+}
+
+/// The bound copy's QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Qemu {
+    /// Loaded, it waits.
+    There,
+    /// Being started again.
+    Building,
+    /// Gone, and nobody is at it.
+    Gone,
 }
 
 /// The destination's end of one migration.
 #[derive(Debug, Clone)]
 pub struct Destination {
-    me: HostId,
+    me: Voter,
     status: Status,
     record: Record,
     copy: Option<CopyId>,
@@ -46,7 +74,8 @@ impl Destination {
     /// Starts: lets the driver check and start a QEMU that waits. `record` and `spec` are the
     /// source's word; the record was checked to be well formed and to name the source.
     pub fn begin(
-        me: HostId,
+        now: Time,
+        me: Voter,
         status: Status,
         record: Record,
         spec: Vec<u8>,
@@ -54,31 +83,34 @@ impl Destination {
     ) -> Self {
         let peer = status.from;
         out.push(Action::Effect(Effect::Receive { spec, source: peer }));
-        Self { me, status, record, copy: None, peer, state: State::Checking, rebuilds: 0 }
+        let state = State::Checking(Silence::since(now));
+        Self { me, status, record, copy: None, peer, state, rebuilds: 0 }
     }
 
     /// Takes up a bound destination after a restart. `present`: its QEMU is there, loaded.
     pub fn resume(
         now: Time,
-        me: HostId,
+        me: Voter,
         moving: &Moving,
         record: Record,
         status: Status,
         present: bool,
         out: &mut Vec<Action>,
     ) -> Self {
+        let qemu = if present { Qemu::There } else { Qemu::Building };
         let mut this = Self {
             me,
-            status: Status { phase: Phase::Deciding, to: Some(me), ..status },
+            status: Status { phase: Phase::Deciding, to: Some(me.host), ..status },
             record,
             copy: Some(moving.copy),
             peer: moving.peer,
-            state: State::Loaded { until: now.plus_ms(wait::DECISION_MS), present },
+            state: State::Loaded { until: now.plus_ms(wait::DECISION_MS), qemu },
             rebuilds: 0,
         };
         if moving.started {
             // `cont` may have been sent: what the QEMU says now is the truth.
-            this.state = State::Starting { present };
+            this.status.phase = Phase::Starting;
+            this.state = State::Starting { qemu, again_at: now.plus_ms(wait::CONT_AGAIN_MS) };
             if present {
                 out.push(Action::Effect(Effect::Cont(moving.copy)));
             } else {
@@ -107,24 +139,28 @@ impl Destination {
     }
 
     /// The record that this move proposes: the next epoch, with this copy in place of the source's.
+    /// An owner that is the only voter hands that over too.
     fn proposal(&self, copy: CopyId) -> Record {
         let mut record = self.record.clone();
         record.epoch = record.epoch.next();
         record.cause = Cause::Move;
         for placement in &mut record.placement {
             if placement.vm == self.status.vm {
-                *placement = Placement { vm: self.status.vm, host: self.me, copy };
+                *placement = Placement { vm: self.status.vm, host: self.me.host, copy };
             }
+        }
+        if record.voters.iter().all(|v| v.host == self.peer) {
+            record.voters = vec![self.me];
         }
         record
     }
 
     fn on_loaded(&mut self, now: Time, copy: CopyId, out: &mut Vec<Action>) {
-        if !matches!(self.state, State::Receiving { .. }) {
+        if !matches!(self.state, State::Receiving(_)) {
             return;
         }
         self.copy = Some(copy);
-        self.state = State::Loaded { until: now.plus_ms(wait::DECISION_MS), present: true };
+        self.state = State::Loaded { until: now.plus_ms(wait::DECISION_MS), qemu: Qemu::There };
         self.status.phase = Phase::Deciding;
         out.push(Action::Persist(self.moving(copy, false)));
         out.push(Action::Report);
@@ -132,29 +168,37 @@ impl Destination {
         out.push(Action::Propose(self.proposal(copy)));
     }
 
-    fn on_decided(&mut self, record: &Record, out: &mut Vec<Action>) {
+    fn on_decided(&mut self, now: Time, record: &Record, out: &mut Vec<Action>) {
         if record.epoch <= self.record.epoch {
             return;
         }
         match (&self.state, self.copy) {
-            (State::Loaded { present, .. }, Some(copy)) => {
+            (State::Loaded { qemu, .. }, Some(copy)) => {
                 self.status.epoch_after = Some(record.epoch);
-                if record.names(self.status.vm, self.me, copy) {
-                    let present = *present;
-                    self.state = State::Starting { present };
+                if record.names(self.status.vm, self.me.host, copy) {
+                    let qemu = *qemu;
+                    let again_at = now.plus_ms(wait::CONT_AGAIN_MS);
+                    self.state = State::Starting { qemu, again_at };
                     self.status.phase = Phase::Starting;
                     out.push(Action::Report);
-                    if present {
-                        self.start(copy, out);
+                    match qemu {
+                        Qemu::There => self.start(copy, out),
+                        Qemu::Building => {}
+                        Qemu::Gone => {
+                            self.rebuild(now, copy, "it could not be built again".into(), out);
+                        }
                     }
                 } else {
                     out.push(Action::Effect(Effect::Discard(copy)));
                     self.end(Phase::Stayed, stay_cause(record), out);
                 }
             }
-            (State::Checking | State::Receiving { .. }, _) => {
-                out.push(Action::Effect(Effect::DropReceived));
-                self.end(Phase::Stayed, stay_cause(record), out);
+            (State::Checking(_) | State::Receiving(_), _) => {
+                self.give_up(stay_cause(record), out);
+            }
+            (State::Starting { .. } | State::Running { .. } | State::Lost { .. }, _) => {
+                // Taken up after a restart, with the record that started it.
+                self.status.epoch_after = self.status.epoch_after.or(Some(record.epoch));
             }
             _ => {}
         }
@@ -165,42 +209,64 @@ impl Destination {
         out.push(Action::Effect(Effect::Cont(copy)));
     }
 
+    /// The end is on disk before the hard state goes: a restart between the two ends it again.
     fn end(&mut self, phase: Phase, cause: String, out: &mut Vec<Action>) {
         self.state = State::Over;
         self.status.phase = phase;
-        self.status.cause = cause;
-        out.push(Action::Forget);
+        self.status.cause = clip(cause);
         out.push(Action::Report);
+        out.push(Action::Forget);
+    }
+
+    /// Decided for this copy, whose QEMU is gone: start it again, or give the guest up.
+    fn rebuild(&mut self, now: Time, copy: CopyId, cause: String, out: &mut Vec<Action>) {
+        if self.rebuilds >= wait::REBUILDS {
+            return self.lose(now, cause, out);
+        }
+        if let State::Starting { qemu, .. } = &mut self.state {
+            *qemu = Qemu::Building;
+        }
+        out.push(Action::Effect(Effect::Rebuild(copy)));
+    }
+
+    /// Not bound, and the source knows: forget what was received.
+    fn give_up(&mut self, cause: String, out: &mut Vec<Action>) {
+        out.push(Action::Effect(Effect::DropReceived));
+        self.end(Phase::Stayed, cause, out);
     }
 
     fn lose(&mut self, now: Time, cause: String, out: &mut Vec<Action>) {
+        let cause = clip(cause);
         self.status.phase = Phase::Lost;
         self.status.cause.clone_from(&cause);
         out.push(Action::Send(self.peer, Body::Lost(cause.clone())));
-        self.state = State::Lost { tell_at: now.plus_ms(wait::ASK_MS), cause };
+        let (tell_at, until) = (now.plus_ms(wait::ASK_MS), now.plus_ms(wait::RUNNING_MS));
+        self.state = State::Lost { tell_at, until, cause };
         out.push(Action::Report);
     }
 
     /// Not bound: forget what was received, and tell the source why.
     fn fail(&mut self, cause: String, out: &mut Vec<Action>) {
-        out.push(Action::Effect(Effect::DropReceived));
-        out.push(Action::Send(self.peer, Body::Failed(cause.clone())));
-        self.end(Phase::Stayed, cause, out);
+        out.push(Action::Send(self.peer, Body::Failed(clip(cause.clone()))));
+        self.give_up(cause, out);
     }
 
     fn on_said(&mut self, now: Time, body: Body, out: &mut Vec<Action>) {
-        if let State::Receiving { silent_at } = &mut self.state {
-            *silent_at = now.plus_ms(wait::SILENCE_MS);
+        if let State::Checking(silence) | State::Receiving(silence) = &mut self.state {
+            *silence = Silence::since(now);
         }
         match (body, &self.state) {
-            (Body::PrepareBallot, State::Receiving { .. }) => out.push(Action::PrepareBallot),
-            (Body::Cancel(cause), State::Checking | State::Receiving { .. }) => {
-                out.push(Action::Effect(Effect::DropReceived));
-                self.end(Phase::Stayed, cause, out);
+            (Body::PrepareBallot, State::Receiving(_)) => out.push(Action::PrepareBallot),
+            (Body::Cancel(cause), State::Checking(_) | State::Receiving(_)) => {
+                self.give_up(cause, out);
             }
-            (Body::Unknown, State::Checking | State::Receiving { .. }) => {
-                out.push(Action::Effect(Effect::DropReceived));
-                self.end(Phase::Stayed, "the source node forgot the move".into(), out);
+            (Body::Unknown | Body::Running { .. }, State::Checking(_) | State::Receiving(_)) => {
+                self.give_up("the source node ended the move".into(), out);
+            }
+            (Body::Where, State::Loaded { .. } | State::Starting { .. }) => {
+                if let Some(copy) = self.copy {
+                    out.push(Action::Send(self.peer, Body::Loaded(copy)));
+                }
             }
             (Body::Where, State::Running { resumed_us, .. }) => {
                 if let Some(copy) = self.copy {
@@ -211,7 +277,7 @@ impl Destination {
             (Body::Where, State::Lost { cause, .. }) => {
                 out.push(Action::Send(self.peer, Body::Lost(cause.clone())));
             }
-            (Body::Prepare { .. }, State::Receiving { .. }) => {
+            (Body::Prepare { .. } | Body::Where, State::Receiving(_)) => {
                 out.push(Action::Send(self.peer, Body::Ready));
             }
             (Body::Released, State::Running { .. }) => {
@@ -227,16 +293,16 @@ impl Destination {
 
     fn on_qemu_gone(&mut self, now: Time, ran: bool, out: &mut Vec<Action>) {
         match (&mut self.state, self.copy) {
-            (State::Checking | State::Receiving { .. }, _) => {
+            (State::Checking(_) | State::Receiving(_), _) => {
                 self.fail("the destination's QEMU ended before it had loaded".into(), out);
             }
             (State::Starting { .. }, Some(_)) if ran => {
                 self.lose(now, "the guest's QEMU ended while it was started".into(), out);
             }
-            (State::Loaded { present, .. } | State::Starting { present }, Some(copy))
-                if *present =>
+            (State::Loaded { qemu, .. } | State::Starting { qemu, .. }, Some(copy))
+                if *qemu == Qemu::There =>
             {
-                *present = false;
+                *qemu = Qemu::Building;
                 // The guest never ran in it: the stored state is still the truth.
                 out.push(Action::Persist(self.moving(copy, false)));
                 out.push(Action::Effect(Effect::Rebuild(copy)));
@@ -250,34 +316,52 @@ impl Destination {
 
     fn on_rebuild_failed(&mut self, now: Time, cause: String, out: &mut Vec<Action>) {
         self.rebuilds += 1;
-        match (&self.state, self.copy) {
-            (State::Loaded { .. }, _) => out.push(Action::Resolve(cause)),
-            (State::Starting { .. }, Some(copy)) if self.rebuilds < wait::REBUILDS => {
-                out.push(Action::Effect(Effect::Rebuild(copy)));
+        match (&mut self.state, self.copy) {
+            (State::Loaded { qemu, .. }, _) => {
+                // It may have been decided for this copy all the same: then it is tried again.
+                *qemu = Qemu::Gone;
+                out.push(Action::Resolve(cause));
             }
-            (State::Starting { .. }, _) => self.lose(now, cause, out),
+            (State::Starting { .. }, Some(copy)) => self.rebuild(now, copy, cause, out),
             _ => {}
         }
     }
 
     fn on_timer(&mut self, now: Time, out: &mut Vec<Action>) {
         match &mut self.state {
-            State::Receiving { silent_at } if now >= *silent_at => {
-                *silent_at = now.plus_ms(wait::SILENCE_MS);
+            State::Checking(silence) | State::Receiving(silence) if now >= silence.ends() => {
+                self.fail("the source does not answer any more".into(), out);
+            }
+            State::Checking(silence) | State::Receiving(silence) if now >= silence.ask_at => {
+                silence.ask_at = now.plus_ms(wait::SILENCE_MS);
                 out.push(Action::Send(self.peer, Body::Where));
             }
             State::Loaded { until, .. } if now >= *until => {
                 *until = now.plus_ms(wait::DECISION_MS);
                 out.push(Action::Resolve("no decision in time after it had loaded".into()));
             }
-            State::Running { tell_at, resumed_us } if now >= *tell_at => {
+            State::Starting { qemu, again_at } if now >= *again_at => {
+                *again_at = now.plus_ms(wait::CONT_AGAIN_MS);
+                if let (Qemu::There, Some(copy)) = (*qemu, self.copy) {
+                    out.push(Action::Effect(Effect::Cont(copy)));
+                }
+            }
+            // The source is away. What it keeps, it discards when it is back and asks.
+            State::Running { until, .. } if now >= *until => {
+                self.end(Phase::Moved, "the source has not confirmed yet".into(), out);
+            }
+            State::Lost { until, cause, .. } if now >= *until => {
+                let cause = cause.clone();
+                self.end(Phase::Lost, cause, out);
+            }
+            State::Running { tell_at, resumed_us, .. } if now >= *tell_at => {
                 *tell_at = now.plus_ms(wait::ASK_MS);
                 if let Some(copy) = self.copy {
                     let resumed_us = *resumed_us;
                     out.push(Action::Send(self.peer, Body::Running { copy, resumed_us }));
                 }
             }
-            State::Lost { tell_at, cause } if now >= *tell_at => {
+            State::Lost { tell_at, cause, .. } if now >= *tell_at => {
                 *tell_at = now.plus_ms(wait::ASK_MS);
                 out.push(Action::Send(self.peer, Body::Lost(cause.clone())));
             }
@@ -301,29 +385,33 @@ impl Migration for Destination {
     fn handle(&mut self, now: Time, happened: Happened, out: &mut Vec<Action>) {
         match (happened, &mut self.state) {
             (Happened::Said(from, body), _) if from == self.peer => self.on_said(now, body, out),
-            (Happened::Received, State::Checking) => {
-                self.state = State::Receiving { silent_at: now.plus_ms(wait::SILENCE_MS) };
+            (Happened::Received, State::Checking(_)) => {
+                self.state = State::Receiving(Silence::since(now));
                 self.status.phase = Phase::Transfer;
                 out.push(Action::Send(self.peer, Body::Ready));
                 out.push(Action::Report);
             }
-            (Happened::Refused(cause), State::Checking) => {
-                out.push(Action::Send(self.peer, Body::Refused(cause.clone())));
+            (Happened::Refused(cause), State::Checking(_)) => {
+                out.push(Action::Send(self.peer, Body::Refused(clip(cause.clone()))));
                 self.end(Phase::Stayed, cause, out);
             }
-            (Happened::TransferFailed(cause), State::Checking | State::Receiving { .. }) => {
+            (Happened::TransferFailed(cause), State::Checking(_) | State::Receiving(_)) => {
                 self.fail(cause, out);
             }
+            (Happened::Abort, State::Checking(_) | State::Receiving(_)) => {
+                self.fail("aborted on request".into(), out);
+            }
             (Happened::Loaded(copy), _) => self.on_loaded(now, copy, out),
-            (Happened::BallotReady, State::Receiving { .. }) => {
+            (Happened::BallotReady, State::Receiving(_)) => {
                 out.push(Action::Send(self.peer, Body::BallotReady));
             }
-            (Happened::Decided(record), _) => self.on_decided(&record, out),
+            (Happened::Decided(record), _) => self.on_decided(now, &record, out),
             (Happened::QemuGone { ran }, _) => self.on_qemu_gone(now, ran, out),
             (Happened::RebuildFailed(cause), _) => self.on_rebuild_failed(now, cause, out),
-            (Happened::Rebuilt, State::Loaded { present, .. }) => *present = true,
-            (Happened::Rebuilt, State::Starting { present }) if !*present => {
-                *present = true;
+            (Happened::Rebuilt, State::Loaded { qemu, .. }) => *qemu = Qemu::There,
+            (Happened::Rebuilt, State::Starting { qemu, again_at }) if *qemu != Qemu::There => {
+                *qemu = Qemu::There;
+                *again_at = now.plus_ms(wait::CONT_AGAIN_MS);
                 if let Some(copy) = self.copy {
                     self.start(copy, out);
                 }
@@ -331,7 +419,9 @@ impl Migration for Destination {
             (Happened::Running(resumed_us), State::Starting { .. }) => {
                 if let Some(copy) = self.copy {
                     self.status.phase = Phase::Releasing;
-                    self.state = State::Running { tell_at: now.plus_ms(wait::ASK_MS), resumed_us };
+                    let tell_at = now.plus_ms(wait::ASK_MS);
+                    let until = now.plus_ms(wait::RUNNING_MS);
+                    self.state = State::Running { tell_at, until, resumed_us };
                     out.push(Action::Send(self.peer, Body::Running { copy, resumed_us }));
                     out.push(Action::Report);
                 }
@@ -343,10 +433,15 @@ impl Migration for Destination {
 
     fn timeout(&self) -> Option<Time> {
         match &self.state {
-            State::Receiving { silent_at } => Some(*silent_at),
+            State::Checking(silence) | State::Receiving(silence) => {
+                Some(silence.ask_at.min(silence.ends()))
+            }
             State::Loaded { until, .. } => Some(*until),
-            State::Running { tell_at, .. } | State::Lost { tell_at, .. } => Some(*tell_at),
-            State::Checking | State::Starting { .. } | State::Over => None,
+            State::Starting { again_at, .. } => Some(*again_at),
+            State::Running { tell_at, until, .. } | State::Lost { tell_at, until, .. } => {
+                Some(*tell_at.min(until))
+            }
+            State::Over => None,
         }
     }
 

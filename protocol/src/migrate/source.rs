@@ -5,21 +5,22 @@
 
 use super::plan;
 use super::wait;
-use super::{Action, Effect, Happened, Migration, Moving, Progress, Role};
+use super::{Action, Effect, Happened, Migration, Moving, Progress, Role, clip};
 use crate::id::{CopyId, HostId};
 use crate::time::Time;
 use crate::wire::migrate::{Body, Options, Phase, Status};
-use crate::wire::record::Record;
+use crate::wire::record::{Cause, Record};
 
 /// Where the source stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
-    /// Waiting for the destination's answer.
-    Preparing { until: Time },
-    /// Pages cross; with what is known of the ballot.
-    Transfer { until: Time, ballot: Ballot },
-    /// Bound; QMP `stop` is on its way or done; until a decision or the deadline.
-    Stopped { until: Time },
+    /// Waiting for the destination's answer, which is asked again.
+    Preparing { until: Time, ask_at: Time },
+    /// Pages cross; with what is known of the ballot, and when the destination was last heard.
+    Transfer { until: Time, ask_at: Time, heard: Time, ballot: Ballot },
+    /// Bound; QMP `stop` is on its way or done; until a decision or the deadline. The destination
+    /// is asked: if it has forgotten, the guest need not stand still until the deadline.
+    Stopped { until: Time, ask_at: Time },
     /// Decided for the destination; asking it for *running*.
     Starting { ask_at: Time, until: Time },
     /// Decided to stay; `cont` is on its way.
@@ -32,7 +33,7 @@ enum State {
 enum Ballot {
     None,
     Asked(Time),
-    Ready,
+    Ready(Time),
 }
 
 /// The source's end of one migration.
@@ -109,7 +110,10 @@ impl Source {
             options: Options::default(),
             candidates: Vec::new(),
             peer: moving.peer,
-            state: State::Stopped { until: now.plus_ms(wait::DECISION_MS) },
+            state: State::Stopped {
+                until: now.plus_ms(wait::DECISION_MS),
+                ask_at: now.plus_ms(wait::ASK_MS),
+            },
             started: now,
             last: Progress::default(),
             refusals: Vec::new(),
@@ -131,29 +135,34 @@ impl Source {
         self.peer = next;
         self.status.to = Some(next);
         self.status.phase = Phase::Preparing;
-        self.state = State::Preparing { until: now.plus_ms(wait::PREPARE_MS) };
-        out.push(Action::Send(
-            next,
-            Body::Prepare {
-                record: self.record.clone(),
-                spec: self.spec.clone(),
-                options: self.options,
-                requested_on: self.status.requested_on,
-            },
-        ));
+        self.state = State::Preparing {
+            until: now.plus_ms(wait::PREPARE_MS),
+            ask_at: now.plus_ms(wait::PREPARE_AGAIN_MS),
+        };
+        out.push(Action::Send(next, self.prepare()));
         out.push(Action::Report);
     }
 
+    fn prepare(&self) -> Body {
+        Body::Prepare {
+            record: self.record.clone(),
+            spec: self.spec.clone(),
+            options: self.options,
+            requested_on: self.status.requested_on,
+        }
+    }
+
+    /// The end is on disk before the hard state goes: a restart between the two ends it again.
     fn end(&mut self, phase: Phase, cause: String, out: &mut Vec<Action>) {
         self.state = State::Over;
         self.status.phase = phase;
-        self.status.cause = cause;
+        self.status.cause = clip(cause);
         if phase == Phase::Moved {
             self.status.done_ppm = 1_000_000;
             self.status.left_ms = Some(0);
         }
-        out.push(Action::Forget);
         out.push(Action::Report);
+        out.push(Action::Forget);
     }
 
     /// Gives up before the stop: the guest never noticed.
@@ -184,7 +193,8 @@ impl Source {
                 out.push(Action::Send(self.peer, Body::PrepareBallot));
             }
             Ballot::Asked(at) if now.ms_since(at) > wait::BALLOT_MS => *ballot = Ballot::None,
-            Ballot::Ready if converged => self.stop(now, out),
+            Ballot::Ready(at) if now.ms_since(at) > wait::BALLOT_FRESH_MS => *ballot = Ballot::None,
+            Ballot::Ready(_) if converged => self.stop(now, out),
             _ => {}
         }
     }
@@ -201,7 +211,10 @@ impl Source {
             copy: self.copy,
             started: false,
         }));
-        self.state = State::Stopped { until: now.plus_ms(wait::DECISION_MS) };
+        // Whoever allows a long pause does not want it cut short by the deadline.
+        let wait_ms = wait::DECISION_MS.saturating_add(self.options.max_downtime_ms);
+        self.state =
+            State::Stopped { until: now.plus_ms(wait_ms), ask_at: now.plus_ms(wait::ASK_MS) };
         self.status.phase = Phase::Stopped;
         out.push(Action::Effect(Effect::Stop));
         out.push(Action::Report);
@@ -220,10 +233,10 @@ impl Source {
             out.push(Action::Effect(Effect::Discard(self.copy)));
             return self.end(Phase::Lost, "the VM was removed while it moved".into(), out);
         };
+        let bound = matches!(self.state, State::Stopped { .. });
         if placed.copy == self.copy {
-            let bound = matches!(self.state, State::Stopped { .. });
             self.status.cause = match record.cause {
-                crate::wire::record::Cause::Stay(why) => why,
+                Cause::Stay(why) => why,
                 _ => "another change of the record was decided first".into(),
             };
             if bound {
@@ -235,6 +248,11 @@ impl Source {
             } else {
                 self.give_up(self.status.cause.clone(), out);
             }
+        } else if !bound {
+            // No move gets here; a record that was forced does. What it does not name may not run.
+            out.push(Action::Effect(Effect::CancelTransfer));
+            out.push(Action::Effect(Effect::Discard(self.copy)));
+            self.end(Phase::Lost, "the record names another copy since".into(), out);
         } else {
             self.status.to = Some(placed.host);
             self.peer = placed.host;
@@ -253,33 +271,56 @@ impl Source {
             return;
         }
         self.status.total_ms = now.ms_since(self.started);
-        self.status.downtime_us = self.stopped_us.map(|at| resumed_us.saturating_sub(at));
-        self.status.phase = Phase::Releasing;
-        out.push(Action::Report);
+        let stopped_us = self.stopped_us.filter(|at| *at <= resumed_us);
+        self.status.downtime_us = stopped_us.map(|at| resumed_us - at);
+        self.release(Phase::Moved, String::new(), out);
+    }
+
+    /// The destination forgets the move when it hears *released*: said once this end has forgotten.
+    fn release(&mut self, phase: Phase, cause: String, out: &mut Vec<Action>) {
         out.push(Action::Effect(Effect::Discard(self.copy)));
+        self.end(phase, cause, out);
         out.push(Action::Send(self.peer, Body::Released));
-        self.end(Phase::Moved, String::new(), out);
+    }
+
+    fn on_ready(&mut self, now: Time, out: &mut Vec<Action>) {
+        let limit_ms = match self.options.deadline_s {
+            0 => wait::TRANSFER_MS,
+            s => s.saturating_mul(1000),
+        };
+        self.state = State::Transfer {
+            until: now.plus_ms(limit_ms),
+            ask_at: now.plus_ms(wait::SILENCE_MS),
+            heard: now,
+            ballot: Ballot::None,
+        };
+        self.status.phase = Phase::Transfer;
+        let (to, options) = (self.peer, self.options);
+        out.push(Action::Effect(Effect::Transfer { to, options }));
+        out.push(Action::Report);
     }
 
     fn on_said(&mut self, now: Time, body: Body, out: &mut Vec<Action>) {
+        if let State::Transfer { heard, ask_at, .. } = &mut self.state {
+            *heard = now;
+            *ask_at = now.plus_ms(wait::SILENCE_MS);
+        }
         match (body, &mut self.state) {
-            (Body::Ready, State::Preparing { .. }) => {
-                let limit_ms = match self.options.deadline_s {
-                    0 => wait::TRANSFER_MS,
-                    s => s.saturating_mul(1000),
-                };
-                self.state = State::Transfer { until: now.plus_ms(limit_ms), ballot: Ballot::None };
-                self.status.phase = Phase::Transfer;
-                let (to, options) = (self.peer, self.options);
-                out.push(Action::Effect(Effect::Transfer { to, options }));
-                out.push(Action::Report);
-            }
+            (Body::Ready, State::Preparing { .. }) => self.on_ready(now, out),
             (Body::Refused(cause), State::Preparing { .. }) => {
-                self.refusals.push(cause);
+                self.refusals.push(clip(cause));
                 self.ask_next(now, out);
             }
+            // The question back is the answer: this end is still at it.
+            (
+                Body::Where,
+                State::Preparing { .. } | State::Transfer { .. } | State::Stopped { .. },
+            ) => out.push(Action::Send(self.peer, Body::Where)),
+            (Body::Where, State::Resuming { .. }) => {
+                out.push(Action::Send(self.peer, Body::Cancel(self.status.cause.clone())));
+            }
             (Body::BallotReady, State::Transfer { ballot, .. }) => {
-                *ballot = Ballot::Ready;
+                *ballot = Ballot::Ready(now);
                 let last = self.last;
                 self.on_progress(now, last, out);
             }
@@ -292,13 +333,9 @@ impl Source {
             (Body::Running { resumed_us, .. }, State::Starting { .. }) => {
                 self.on_running(now, resumed_us, out);
             }
-            (Body::Running { .. }, State::Over) => {
-                out.push(Action::Send(self.peer, Body::Released));
-            }
-            (Body::Lost(cause), State::Starting { .. }) => {
-                out.push(Action::Effect(Effect::Discard(self.copy)));
-                out.push(Action::Send(self.peer, Body::Released));
-                self.end(Phase::Lost, cause, out);
+            (Body::Lost(cause), State::Starting { .. }) => self.release(Phase::Lost, cause, out),
+            (Body::Running { .. } | Body::Lost(_), State::Stopped { .. }) => {
+                out.push(Action::Resolve("the destination runs, the decision was missed".into()));
             }
             (Body::Unknown, State::Transfer { .. }) => {
                 self.give_up("the destination node restarted during the transfer".into(), out);
@@ -307,16 +344,26 @@ impl Source {
                 // It may have been about to bind, so the epoch is decided, not read.
                 out.push(Action::Resolve("the destination forgot the move".into()));
             }
+            (Body::Unknown, State::Starting { until, .. }) if now >= *until => {
+                // A bound end forgets only with its store. The stopped copy is all that is left.
+                let cause = "the destination knows nothing of the move that was decided for it; \
+                    the stopped source copy is kept until this node restarts";
+                self.end(Phase::Lost, cause.into(), out);
+            }
             _ => {}
         }
     }
 
     fn on_timer(&mut self, now: Time, out: &mut Vec<Action>) {
         match &mut self.state {
-            State::Preparing { until } if now >= *until => {
+            State::Preparing { until, .. } if now >= *until => {
                 self.refusals.push("the destination did not answer in time".into());
                 out.push(Action::Send(self.peer, Body::Cancel("no answer in time".into())));
                 self.ask_next(now, out);
+            }
+            State::Preparing { ask_at, .. } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::PREPARE_AGAIN_MS);
+                out.push(Action::Send(self.peer, self.prepare()));
             }
             State::Transfer { until, .. } if now >= *until => {
                 let cause = format!(
@@ -328,9 +375,20 @@ impl Source {
                 );
                 self.give_up(cause, out);
             }
-            State::Stopped { until } if now >= *until => {
+            State::Transfer { heard, .. } if now >= heard.plus_ms(wait::HEARD_MS) => {
+                self.give_up("the destination does not answer any more".into(), out);
+            }
+            State::Transfer { ask_at, .. } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::SILENCE_MS);
+                out.push(Action::Send(self.peer, Body::Where));
+            }
+            State::Stopped { until, .. } if now >= *until => {
                 *until = now.plus_ms(wait::DECISION_MS);
                 out.push(Action::Resolve("no decision in time while the guest stood still".into()));
+            }
+            State::Stopped { ask_at, .. } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::ASK_MS);
+                out.push(Action::Send(self.peer, Body::Where));
             }
             State::Starting { ask_at, until } if now >= *ask_at => {
                 if now >= *until && self.status.cause.is_empty() {
@@ -341,7 +399,8 @@ impl Source {
                         .into();
                     out.push(Action::Report);
                 }
-                *ask_at = now.plus_ms(wait::ASK_MS);
+                let pause = if now >= *until { wait::SILENCE_MS } else { wait::ASK_MS };
+                *ask_at = now.plus_ms(pause);
                 out.push(Action::Send(self.peer, Body::Where));
             }
             State::Resuming { ask_at } if now >= *ask_at => {
@@ -359,6 +418,23 @@ impl Source {
             _ => {}
         }
     }
+
+    fn on_qemu_gone(&mut self, out: &mut Vec<Action>) {
+        let cause = "the guest's QEMU at the source ended".to_owned();
+        match self.state {
+            // The destination may have all of it: it loads and proposes, or says that it failed.
+            State::Stopped { .. } | State::Starting { .. } | State::Over => {}
+            State::Preparing { .. } | State::Transfer { .. } => {
+                out.push(Action::Send(self.peer, Body::Cancel(cause.clone())));
+                out.push(Action::Effect(Effect::CancelTransfer));
+                self.end(Phase::Lost, cause, out);
+            }
+            State::Resuming { .. } => {
+                out.push(Action::Effect(Effect::Discard(self.copy)));
+                self.end(Phase::Lost, cause, out);
+            }
+        }
+    }
 }
 
 impl Migration for Source {
@@ -369,6 +445,8 @@ impl Migration for Source {
     fn handle(&mut self, now: Time, happened: Happened, out: &mut Vec<Action>) {
         match happened {
             Happened::Said(from, body) if from == self.peer => self.on_said(now, body, out),
+            // A candidate that was given up, and did not hear so.
+            Happened::Said(from, Body::Where) => out.push(Action::Send(from, Body::Unknown)),
             Happened::Progress(p) => self.on_progress(now, p, out),
             Happened::Stopped(at_us) => {
                 self.stopped_us = Some(at_us);
@@ -376,17 +454,7 @@ impl Migration for Source {
             }
             Happened::Decided(record) => self.on_decided(now, record, out),
             Happened::TransferFailed(cause) => self.on_failure(cause, out),
-            Happened::QemuGone { .. }
-                if !matches!(self.state, State::Over | State::Starting { .. }) =>
-            {
-                let cause = "the guest's QEMU at the source ended".to_owned();
-                out.push(Action::Send(self.peer, Body::Cancel(cause.clone())));
-                if matches!(self.state, State::Stopped { .. }) {
-                    return out.push(Action::Resolve(cause));
-                }
-                out.push(Action::Effect(Effect::CancelTransfer));
-                self.end(Phase::Lost, cause, out);
-            }
+            Happened::QemuGone { .. } => self.on_qemu_gone(out),
             Happened::Running(_) if matches!(self.state, State::Resuming { .. }) => {
                 self.status.total_ms = now.ms_since(self.started);
                 let cause = self.status.cause.clone();
@@ -405,9 +473,12 @@ impl Migration for Source {
 
     fn timeout(&self) -> Option<Time> {
         match &self.state {
-            State::Preparing { until }
-            | State::Transfer { until, .. }
-            | State::Stopped { until } => Some(*until),
+            State::Preparing { until, ask_at } | State::Stopped { until, ask_at } => {
+                Some(*until.min(ask_at))
+            }
+            State::Transfer { until, ask_at, heard, .. } => {
+                Some(heard.plus_ms(wait::HEARD_MS).min(*until).min(*ask_at))
+            }
             State::Starting { ask_at, .. } | State::Resuming { ask_at } => Some(*ask_at),
             State::Over => None,
         }
