@@ -23,6 +23,7 @@ mod migrate;
 mod node;
 mod restart;
 mod source;
+mod timeline;
 mod wires;
 mod worker;
 

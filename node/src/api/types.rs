@@ -297,6 +297,8 @@ pub struct HostInfo {
     pub vms: Option<u32>,
     /// Guest memory still to give, bytes; none: not known.
     pub memory_free_bytes: Option<u64>,
+    /// Round trip of a control message there and back, measured now, microseconds; none: this node, or no answer.
+    pub rtt_us: Option<u64>,
 }
 
 /// One entry of the routing table.

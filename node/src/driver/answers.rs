@@ -20,6 +20,9 @@ use crate::api::types::{
 };
 use crate::link::Where;
 
+/// How long a round trip may take that is shown.
+const RTT: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Opens the local socket and answers there.
 pub(super) fn serve(node: &Arc<Node>) -> Result<tokio::task::JoinHandle<()>, DriverError> {
     let listener = Listener::bind(&node.options.state.join("api.sock")).map_err(DriverError::of)?;
@@ -136,9 +139,14 @@ async fn hosts(node: &Arc<Node>) -> Result<Vec<HostInfo>, ApiError> {
     let members = node.net.members();
     let asked = members.iter().filter(|m| m.connected && m.host != node.me);
     let asked: Vec<_> = asked.map(|m| m.host).collect();
-    let answers = futures::future::join_all(asked.iter().map(|h| node.ask(*h, Ask::Host))).await;
+    // The round trip apart from the question, which waits its turn behind other messages.
+    let look =
+        |host| async move { (node.net.probe(host, RTT).await, node.ask(host, Ask::Host).await) };
+    let answers = futures::future::join_all(asked.iter().map(|h| look(*h))).await;
     let mut told: BTreeMap<_, Value> = BTreeMap::new();
-    for (host, answer) in asked.into_iter().zip(answers) {
+    let mut rtts = BTreeMap::new();
+    for (host, (rtt, answer)) in asked.into_iter().zip(answers) {
+        rtts.extend(rtt.and_then(|rtt| Some((host, u64::try_from(rtt.as_micros()).ok()?))));
         if let Ok(Answer::Json(text)) = answer {
             told.insert(host, serde_json::from_str(&text).unwrap_or(Value::Null));
         }
@@ -177,6 +185,7 @@ async fn hosts(node: &Arc<Node>) -> Result<Vec<HostInfo>, ApiError> {
                 addresses: m.addresses.iter().map(ToString::to_string).collect(),
                 vms: told["vms"].as_u64().and_then(|n| u32::try_from(n).ok()),
                 memory_free_bytes: told["memory_free_bytes"].as_u64(),
+                rtt_us: rtts.get(&m.host).copied(),
             }
         })
         .collect())

@@ -19,6 +19,8 @@ use crate::api::types::ApiError;
 
 /// Questions that may be open at once.
 const OPEN: usize = 1024;
+/// Migrations in one answer: as many as the core remembers.
+const ANSWERED: usize = 256;
 /// How long a node may take to answer.
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
 
@@ -92,7 +94,11 @@ pub(super) fn answer(
         }
         Ask::Abort(id) => taken(core.abort(now, id)),
         Ask::Migrations(id) => Answer::Migrations(
-            core.statuses().filter(|s| id.is_none_or(|id| id == s.id)).take(64).cloned().collect(),
+            core.statuses()
+                .filter(|s| id.is_none_or(|id| id == s.id))
+                .take(ANSWERED)
+                .map(|s| node.with_timeline(s.clone(), id.is_some()))
+                .collect(),
         ),
         Ask::Host => Answer::Json(migrate::host_json(node)),
     };

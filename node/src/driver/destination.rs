@@ -88,7 +88,10 @@ impl Worker {
         let (node, id, copy_) = (Arc::clone(&self.node), self.id, Arc::clone(copy));
         let task = tokio::spawn(async move {
             let happened = match until_loaded(session, attach, &copy_).await {
-                Ok(()) => Happened::Loaded(copy_.id),
+                Ok(()) => {
+                    node.moment(id, "device state loaded, digests equal");
+                    Happened::Loaded(copy_.id)
+                }
                 Err(cause) => Happened::TransferFailed(cause),
             };
             node.receiving().remove(&id);

@@ -153,9 +153,10 @@ impl Engine {
         let bound = writes.iter().any(
             |(_, v)| matches!(v, Some(Value::Moving(m)) if !m.started && m.role == godwit_protocol::migrate::Role::Destination),
         );
+        let node = &self.node;
         let encoded: Vec<(Vec<u8>, Option<Vec<u8>>)> = writes
             .drain(..)
-            .map(|(key, value)| Ok((key_bytes(key), value.map(|v| encode(&v)).transpose()?)))
+            .map(|(key, value)| Ok((key_bytes(key), value.map(|v| encode(node, v)).transpose()?)))
             .collect::<Result<_, codec::CodecError>>()
             .map_err(DriverError::of)?;
         let hard = Arc::clone(&self.node.hard);
@@ -192,6 +193,7 @@ impl Engine {
                 tracing::warn!(%vm, %epoch, "not decided in time: unknown");
             }
             Command::Status(status) => {
+                self.node.note_phase(&status);
                 if status.phase.is_end() {
                     // Its worker ends when it has done what it was told.
                     self.workers.remove(&status.id);
@@ -245,10 +247,13 @@ fn key_bytes(key: Key) -> Vec<u8> {
     }
 }
 
-fn encode(value: &Value) -> Result<Vec<u8>, codec::CodecError> {
+fn encode(node: &Node, value: Value) -> Result<Vec<u8>, codec::CodecError> {
     match value {
-        Value::Epoch(hard) => codec::encode(&**hard, CONTROL_MESSAGE_BYTES),
-        Value::Moving(moving) => codec::encode(moving, CONTROL_MESSAGE_BYTES),
-        Value::Status(status) => codec::encode(&**status, CONTROL_MESSAGE_BYTES),
+        Value::Epoch(hard) => codec::encode(&*hard, CONTROL_MESSAGE_BYTES),
+        Value::Moving(moving) => codec::encode(&moving, CONTROL_MESSAGE_BYTES),
+        Value::Status(status) => {
+            node.note_phase(&status);
+            codec::encode(&node.with_timeline(*status, true), CONTROL_MESSAGE_BYTES)
+        }
     }
 }

@@ -14,8 +14,8 @@ use godwit_protocol::wire::migrate::{Options, Status, Target};
 use serde_json::json;
 use tokio::sync::{broadcast, mpsc};
 
-use super::boot;
 use super::node::{Node, random};
+use super::{boot, timeline};
 use crate::api::types::{ApiError, Done, Event, Migration};
 
 /// A request as it reached the lead.
@@ -199,19 +199,18 @@ async fn newest(node: &Arc<Node>, id: MigrationId, lead: HostId) -> Option<Statu
     }
 }
 
-/// `godwit migrations`: what this node knows, and what the others know better.
+/// `godwit migrations`, oldest first: what this node knows, and what the others know better.
 pub(super) async fn list(
     node: &Arc<Node>,
     id: Option<MigrationId>,
 ) -> Result<Vec<Migration>, ApiError> {
-    let mut found: std::collections::BTreeMap<MigrationId, Status> = node
+    let own: Vec<Status> = node
         .with_core(move |core, _| {
-            core.statuses()
-                .filter(|s| id.is_none_or(|id| id == s.id))
-                .map(|s| (s.id, s.clone()))
-                .collect()
+            core.statuses().filter(|s| id.is_none_or(|id| id == s.id)).cloned().collect()
         })
         .await?;
+    let own = own.into_iter().map(|s| (s.id, node.with_timeline(s, id.is_some())));
+    let mut found: std::collections::BTreeMap<MigrationId, Status> = own.collect();
     let others: Vec<HostId> = node
         .net
         .members()
@@ -233,7 +232,9 @@ pub(super) async fn list(
             "see godwit migrations",
         ));
     }
-    Ok(found.into_values().map(|s| Migration::new(s, |h| node.host_name(h))).collect())
+    let mut found: Vec<Status> = found.into_values().collect();
+    found.sort_by_key(|s| s.timeline.first().map_or(0, |m| m.at_us));
+    Ok(found.into_iter().map(|s| Migration::new(s, |h| node.host_name(h))).collect())
 }
 
 /// Joins two ends' knowledge: the timelines of both, the state of the source unless only the other
@@ -248,8 +249,7 @@ fn merge(
         return;
     };
     let mut timeline = known.timeline.clone();
-    timeline.extend(status.timeline.iter().filter(|m| !known.timeline.contains(m)).cloned());
-    timeline.sort_by_key(|m| m.at_us);
+    timeline::join(&mut timeline, &status.timeline);
     let lead_says = told_by == status.from && (status.phase.is_end() || !known.phase.is_end());
     if lead_says || (status.phase.is_end() && !known.phase.is_end()) {
         *known = status;

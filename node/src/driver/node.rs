@@ -84,6 +84,7 @@ pub(super) struct Node {
     pub chunk_key: [u8; 32],
     pub copies: Copies,
     pub asks: Asks,
+    pub timelines: super::timeline::Timelines,
     pub wires: Mutex<super::wires::Table>,
     pub frames: Frames,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,

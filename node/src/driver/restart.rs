@@ -85,6 +85,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         chunk_key,
         copies: Copies::default(),
         asks: Asks::default(),
+        timelines: super::timeline::Timelines::default(),
         receiving: Mutex::default(),
         statuses: broadcast::channel(STATUSES).0,
         inputs: inputs_in,
@@ -92,6 +93,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         net,
         options,
     });
+    saved.statuses.iter().for_each(|status| node.timelines.restore(status));
     let core = adopt::adopt(&node, saved).await?;
     let background = vec![
         index_images(&node),

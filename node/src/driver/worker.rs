@@ -44,7 +44,10 @@ impl Worker {
         match effect {
             Effect::Receive { spec, source } => {
                 let happened = match self.receive(&spec, source).await {
-                    Ok(()) => Happened::Received,
+                    Ok(()) => {
+                        self.node.moment(self.id, "a QEMU waits");
+                        Happened::Received
+                    }
                     Err(cause) => Happened::Refused(cause),
                 };
                 self.node.happened(self.id, happened).await;
@@ -56,12 +59,18 @@ impl Worker {
             }
             Effect::Stop => {
                 let happened = match self.stop().await {
-                    Ok(at_us) => Happened::Stopped(at_us),
+                    Ok(at_us) => {
+                        self.node.moment_at(self.id, at_us, "stop: the guest stands still");
+                        Happened::Stopped(at_us)
+                    }
                     Err(cause) => Happened::TransferFailed(cause),
                 };
                 self.node.happened(self.id, happened).await;
             }
-            Effect::CancelTransfer => self.cancel_transfer().await,
+            Effect::CancelTransfer => {
+                self.cancel_transfer().await;
+                self.node.moment(self.id, "the transfer is ended");
+            }
             Effect::Cont(copy) => self.cont(copy).await,
             Effect::Discard(copy) => {
                 self.sending = None;
@@ -71,12 +80,16 @@ impl Worker {
             Effect::DropReceived => {
                 if let Some(receiving) = self.receiving.take() {
                     self.node.receiving().remove(&self.id);
+                    self.node.moment(self.id, "what was received is dropped");
                     discard(&self.node, receiving.copy).await;
                 }
             }
             Effect::Rebuild(copy) => {
                 let happened = match self.rebuild(copy).await {
-                    Ok(()) => Happened::Rebuilt,
+                    Ok(()) => {
+                        self.node.moment(self.id, "the copy is built again");
+                        Happened::Rebuilt
+                    }
                     Err(cause) => Happened::RebuildFailed(cause),
                 };
                 self.node.happened(self.id, happened).await;
@@ -107,6 +120,7 @@ impl Worker {
                     hold::at("running").await;
                 }
                 self.receiving = None;
+                self.node.moment_at(self.id, at_us, "resume: the guest runs");
                 self.node.happened(self.id, Happened::Running(at_us)).await;
             }
             Err(error) => {

@@ -170,7 +170,7 @@ impl HostCaps {
         }
     }
 
-    /// Whether a destination here takes the VM: capabilities, machine type, memory, accelerator, CPU, files.
+    /// Whether a destination here takes the VM: machine type, memory, accelerator, CPU, files, capabilities.
     ///
     /// # Errors
     /// The first reason why not.
@@ -179,9 +179,10 @@ impl HostCaps {
         spec: &ResolvedSpec,
         budget: MemoryBudget,
     ) -> Result<(), Refusal> {
-        self.check_migration()?;
         spec.check_movable()?;
-        self.check_runs(spec, budget).await
+        // What the VM wants first: it may be changed more easily than the QEMU of a host.
+        self.check_runs(spec, budget).await?;
+        self.check_migration()
     }
 
     /// Whether this host can start the VM: machine type, memory, accelerator, CPU, files.
