@@ -64,6 +64,7 @@ fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, Drive
 
 /// Finds living copies and gives them to the core as what they are: bound, running, or superseded.
 pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, DriverError> {
+    saved.statuses.iter().for_each(|status| node.timelines.restore(status));
     let mut living = find_living(node, &saved).await?;
     end_superseded(node, &saved, &mut living).await?;
     for copy in living.values() {

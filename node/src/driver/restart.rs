@@ -93,7 +93,6 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         net,
         options,
     });
-    saved.statuses.iter().for_each(|status| node.timelines.restore(status));
     let core = adopt::adopt(&node, saved).await?;
     let background = vec![
         index_images(&node),
