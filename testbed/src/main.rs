@@ -71,6 +71,18 @@ enum Command {
 
 #[derive(Subcommand)]
 enum Bench {
+    /// Move a Debian guest's memory, in turns with QEMU alone (about four minutes a case and run)
+    Ram {
+        /// Write the figures to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Only this case: idle-known, idle-empty, churn or unshaped
+        #[arg(long)]
+        case: Option<String>,
+        /// Runs of each side and case
+        #[arg(long, default_value_t = 1)]
+        runs: u32,
+    },
     /// Compare transports for one bulk stream over emulated links and a veth (about five minutes)
     Transport {
         /// Write the figures to this file, too
@@ -120,6 +132,11 @@ fn run(command: Command) -> anyhow::Result<bool> {
             let value = lab::check::wan_check_of("wancheck", &LinkParams::new(mbit, rtt_ms))?;
             show(&value, json.as_deref())?;
             Ok(value["passed"] == true)
+        }
+        Command::Bench { what: Bench::Ram { json, case, runs } } => {
+            let (json, case) = (json.as_deref(), case.as_deref());
+            bench::ram::run(&bench::ram::Options { case, runs, json })?;
+            Ok(true)
         }
         Command::Bench { what: Bench::Transport { json } } => {
             show(&bench::transport::run()?, json.as_deref())?;

@@ -1,4 +1,5 @@
 //! Benchmarks: figures that decide something, measured in the lab.
 
 pub mod endpoints;
+pub mod ram;
 pub mod transport;

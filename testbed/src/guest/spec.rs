@@ -194,7 +194,7 @@ pub struct QemuSpec {
     pub address: Option<GuestAddress>,
     /// Seed of the workload's pages.
     pub seed: Option<u64>,
-    /// Wait for an incoming migration (`-incoming defer`), stopped.
+    /// Wait for an incoming migration (`-incoming defer`), and run when it has arrived.
     pub incoming: bool,
 }
 
@@ -277,7 +277,7 @@ pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
             .arg(format!("virtio-net-pci,netdev=net{at},id=nic{at},romfile=,mac={}", nic.mac));
     }
     if spec.incoming {
-        command.args(["-incoming", "defer", "-S"]);
+        command.args(["-incoming", "defer"]);
     }
     Ok(command)
 }

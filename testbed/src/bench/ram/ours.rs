@@ -1,0 +1,114 @@
+//! godwit's side: a swarm of three nodes, a guest on one, asked to move to the other site.
+//!
+//! Owns the order of one run. Times are those of the QEMUs' events as the migration's status carries them.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::figures::{Guest, Run};
+use super::sampler::Sampler;
+use super::{Case, MEMORY_MIB, MOVE, SETTLE, Vm, content};
+use crate::guest::{GuestFiles, GuestKind};
+use crate::lab::prober::{ProbeConfig, Prober};
+use crate::scenario::swarm::{GuestPlan, Swarm, run as block_on};
+
+/// Datagrams per second of the prober.
+const PROBES: u32 = 100;
+
+pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
+    let swarm = Swarm::up(&case.lab(), |_| {})?;
+    if case.base_known {
+        let base = files.base_image.as_ref().context("this guest has no base image")?;
+        let base = base.to_str().context("path")?;
+        swarm.node("h2")?.cli_json(&["image", "add", base], Duration::from_secs(300))?;
+    }
+    let plan = GuestPlan::new("web", 5, MEMORY_MIB);
+    let guest = swarm.start_guest("h1", files, &plan)?;
+    block_on(async {
+        swarm.control("h1", &guest)?.churn(case.churn.0, case.churn.1, false).await
+    })?;
+    let station = swarm.station("h3", 1)?;
+    let probes =
+        ProbeConfig { target: SocketAddr::from((plan.ip(), 7007)), rate_pps: PROBES, size: 64 };
+    let prober = Prober::start(Some(station.ns()), &probes)?;
+    ensure!(
+        prober.wait_unique(u64::from(PROBES), Duration::from_secs(30)),
+        "the guest does not answer on its wire"
+    );
+    std::thread::sleep(SETTLE);
+    let info = swarm.ask("h1", &["vm", "show", "web"])?;
+    let vm = Vm {
+        machine: info["machine"].as_str().context("machine")?.to_owned(),
+        cpu: info["detail"]["cpu"].as_str().context("cpu")?.to_owned(),
+        accel: info["accel"].as_str().context("accel")?.to_owned(),
+    };
+    let qemu = info["pid"].as_u64().context("pid")?;
+    let ram_bytes = u64::from(MEMORY_MIB) << 20;
+    let content = content::of_qemu(u32::try_from(qemu)?, ram_bytes)?;
+
+    let nodes = swarm.nodes().iter().filter_map(|n| n.pid()).collect();
+    let sampler = Sampler::start(&swarm.lab, nodes)?;
+    let before = swarm.lab.wan()?.stats()?;
+    swarm.node("h1")?.cli_json(&["migrate", "web", "--to", "h2", "--wait"], MOVE)?;
+    let wan = swarm.lab.wan()?.stats()?.since(&before);
+    let usage = sampler.finish()?;
+
+    let all = swarm.ask("h1", &["migrations"])?;
+    let status = all.as_array().and_then(|m| m.last()).context("no migration is known")?;
+    ensure!(status["phase"] == "moved", "the guest did not move: {status}");
+    prober.wait_unique(prober.snapshot().unique + 100, Duration::from_secs(30));
+    let probe = prober.stop(Duration::from_secs(1));
+    let verified = block_on(async { swarm.control("h2", &guest)?.verify().await })?;
+    drop(station);
+    let figures = Run {
+        is_peer: false,
+        wan_bytes: wan.carried_bytes(),
+        total_ms: status["total_ms"].as_f64().context("total_ms")?,
+        downtime_ms: status["downtime_us"].as_f64().context("downtime_us")? / 1000.0,
+        outage_ms: Some(probe.longest_gap_ms),
+        cpu_ms: usage.cpu_ms,
+        node_rss_anon_peak_bytes: usage.rss_anon_peak_bytes,
+        node_rss_anon_above_idle_bytes: usage.rss_anon_growth_bytes,
+        link_use: None,
+        guest: Guest {
+            image: image(files),
+            ram_bytes,
+            content,
+            pages_verified: verified.pages_verified,
+            pages_corrupt: verified.pages_corrupt,
+        },
+        timeline: timeline(status),
+    };
+    if std::env::var_os("GODWIT_BENCH_LOGS").is_some() {
+        for node in swarm.nodes() {
+            let to = format!("{}-{}.log", case.name, node.host().name);
+            std::fs::copy(node.log_path(), to)?;
+        }
+    }
+    swarm.down()?;
+    Ok((figures, vm))
+}
+
+/// The pristine image's name, which carries the hash of its recipe.
+pub(super) fn image(files: &GuestFiles) -> String {
+    let kind = if files.kind == GuestKind::Debian { "debian" } else { "busybox" };
+    let dir = files.base_image.as_ref().and_then(|p| p.parent()?.file_name()?.to_str());
+    dir.unwrap_or(kind).to_owned()
+}
+
+/// Milliseconds since the first moment, and what both ends say of it.
+fn timeline(status: &Value) -> Vec<(f64, String)> {
+    let moments = status["timeline"].as_array().map_or(&[][..], Vec::as_slice);
+    let at = |m: &Value| m["at_us"].as_f64().unwrap_or(0.0) / 1000.0;
+    let start = moments.iter().map(at).fold(f64::INFINITY, f64::min);
+    let line = |m: &Value| {
+        let end = if m["host"] == status["from"] { "source" } else { "destination" };
+        (at(m) - start, format!("{end}: {}", m["what"].as_str().unwrap_or_default()))
+    };
+    let mut lines: Vec<(f64, String)> = moments.iter().map(line).collect();
+    lines.sort_by(|a, b| a.0.total_cmp(&b.0));
+    lines
+}
