@@ -72,6 +72,7 @@ async fn connected(net: &mut Net, host: HostId) {
 async fn until(what: &str, mut ready: impl FnMut() -> bool) {
     let polled = timeout(PATIENCE, async {
         while !ready() {
+            // The state of other tasks is looked at again.
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     });
@@ -111,6 +112,7 @@ async fn frame_flows(from: &Net, to: &mut Net, len: usize) {
     let sender = async {
         loop {
             from.frames.send(target, 42, &frame).unwrap();
+            // The pace of sending.
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
     };
@@ -202,6 +204,7 @@ async fn tokens_are_used_once_in_time_and_whole() {
     assert!(cut.contains("no token"), "{cut}");
 
     let short = a.handle.mint_token(Duration::from_secs(1), false).await.unwrap();
+    // The token's own life passes: it counts whole seconds.
     tokio::time::sleep(Duration::from_millis(2100)).await;
     let expired = join(&two, short, "two").await.unwrap_err();
     assert!(expired.contains("expired"), "{expired}");
@@ -249,6 +252,7 @@ async fn a_member_of_another_swarm_gets_nothing() {
         evil.frames.send(target, 1, b"hello").ok();
         let sent = evil.handle.send(target, Control::Membership(vec![1]));
         assert!(sent.is_err(), "a control stream with a stranger");
+        // The pace of trying.
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(a.frames_inbound.try_recv().is_err(), "a frame of a stranger");
