@@ -247,7 +247,10 @@ async fn a_guest_moves_and_a_lost_destination_is_rebuilt() {
 
     source_qmp.capabilities(&["events", "return-path", "switchover-ack"]).await;
     source_qmp
-        .run("migrate-set-parameters", json!({"max-bandwidth": 0, "downtime-limit": 300}))
+        .run(
+            "migrate-set-parameters",
+            json!({"max-bandwidth": 0, "downtime-limit": 1, "avail-switchover-bandwidth": 1000}),
+        )
         .await;
     let uri = format!("unix:{}", dir.join("out.sock").display());
     let began = Instant::now();

@@ -32,7 +32,7 @@ const NEEDED: [(&str, &str); 4] = [
     ("events", "2.4"),
     ("return-path", "4.0"),
     ("x-ignore-shared", "4.0"),
-    ("switchover-ack", "8.1"),
+    ("switchover-ack", "8.2"),
 ];
 /// Time for one probing QEMU.
 const DEADLINE: Duration = Duration::from_secs(20);
