@@ -217,22 +217,18 @@ async fn wait_in(dir: &Path, name: &str, memory: &File) -> (Qemu, Qmp) {
     (qemu, monitor)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_guest_moves_and_a_lost_destination_is_rebuilt() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path();
+/// A QEMU whose boot sector writes without end, with a filled memory.
+async fn running_guest(dir: &Path, memory: &File) -> (Qemu, Qmp) {
     let mut image = vec![0; 1 << 20];
     image[..BOOT.len()].copy_from_slice(&BOOT);
     image[510..512].copy_from_slice(&[0x55, 0xaa]);
     std::fs::write(dir.join("boot.img"), image).unwrap();
-    let (from, to) = (memory(), memory());
-    fill(&from);
-
-    let source_qemu = qemu(dir, "source", &from, false);
-    let mut source_qmp = Qmp::connect(&source_qemu.qmp).await;
+    fill(memory);
+    let source = qemu(dir, "source", memory, false);
+    let qmp = Qmp::connect(&source.qmp).await;
     let counter = || {
         let mut word = [0; 2];
-        from.read_exact_at(&mut word, 0x10000).unwrap();
+        memory.read_exact_at(&mut word, 0x10000).unwrap();
         u16::from_le_bytes(word)
     };
     timeout(WAIT, async {
@@ -242,6 +238,15 @@ async fn a_guest_moves_and_a_lost_destination_is_rebuilt() {
     })
     .await
     .expect("the boot sector runs");
+    (source, qmp)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_moves_and_a_lost_destination_is_rebuilt() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let (from, to) = (memory(), memory());
+    let (_source_qemu, mut source_qmp) = running_guest(dir, &from).await;
     let (dest_qemu, mut dest_qmp) = wait_in(dir, "dest", &to).await;
     let (mut source, mut dest) = sessions(dir, &to).await;
 

@@ -71,11 +71,11 @@ pub fn run(labid: &str, cases: &[Case], skipped: Vec<Value>) -> Result<Value> {
         let outcome = one(labid, &mut world, case);
         let report = outcome.unwrap_or_else(|error| case.broken(&format!("{error:#}")));
         println!("    {report}");
-        if report["passed"] != true {
-            if let Some(world) = world.take() {
-                world.keep_logs(&case.name());
-                world.down()?;
-            }
+        if report["passed"] != true
+            && let Some(world) = world.take()
+        {
+            world.keep_logs(&case.name());
+            world.down()?;
         }
         reports.push(report);
     }
