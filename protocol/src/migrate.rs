@@ -209,6 +209,8 @@ pub mod wait {
     pub const PREPARE_AGAIN_MS: u64 = 2_000;
     /// How long a prepared ballot counts as a majority that was seen alive.
     pub const BALLOT_FRESH_MS: u64 = 10_000;
+    /// The ballot is prepared so long before the work is expected to be done.
+    pub const BALLOT_AHEAD_MS: u64 = 2_000;
     /// Before a `cont` that was not answered is asked for again.
     pub const CONT_AGAIN_MS: u64 = 15_000;
 }

@@ -2,15 +2,18 @@
 //!
 //! Owns the small adapters that let `relay`, `net`, `store` and `vmm` stay strangers.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use godwit_protocol::id::{ChunkId, HostId, MigrationId};
+use godwit_protocol::wire::migrate::{Phase, Status};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::copies::Copy;
 use super::hold;
@@ -58,13 +61,58 @@ pub(super) fn attach(node: &Node, id: MigrationId) -> mpsc::Receiver<BulkStream>
     streams
 }
 
-/// Dials the destination, as often as the session asks.
+/// Connections that were opened while the destination prepares, one for each migration from here.
+#[derive(Default)]
+pub(super) struct Dialled(Mutex<BTreeMap<MigrationId, (HostId, Dial)>>);
+
+/// The attempt; dropping it ends it.
+struct Dial(JoinHandle<Option<BulkStream>>);
+
+impl Drop for Dial {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Dialled {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, (HostId, Dial)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Dials when a migration from here begins to prepare, forgets it at the end.
+    pub fn follow(&self, node: &Node, status: &Status) {
+        let Some(to) = status.to.filter(|_| status.from == node.me) else { return };
+        if status.phase.is_end() {
+            self.lock().remove(&status.id);
+        } else if status.phase == Phase::Preparing {
+            let mut dialled = self.lock();
+            if dialled.get(&status.id).is_none_or(|(host, _)| *host != to) {
+                let bulk = node.bulk.clone();
+                // Without it the session dials, and says what is wrong.
+                let dial = tokio::spawn(async move { bulk.connect(to).await.ok() });
+                dialled.insert(status.id, (to, Dial(dial)));
+            }
+        }
+    }
+
+    /// The connection to `to`, once; waits for an attempt that is under way.
+    async fn take(&self, id: MigrationId, to: HostId) -> Option<BulkStream> {
+        let found = self.lock().remove(&id).filter(|(host, _)| *host == to);
+        let (_, mut dial) = found?;
+        (&mut dial.0).await.ok().flatten()
+    }
+}
+
+/// Dials the destination, as often as the session asks; the first time that may have been done ahead.
 pub(super) fn connector(node: &Arc<Node>, to: HostId, id: MigrationId) -> Connector {
     let node = Arc::clone(node);
     Box::new(move || {
         let node = Arc::clone(&node);
         Box::pin(async move {
-            let mut stream = node.bulk.connect(to).await.map_err(io::Error::other)?;
+            let mut stream = match node.dialled.take(id, to).await {
+                Some(stream) => stream,
+                None => node.bulk.connect(to).await.map_err(io::Error::other)?,
+            };
             stream.write_all(&id.0).await?;
             Ok(Box::new(stream) as _)
         })

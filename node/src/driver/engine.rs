@@ -194,6 +194,7 @@ impl Engine {
             }
             Command::Status(status) => {
                 self.node.note_phase(&status);
+                self.node.dialled.follow(&self.node, &status);
                 if status.phase.is_end() {
                     // Its worker ends when it has done what it was told.
                     self.workers.remove(&status.id);

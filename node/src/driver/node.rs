@@ -88,6 +88,7 @@ pub(super) struct Node {
     pub wires: Mutex<super::wires::Table>,
     pub frames: Frames,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,
+    pub dialled: super::bulk::Dialled,
     pub statuses: broadcast::Sender<Status>,
     pub inputs: mpsc::Sender<Input>,
     pub started: Instant,

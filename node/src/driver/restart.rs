@@ -18,6 +18,7 @@ use crate::link::{self, Links};
 use crate::net::{Net, NetConfig, NetEvent};
 use crate::store::{Corpus, Hard, Images};
 use crate::vmm::HostCaps;
+use crate::vmm::resolved::BASELINE_CPU;
 
 /// Pages that the index of known content may hold: 64 GiB of images.
 const CORPUS_PAGES: usize = 16 << 20;
@@ -87,6 +88,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         asks: Asks::default(),
         timelines: super::timeline::Timelines::default(),
         receiving: Mutex::default(),
+        dialled: bulk::Dialled::default(),
         statuses: broadcast::channel(STATUSES).0,
         inputs: inputs_in,
         started: Instant::now(),
@@ -96,12 +98,28 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let core = adopt::adopt(&node, saved).await?;
     let background = vec![
         index_images(&node),
+        ask_cpu_ahead(&node),
         bulk::accept(&node, bulk_inbound),
         wires::shuttle_out(&node, tunnel_out),
         wires::shuttle_in(&node, frames_inbound),
         answers::serve(&node)?,
     ];
     Ok(Started { node, core, inputs, net_events, background: Background(background) })
+}
+
+/// Asks QEMU for the CPU that VMs have by default: a move to here need not wait for the answer.
+fn ask_cpu_ahead(node: &Arc<Node>) -> tokio::task::JoinHandle<()> {
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        let caps = &node.caps;
+        let (Ok(accel), Ok(machine)) =
+            (caps.choose_accel(node.options.accel), caps.newest_machine())
+        else {
+            return;
+        };
+        // A refusal is remembered, too, and told to whom it concerns.
+        let _ = caps.check_cpu(accel, machine, BASELINE_CPU).await;
+    })
 }
 
 /// Reads the files that may have changed while no daemon ran.

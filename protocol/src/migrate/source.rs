@@ -186,9 +186,11 @@ impl Source {
         self.status.total_ms = now.ms_since(self.started);
         out.push(Action::Report);
         let converged = plan::is_converged(&p, self.options.max_downtime_ms);
+        // Its round trip is over by the time the guest may be stopped.
+        let near = converged || left.is_some_and(|ms| ms <= wait::BALLOT_AHEAD_MS);
         let State::Transfer { ballot, .. } = &mut self.state else { return };
         match *ballot {
-            Ballot::None if converged => {
+            Ballot::None if near => {
                 *ballot = Ballot::Asked(now);
                 out.push(Action::Send(self.peer, Body::PrepareBallot));
             }

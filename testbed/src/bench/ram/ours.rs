@@ -59,6 +59,8 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let all = swarm.ask("h1", &["migrations"])?;
     let status = all.as_array().and_then(|m| m.last()).context("no migration is known")?;
     ensure!(status["phase"] == "moved", "the guest did not move: {status}");
+    let id = status["id"].as_str().context("id")?;
+    let with_timeline = swarm.ask("h1", &["migrations", "show", id])?;
     prober.wait_unique(prober.snapshot().unique + 100, Duration::from_secs(30));
     let probe = prober.stop(Duration::from_secs(1));
     let verified = block_on(async { swarm.control("h2", &guest)?.verify().await })?;
@@ -67,7 +69,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
         is_peer: false,
         wan_bytes: wan.carried_bytes(),
         total_ms: status["total_ms"].as_f64().context("total_ms")?,
-        downtime_ms: status["downtime_us"].as_f64().context("downtime_us")? / 1000.0,
+        downtime_ms: downtime_ms(&with_timeline)?,
         outage_ms: Some(probe.longest_gap_ms),
         cpu_ms: usage.cpu_ms,
         node_rss_anon_peak_bytes: usage.rss_anon_peak_bytes,
@@ -80,7 +82,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
             pages_verified: verified.pages_verified,
             pages_corrupt: verified.pages_corrupt,
         },
-        timeline: timeline(status),
+        timeline: timeline(&with_timeline),
     };
     if std::env::var_os("GODWIT_BENCH_LOGS").is_some() {
         for node in swarm.nodes() {
@@ -97,6 +99,20 @@ pub(super) fn image(files: &GuestFiles) -> String {
     let kind = if files.kind == GuestKind::Debian { "debian" } else { "busybox" };
     let dir = files.base_image.as_ref().and_then(|p| p.parent()?.file_name()?.to_str());
     dir.unwrap_or(kind).to_owned()
+}
+
+/// From STOP to RESUME. A move that is over before the source's monitor has answered `stop` has no sum, but both times.
+fn downtime_ms(status: &Value) -> Result<f64> {
+    if let Some(us) = status["downtime_us"].as_f64() {
+        return Ok(us / 1000.0);
+    }
+    let moments = status["timeline"].as_array().context("no timeline")?;
+    let at = |start: &str| {
+        let found =
+            moments.iter().find(|m| m["what"].as_str().is_some_and(|w| w.starts_with(start)));
+        found.and_then(|m| m["at_us"].as_f64()).with_context(|| format!("no {start} in {status}"))
+    };
+    Ok((at("resume:")? - at("stop:")?) / 1000.0)
 }
 
 /// Milliseconds since the first moment, and what both ends say of it.
