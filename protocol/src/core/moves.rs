@@ -176,13 +176,13 @@ impl Core {
         let Some(record) = self.epochs.newest(moving.vm).cloned() else { return };
         let peer = moving.peer;
         let from = if moving.role == Role::Source { self.me.host } else { peer };
+        // What the end is bound to; the newest record may already be the decision.
+        let base = Record { epoch: moving.base, ..record.clone() };
         let status = self
             .statuses
             .get(&moving.id)
             .cloned()
-            .unwrap_or_else(|| blank(moving.id, moving.vm, &record, from, moving.requested_on));
-        // What the end is bound to; the newest record may already be the decision.
-        let base = Record { epoch: moving.base, ..record.clone() };
+            .unwrap_or_else(|| blank(moving.id, moving.vm, &base, from, moving.requested_on));
         let mut out = Vec::new();
         let m = match moving.role {
             Role::Source => {

@@ -239,6 +239,9 @@ impl Destination {
         let cause = clip(cause);
         self.status.phase = Phase::Lost;
         self.status.cause.clone_from(&cause);
+        if let Some(copy) = self.copy {
+            out.push(Action::Effect(Effect::Discard(copy)));
+        }
         out.push(Action::Send(self.peer, Body::Lost(cause.clone())));
         let (tell_at, until) = (now.plus_ms(wait::ASK_MS), now.plus_ms(wait::RUNNING_MS));
         self.state = State::Lost { tell_at, until, cause };
