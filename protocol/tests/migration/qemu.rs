@@ -1,0 +1,369 @@
+//! The QEMUs of a world and what drivers do to them.
+//!
+//! Owns the copies: they outlive their nodes. Every `cont` is checked as it happens.
+
+use std::collections::BTreeMap;
+
+use godwit_protocol::core::Value;
+use godwit_protocol::epoch::Hard;
+use godwit_protocol::id::{CopyId, MigrationId};
+use godwit_protocol::migrate::{Effect, Happened, Moving, Progress, Role};
+use godwit_protocol::time::Time;
+use godwit_protocol::wire::route::Route;
+
+use super::world::{Event, Mutant, VM, World, host, index};
+
+/// How long the last of a stream may take to find its way.
+const STREAM_MS: u64 = 60_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Qemu {
+    Loading,
+    Loaded,
+    Running,
+    Stopped,
+    Dead,
+}
+
+#[derive(Debug, Clone)]
+pub struct Copy {
+    pub at: usize,
+    pub qemu: Qemu,
+    /// Its guest has run, ever.
+    pub ran: bool,
+    /// The driver's note that `cont` was written; a restart derives it anew.
+    pub noted: bool,
+    /// The memory: held by its QEMU and by the node that made it or took it up.
+    pub memory: bool,
+    /// The stored device state.
+    pub stored: bool,
+    rebuilt: u32,
+}
+
+impl World {
+    pub fn mint(&mut self, at: usize) -> CopyId {
+        self.minted += 1;
+        let id = CopyId([self.minted; 16]);
+        let first = self.minted == 1;
+        let qemu = if first { Qemu::Running } else { Qemu::Loading };
+        let copy =
+            Copy { at, qemu, ran: first, noted: first, memory: true, stored: false, rebuilt: 0 };
+        self.copies.insert(id, copy);
+        id
+    }
+
+    /// The copy that runs, and where.
+    pub fn running(&self) -> Option<(CopyId, usize)> {
+        self.copies.iter().find(|(_, c)| c.qemu == Qemu::Running).map(|(id, c)| (*id, c.at))
+    }
+
+    /// After every step.
+    pub fn check(&self) {
+        let running = self.copies.values().filter(|c| c.qemu == Qemu::Running).count();
+        assert!(running <= 1, "two copies run");
+        let alive = self.copies.values().any(|c| c.ran && c.qemu != Qemu::Dead);
+        assert!(alive || self.may_lose, "no copy of the guest is left");
+    }
+
+    /// `cont`.
+    pub fn run_copy(&mut self, id: CopyId) {
+        let Some(copy) = self.copies.get_mut(&id) else { return };
+        assert!(!matches!(copy.qemu, Qemu::Dead | Qemu::Loading), "cont of {:?}", copy.qemu);
+        copy.qemu = Qemu::Running;
+        (copy.ran, copy.noted) = (true, true);
+        let at = copy.at;
+        let named = self.decided.values().any(|r| r.names(VM, host(at), id));
+        assert!(named, "no decided record names the copy that runs");
+        self.check();
+    }
+
+    pub fn runs_here(&mut self, i: usize, copy: CopyId) {
+        let Some(record) = self.nodes[i].core.as_ref().and_then(|c| c.newest(VM)).cloned() else {
+            return;
+        };
+        let name = record.name.clone();
+        let route = Route {
+            vm: VM,
+            name,
+            host: host(i),
+            copy,
+            epoch: record.epoch,
+            nics: vec![],
+            gone: false,
+        };
+        self.act(i, |core, now| core.runs(now, VM, copy, route));
+    }
+
+    fn discard(&mut self, i: usize, id: CopyId) {
+        let Some(copy) = self.copies.get(&id) else { return };
+        let other = self.copies.iter().any(|(o, c)| *o != id && c.ran && c.qemu != Qemu::Dead);
+        let kept = !copy.ran || copy.qemu == Qemu::Dead || other || self.may_lose;
+        assert!(kept, "the source copy went before its successor ran");
+        self.copies.remove(&id);
+        self.act(i, |core, _| core.runs_no_more(VM, id));
+    }
+
+    /// [`Mutant::DiscardEarly`].
+    pub fn discard_superseded(&mut self, i: usize) {
+        let newest = self.decided.values().next_back().unwrap().clone();
+        let stopped = self.copies.iter().find(|(id, c)| {
+            c.at == i && c.qemu == Qemu::Stopped && !newest.names(VM, host(i), **id)
+        });
+        if let Some(id) = stopped.map(|(id, _)| *id) {
+            self.discard(i, id);
+        }
+    }
+
+    /// The node's process is gone: memory without a QEMU goes with it.
+    pub fn node_gone(&mut self, i: usize) {
+        for copy in self.copies.values_mut().filter(|c| c.at == i && c.qemu == Qemu::Dead) {
+            self.may_lose |= copy.memory && copy.stored;
+            copy.memory = false;
+        }
+    }
+
+    pub fn kill(&mut self, id: CopyId) {
+        let Some(copy) = self.copies.get_mut(&id) else { return };
+        let (at, was) = (copy.at, core::mem::replace(&mut copy.qemu, Qemu::Dead));
+        let up = self.nodes[at].core.is_some();
+        self.may_lose |= copy.ran || (was == Qemu::Loaded && !up);
+        copy.memory &= up;
+        if up {
+            let (start, ms) = (self.nodes[at].start, 1 + self.below(50));
+            self.at(ms, Event::Gone(at, start, id));
+        }
+    }
+
+    /// What a starting daemon finds: see the driver. Returns bound ends, and copies to continue.
+    pub fn adopt(&mut self, i: usize) -> (Vec<(Moving, bool)>, Vec<CopyId>) {
+        let disk = self.nodes[i].disk.values();
+        let moving: BTreeMap<CopyId, Moving> = disk
+            .filter_map(|v| if let Value::Moving(m) = v { Some((m.copy, m.clone())) } else { None })
+            .collect();
+        let record = self.nodes[i].disk.values().find_map(|v| match v {
+            Value::Epoch(hard) => Some(Hard::decided(hard).clone()),
+            _ => None,
+        });
+        let mine: Vec<CopyId> =
+            self.copies.iter().filter(|(_, c)| c.at == i).map(|(id, _)| *id).collect();
+        let mut conts = Vec::new();
+        for id in mine {
+            let named = record.as_ref().is_some_and(|r| r.names(VM, host(i), id));
+            let dead = self.copies[&id].qemu == Qemu::Dead;
+            match moving.get(&id) {
+                Some(m) => {
+                    let noted = m.role == Role::Source || m.started;
+                    if let Some(copy) = self.copies.get_mut(&id) {
+                        copy.noted = noted;
+                    }
+                }
+                None if named && !dead => conts.push(id),
+                None => self.discard(i, id),
+            }
+        }
+        let present = |copy: &CopyId| {
+            let copy = self.copies.get(copy);
+            copy.is_some_and(|c| !matches!(c.qemu, Qemu::Dead | Qemu::Loading))
+        };
+        let moving = moving.into_values().map(|m| (m.clone(), present(&m.copy))).collect();
+        (moving, conts)
+    }
+
+    fn tell(&mut self, i: usize, id: MigrationId, happened: Happened) {
+        let (start, ms) = (self.nodes[i].start, 1 + self.below(10));
+        self.at(ms, Event::Happened(i, start, id, happened));
+    }
+
+    pub fn handle_qemu(&mut self, event: Event) {
+        match event {
+            Event::Work(i, start, id) if self.nodes[i].start == start => {
+                let effect = self.nodes[i].work.get_mut(&id).and_then(|w| w.pop_front());
+                if let Some(effect) = effect.filter(|_| !self.step(i)) {
+                    self.work(i, id, effect);
+                    self.step(i);
+                }
+            }
+            Event::Figures(i, start, id) if self.nodes[i].start == start => self.figures(i, id),
+            Event::Stream { at, start, id, until } if self.nodes[at].start == start => {
+                self.stream(at, id, until);
+            }
+            Event::Load(i, start, id, copy) if self.nodes[i].start == start => {
+                self.load(i, id, copy);
+            }
+            Event::Gone(i, start, copy) if self.nodes[i].start == start => self.gone(i, copy),
+            Event::ReadBack(i, start, copy) if self.nodes[i].start == start => {
+                let stopped = self.copies.get(&copy).is_some_and(|c| c.qemu == Qemu::Stopped);
+                let names = |j: usize| {
+                    let record = self.nodes[j].core.as_ref().and_then(|c| c.newest(VM));
+                    record.is_none_or(|r| r.names(VM, host(i), copy))
+                };
+                if stopped && (0..self.nodes.len()).all(names) {
+                    self.run_copy(copy);
+                }
+            }
+            Event::Kill(running) => {
+                let fits = |c: &Copy| (c.qemu == Qemu::Running) == running && c.qemu != Qemu::Dead;
+                // A source copy that stands still is the guest until its successor runs.
+                let fits = |c: &Copy| fits(c) && (running || !c.ran);
+                let ids: Vec<_> =
+                    self.copies.iter().filter(|(_, c)| fits(c)).map(|(id, _)| *id).collect();
+                if !ids.is_empty() {
+                    let which = self.below(ids.len() as u64) as usize;
+                    self.kill(ids[which]);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn gone(&mut self, i: usize, id: CopyId) {
+        let Some(copy) = self.copies.get(&id).filter(|c| c.qemu == Qemu::Dead) else { return };
+        let ran = copy.noted;
+        let moving = self.core(i).migration_of(VM);
+        if let Some(m) = moving {
+            self.act(i, |core, now| core.happened(now, m, Happened::QemuGone { ran }));
+        }
+        let over = self.nodes[i].core.as_ref().is_some_and(|c| c.migration_of(VM).is_none());
+        if over {
+            self.discard(i, id);
+        }
+    }
+
+    fn work(&mut self, i: usize, id: MigrationId, effect: Effect) {
+        match effect {
+            Effect::Receive { .. } => {
+                if self.chance(self.faults.fail) {
+                    return self.tell(i, id, Happened::Refused("no room".into()));
+                }
+                let copy = self.mint(i);
+                self.nodes[i].receiving.insert(id, copy);
+                self.tell(i, id, Happened::Received);
+            }
+            Effect::Transfer { to, .. } => {
+                self.nodes[i].sending.insert(id, index(to));
+                let start = self.nodes[i].start;
+                self.at(100, Event::Figures(i, start, id));
+            }
+            Effect::Stop => self.stop(i, id),
+            Effect::CancelTransfer => drop(self.nodes[i].sending.remove(&id)),
+            Effect::Cont(copy) => self.cont(i, id, copy),
+            Effect::Discard(copy) => {
+                self.nodes[i].sending.remove(&id);
+                self.nodes[i].receiving.remove(&id);
+                self.discard(i, copy);
+            }
+            Effect::DropReceived => {
+                if let Some(copy) = self.nodes[i].receiving.remove(&id) {
+                    self.discard(i, copy);
+                }
+            }
+            Effect::Rebuild(copy) => {
+                let happened = self.rebuild(copy);
+                self.tell(i, id, happened);
+            }
+        }
+    }
+
+    fn cont(&mut self, i: usize, id: MigrationId, copy: CopyId) {
+        let Some(c) = self.copies.get(&copy) else {
+            return self.tell(i, id, Happened::QemuGone { ran: false });
+        };
+        if c.qemu == Qemu::Dead {
+            let ran = c.noted;
+            return self.tell(i, id, Happened::QemuGone { ran });
+        }
+        self.run_copy(copy);
+        self.runs_here(i, copy);
+        self.nodes[i].receiving.remove(&id);
+        let at_us = self.now.0;
+        self.tell(i, id, Happened::Running(at_us));
+    }
+
+    fn rebuild(&mut self, id: CopyId) -> Happened {
+        let failed = |why: &str| Happened::RebuildFailed(why.into());
+        let flaky = self.chance(self.faults.fail);
+        let Some(copy) = self.copies.get_mut(&id) else { return failed("nothing is left") };
+        if !copy.memory || !copy.stored {
+            return failed("its memory is gone with both processes");
+        }
+        assert!(!copy.ran, "built again after it ran");
+        assert_eq!(copy.qemu, Qemu::Dead, "built again beside a living QEMU");
+        copy.rebuilt += 1;
+        if flaky && copy.rebuilt == 1 {
+            return failed("QEMU does not start");
+        }
+        (copy.qemu, copy.noted) = (Qemu::Loaded, false);
+        Happened::Rebuilt
+    }
+
+    fn stop(&mut self, i: usize, id: MigrationId) {
+        let copy = self.copies.iter_mut().find(|(_, c)| c.at == i && c.qemu == Qemu::Running);
+        let Some((copy_id, copy)) = copy else {
+            return self.tell(i, id, Happened::TransferFailed("nothing to stop".into()));
+        };
+        copy.qemu = Qemu::Stopped;
+        let copy_id = *copy_id;
+        let (start, at_us, until) = (self.nodes[i].start, self.now.0, self.now.plus_ms(STREAM_MS));
+        self.tell(i, id, Happened::Stopped(at_us));
+        let ms = 1 + self.below(self.faults.delay_ms);
+        self.at(ms, Event::Stream { at: i, start, id, until });
+        if self.mutant == Mutant::CleanRead {
+            self.at(2500, Event::ReadBack(i, start, copy_id));
+        }
+    }
+
+    /// Figures that let the guest be stopped; and notice of a destination that is gone.
+    fn figures(&mut self, i: usize, id: MigrationId) {
+        let Some(to) = self.nodes[i].sending.get(&id).copied() else { return };
+        if self.running().is_none_or(|(_, at)| at != i) {
+            return;
+        }
+        if !self.nodes[to].receiving.contains_key(&id) && self.chance(0.05) {
+            return self.tell(i, id, Happened::TransferFailed("no connection".into()));
+        }
+        let figures = Progress {
+            passes: 1,
+            link_bytes_per_s: 1_000_000,
+            rtt_ms: 40,
+            wire_per_guest_ppm: 500_000,
+            ..Progress::default()
+        };
+        self.act(i, |core, now| core.happened(now, id, Happened::Progress(figures)));
+        let start = self.nodes[i].start;
+        self.at(150, Event::Figures(i, start, id));
+    }
+
+    fn stream(&mut self, at: usize, id: MigrationId, until: Time) {
+        let Some(to) = self.nodes[at].sending.get(&id).copied() else { return };
+        let start = self.nodes[at].start;
+        let cut = self.cut.contains(&(at, to)) || self.cut.contains(&(to, at));
+        if cut && self.now < until {
+            return self.at(200, Event::Stream { at, start, id, until });
+        }
+        let session = self.nodes[to].receiving.get(&id).copied().filter(|_| !cut);
+        let waits = |c: &CopyId| self.copies.get(c).is_some_and(|c| c.qemu == Qemu::Loading);
+        let Some(copy) = session.filter(waits) else {
+            return self.tell(at, id, Happened::TransferFailed("no connection".into()));
+        };
+        if self.chance(self.faults.fail) {
+            return self.tell(to, id, Happened::TransferFailed("digests differ".into()));
+        }
+        let (start, ms) = (self.nodes[to].start, 1 + self.below(60));
+        self.at(ms, Event::Load(to, start, id, copy));
+    }
+
+    fn load(&mut self, i: usize, id: MigrationId, copy: CopyId) {
+        let session = self.nodes[i].receiving.get(&id) == Some(&copy);
+        let Some(c) = self.copies.get_mut(&copy) else { return };
+        if !session || c.qemu != Qemu::Loading {
+            return;
+        }
+        (c.qemu, c.stored) = (Qemu::Loaded, true);
+        if self.mutant == Mutant::ContEarly {
+            self.run_copy(copy);
+        }
+        if !self.step(i) {
+            self.tell(i, id, Happened::Loaded(copy));
+        }
+    }
+}
