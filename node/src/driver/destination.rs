@@ -104,6 +104,16 @@ impl Worker {
     /// The copy's QEMU is gone and its guest never ran: the memory and the stored state are the copy.
     pub(super) async fn rebuild(&mut self, id: CopyId) -> Result<(), String> {
         let copy = self.node.copies.get(id).ok_or("its memory is gone with both processes")?;
+        let old = copy.qemu();
+        if old.exit().is_none() {
+            if old.run_state().await.is_ok_and(|s| s.status != "inmigrate") {
+                return Ok(()); // It is there: nothing is to be built beside it.
+            }
+            // A restart of this node cut an earlier try short.
+            old.kill().await.map_err(|e| e.to_string())?;
+        } else if copy.ran() {
+            return Err("its guest ran: the stored state is of the past".into());
+        }
         let blob = tokio::fs::read(copy.dir.join(BLOB)).await.map_err(|e| e.to_string())?;
         // What the dead QEMU left; its record is written anew.
         for name in ["copy.json", "qmp.sock", "console.sock", "serial1.sock", "in.sock"] {
