@@ -197,6 +197,9 @@ impl Core {
         self.out.push_back(Command::Send(host, Control::Voter(self.me)));
         self.membership.announce(now, host);
         self.routes.set_peers(self.peers.keys().copied());
+        for id in self.moves.keys().copied().collect::<Vec<_>>() {
+            self.happened(now, id, Happened::Connected(host));
+        }
         self.drain(now);
     }
 

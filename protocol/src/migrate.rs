@@ -178,6 +178,8 @@ pub enum Happened {
     BallotReady,
     /// The next epoch is decided.
     Decided(Record),
+    /// A host is connected, for the first time or again: it may have been restarted.
+    Connected(HostId),
     /// Somebody asked to give up.
     Abort,
     /// The core's timer for this migration rang.

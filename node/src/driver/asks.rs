@@ -46,6 +46,11 @@ impl Asks {
             let _ = tell.send(answer);
         }
     }
+
+    /// The connection to a host is gone, and with it what was asked of it.
+    pub fn gone(&self, host: HostId) {
+        self.table().retain(|_, (asked, _)| *asked != host);
+    }
 }
 
 impl Node {

@@ -78,7 +78,10 @@ impl Engine {
         let now = self.node.now();
         match event {
             NetEvent::Connected(host) => self.core.connected(now, host),
-            NetEvent::Disconnected(host) => self.core.disconnected(now, host),
+            NetEvent::Disconnected(host) => {
+                self.node.asks.gone(host);
+                self.core.disconnected(now, host);
+            }
             NetEvent::Message { from, msg } => match msg {
                 Control::Ask { number, ask } => {
                     asks::answer(&self.node, &mut self.core, now, from, number, ask);

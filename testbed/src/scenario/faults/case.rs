@@ -24,10 +24,14 @@ const CUT: Duration = Duration::from_secs(5);
 const SLOW: u64 = 3_000_000;
 /// Share of the work that is done then, parts per million.
 const UNDER_WAY_PPM: u32 = 100_000;
+/// The same for a cut, after which none of it may cross again.
+const HALF_WAY_PPM: u32 = 500_000;
 /// How long a move may take to its phase.
 const REACH: Duration = Duration::from_secs(60);
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(5);
+/// How long a source that came back may take to be decided for while the destination stands still.
+const BACK: Duration = Duration::from_secs(40);
 /// How long a node may take to be ready again.
 const READY: Duration = Duration::from_secs(30);
 
@@ -189,10 +193,11 @@ impl Case {
     /// Brings the move to its phase and does the fault there. Answers with the proof.
     fn strike(&self, world: &mut World, scene: &Scene) -> Result<Value> {
         let reached = scene.point.with_extension("reached");
+        let done = if self.fault == Fault::WanCut { HALF_WAY_PPM } else { UNDER_WAY_PPM };
         let heard = match self.phase {
             Phase::Transfer => scene.follow.wait(REACH, |heard| {
                 heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
-                    && heard.done_ppm > UNDER_WAY_PPM
+                    && heard.done_ppm > done
             })?,
             _ => scene.follow.wait(REACH, |_| reached.exists()).context("the point")?,
         };
@@ -295,6 +300,9 @@ impl Case {
         self.still_held(scene)?;
         if self.back_first {
             node.start_ready(READY)?;
+            // It may decide with the other voter while the destination stands still; the destination's word comes later.
+            let decided = || receiver(world, &scene.vm, &scene.source).is_ok_and(|q| q.runs());
+            until(BACK, decided).context("the source did not run again")?;
             release(&scene.point)?;
         } else {
             // Gone before a node that starts again could see it.
