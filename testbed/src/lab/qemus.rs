@@ -56,7 +56,7 @@ pub struct SeenQemu {
     pub seen_us: u64,
     /// When its process was seen to have ended.
     pub ended_us: Option<u64>,
-    /// Its monitor's events with their own times.
+    /// Its monitor's events with their own times, some with their status: `MIGRATION active`.
     pub events: Vec<(u64, String)>,
 }
 
@@ -256,7 +256,10 @@ fn read_events(path: &Path) -> Vec<(u64, String)> {
     let text = fs::read_to_string(path).unwrap_or_default();
     let event = |line: &str| {
         let value: Value = serde_json::from_str(line).ok()?;
-        let name = value["event"].as_str()?.to_owned();
+        let mut name = value["event"].as_str()?.to_owned();
+        if let Some(status) = value["data"]["status"].as_str() {
+            name = format!("{name} {status}");
+        }
         let at = &value["timestamp"];
         Some((at["seconds"].as_u64()? * 1_000_000 + at["microseconds"].as_u64()?, name))
     };

@@ -19,9 +19,6 @@ pub const TIDY: Duration = Duration::from_secs(15);
 /// Pages that the guest's workload has at least.
 const PAGES: u64 = 4_000;
 
-/// Bytes that a guest with this workload dirties per millisecond at most, its kernel included.
-const DIRTIED_PER_MS: f64 = 1_500.0;
-
 /// What was seen of a case.
 #[derive(Debug)]
 pub struct Facts {
@@ -75,9 +72,12 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
     check(outcome != "lost" || may_be_lost, format!("lost: {cause}"));
     let goes_on = case.fault == Fault::WanCut && case.phase == Phase::Transfer;
     check(!goes_on || outcome == "moved", "a cut in the transfer ended it".to_owned());
-    let again = literals_again(&facts.shown);
-    let dirtied = DIRTIED_PER_MS * facts.ended_ms as f64 / 4096.0;
-    check(!goes_on || again < dirtied, format!("{again} pages crossed again, {dirtied} dirtied"));
+    let (starts, zeros) = (transfers(&copies, world, facts), zero_passes(shown));
+    check(
+        !goes_on || starts == [1, 1],
+        format!("sent {} and received {} times", starts[0], starts[1]),
+    );
+    check(!goes_on || zeros < 1.5, format!("zero pages crossed {zeros:.1} times"));
     check(!case.back_first || outcome == "stayed", format!("{outcome}, decided twice?"));
     check(facts.ended_ms <= END.as_millis() as u64, format!("ended after {} ms", facts.ended_ms));
     let straight = match outcome.as_str() {
@@ -104,7 +104,8 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
         "double_runs": double.len() + usize::from(frames_double),
         "pages_verified": facts.verified.as_ref().map(|v| v.pages_verified),
         "pages_corrupt": facts.verified.as_ref().map(|v| v.pages_corrupt),
-        "literal_pages_again": again,
+        "transfers": starts,
+        "zero_passes": zeros,
         "chunks": [shown["chunks_zero"], shown["chunks_known"], shown["chunks_literal"]],
         "frames": left.len(),
         "frames_left_from": order,
@@ -112,10 +113,23 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
     })
 }
 
-/// Pages that crossed as they are, beyond the non-zero ones of the first pass.
-fn literals_again(shown: &Value) -> f64 {
-    let literal = shown["chunks_literal"].as_f64().unwrap_or(f64::INFINITY);
-    literal - shown["ram_nonzero_bytes"].as_f64().unwrap_or(0.0) / 4096.0
+/// How often the source's QEMU began to send in this case, and how many QEMUs received.
+fn transfers(copies: &[SeenQemu], world: &World, facts: &Facts) -> [usize; 2] {
+    let on = |host: &str| {
+        let here = |q: &&SeenQemu| world.host_of(q).as_deref() == Some(host);
+        copies.iter().filter(here).collect::<Vec<_>>()
+    };
+    let begun = |(at, name): &&(u64, String)| *at >= facts.started_us && name == "MIGRATION setup";
+    let sent = on(&facts.source).into_iter().flat_map(|q| &q.events).filter(begun).count();
+    let received = on(&facts.destination).iter().filter(|q| q.seen_us >= facts.started_us).count();
+    [sent, received]
+}
+
+/// How often the zero pages crossed, which only a new start would send again.
+fn zero_passes(shown: &Value) -> f64 {
+    let number = |key: &str| shown[key].as_f64().unwrap_or(0.0);
+    let zeros = (number("ram_bytes") - number("ram_nonzero_bytes")) / 4096.0;
+    if zeros > 0.0 { number("chunks_zero") / zeros } else { f64::INFINITY }
 }
 
 /// The longest time in the case in which no copy ran, between two in which one did.
