@@ -80,6 +80,7 @@ impl Engine {
             NetEvent::Connected(host) => self.core.connected(now, host),
             NetEvent::Disconnected(host) => {
                 self.node.asks.gone(host);
+                self.node.frames.forget(host);
                 self.core.disconnected(now, host);
             }
             NetEvent::Message { from, msg } => match msg {

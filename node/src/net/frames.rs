@@ -228,6 +228,15 @@ impl Frames {
         }
     }
 
+    /// Drops what leads to an earlier start of `host`; the next frame connects anew. Without this, frames would go to
+    /// a node that was killed and started again, and be ignored there, until the connection's idle time is over.
+    pub fn forget(&self, host: HostId) {
+        let old = self.peers().get_mut(&host).map(|peer| std::mem::take(&mut peer.connections));
+        for connection in old.into_iter().flatten() {
+            connection.close(VarInt::from_u32(0), b"");
+        }
+    }
+
     /// Tells every peer that this node goes, so that none sends into the void until it notices.
     pub(super) async fn close(&self) {
         self.0.endpoint.close(VarInt::from_u32(0), b"");

@@ -19,6 +19,8 @@ use crate::scenario::swarm::{Guest, GuestPlan, Swarm, run};
 pub const REQUESTER: &str = "h3";
 /// How long the swarm may take to be whole again after a fault.
 const SETTLE: Duration = Duration::from_secs(60);
+/// How long after that the guest may take to be reached from the other hosts.
+const ECHO: Duration = Duration::from_secs(10);
 /// MiB of guest memory.
 const MEMORY_MIB: u32 = 256;
 /// MiB that the guest rewrites, and thousands of bytes of it per second.
@@ -42,7 +44,7 @@ pub struct World {
 
 /// Somebody outside who talks to the guest. The prober goes before its namespace.
 struct Talk {
-    _prober: Prober,
+    prober: Prober,
     station: Station,
 }
 
@@ -86,7 +88,7 @@ impl World {
         let probes = ProbeConfig { target, rate_pps: PROBES, size: 64 };
         let prober = Prober::start(Some(station.ns()), &probes)?;
         ensure!(prober.wait_unique(20, Duration::from_secs(30)), "the guest does not echo");
-        self.talk = Some(Talk { _prober: prober, station });
+        self.talk = Some(Talk { prober, station });
         Ok((guest, "h1".to_owned()))
     }
 
@@ -134,7 +136,11 @@ impl World {
             }
             let info = swarm.ask(host, &["vm", "show", vm])?;
             Ok(info["detail"]["voters"].as_array().is_some_and(|v| v.len() >= 3))
-        })
+        })?;
+        let Some(Talk { prober, .. }) = &self.talk else { return Ok(()) };
+        let echoed = prober.snapshot().unique;
+        ensure!(prober.wait_unique(echoed + 20, ECHO), "the guest does not echo any more");
+        Ok(())
     }
 
     /// Where a host's node looks for points to stand still at.
