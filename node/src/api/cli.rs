@@ -26,6 +26,8 @@ pub use self::args::{InitOptions, JoinOptions, RunOptions};
 use super::client;
 use super::types::{ApiError, Migration, Request};
 
+/// Longest path of a state directory, bytes: a socket's path has 107, and `/vm/ID/console.sock` takes 49 of them.
+const STATE_BYTES: usize = 107 - 49;
 /// Longest specification, bytes.
 const SPEC_BYTES: u64 = 1 << 20;
 
@@ -119,17 +121,17 @@ async fn dispatch(cli: &Cli, local: &impl Local) -> Result<Answer, ApiError> {
     let state = cli.state.as_path();
     match &cli.command {
         Command::Init(options) => {
-            let options = InitOptions { state: absolute(state)?, ..options.clone() };
+            let options = InitOptions { state: state_dir(state)?, ..options.clone() };
             Ok(show::done(local.init(options).await?))
         }
         Command::Join(options) => {
-            let options = JoinOptions { state: absolute(state)?, ..options.clone() };
+            let options = JoinOptions { state: state_dir(state)?, ..options.clone() };
             Ok(show::done(local.join(options).await?))
         }
         Command::Run(options) => {
             need_root("run")?;
             start_log();
-            let options = RunOptions { state: absolute(state)?, ..options.clone() };
+            let options = RunOptions { state: state_dir(state)?, ..options.clone() };
             local.run(options).await?;
             Ok(Answer::Shown(0))
         }
@@ -239,6 +241,21 @@ fn real(path: &Path) -> Result<PathBuf, ApiError> {
 
 fn absolute(path: &Path) -> Result<PathBuf, ApiError> {
     std::path::absolute(path).map_err(|e| ApiError::plain(format!("{}: {e}", path.display())))
+}
+
+/// The state directory of a daemon: unix sockets are made in it, whose paths are short.
+fn state_dir(path: &Path) -> Result<PathBuf, ApiError> {
+    let path = absolute(path)?;
+    let bytes = path.as_os_str().len();
+    if bytes <= STATE_BYTES {
+        return Ok(path);
+    }
+    Err(ApiError::new(
+        format!(
+            "the path of the state directory is too long: {bytes} bytes, {STATE_BYTES} are possible"
+        ),
+        "choose a shorter one with --state",
+    ))
 }
 
 fn need_root(command: &str) -> Result<(), ApiError> {

@@ -43,9 +43,14 @@ pub(super) async fn start_copy(
             .map_err(ApiError::plain)?;
         start_qemu(node, spec, id, mode, Arc::new(memory)).await
     };
-    let qemu = made.await.inspect_err(|_| {
-        node.copies.remove(id);
-    })?;
+    let qemu = match made.await {
+        Ok(qemu) => qemu,
+        Err(error) => {
+            node.copies.remove(id);
+            let _ = tokio::fs::remove_dir_all(node.vm_dir().join(id.to_string())).await;
+            return Err(error);
+        }
+    };
     let copy = Arc::new(Copy::new(qemu, false));
     node.copies.insert(Arc::clone(&copy));
     watch(node, &copy);

@@ -251,7 +251,8 @@ fn merge(
     let mut timeline = known.timeline.clone();
     timeline::join(&mut timeline, &status.timeline);
     let lead_says = told_by == status.from && (status.phase.is_end() || !known.phase.is_end());
-    if lead_says || (status.phase.is_end() && !known.phase.is_end()) {
+    let end = status.phase.is_end() && !(told_by != status.from && status.may_go_on());
+    if lead_says || (end && !known.phase.is_end()) {
         *known = status;
     }
     known.timeline = timeline;

@@ -142,29 +142,39 @@ impl Worker {
     }
 }
 
-/// What a non-zero guest page costs on the wire, learned from the last pages that crossed.
+/// What a non-zero guest page costs on the wire, learned from the last pages that were placed.
 #[derive(Default)]
 struct Cost {
-    pages: u64,
+    placed: u64,
     bytes: u64,
-    ppm: u64,
+    ppm: Option<u64>,
 }
 
 impl Cost {
-    /// Pages after which the ratio is taken anew.
-    const SAMPLE: u64 = 256;
+    /// Guest bytes after which the ratio is taken anew.
+    const SAMPLE: u64 = 1 << 20;
+    /// A page that crosses as it is.
+    const WHOLE: u64 = 1_000_000;
 
+    /// Pages that are asked for and wait have cost nothing yet: only what is placed tells the price.
     fn learn(&mut self, p: &SourceProgress) {
-        let (pages, bytes) = (p.pages_known + p.pages_literal, p.wire_bytes_out);
-        let (new, cost) = (pages.saturating_sub(self.pages), bytes.saturating_sub(self.bytes));
-        if new >= Self::SAMPLE || (self.ppm == 0 && new > 0) {
-            self.ppm = cost.saturating_mul(1_000_000) / (new * 4096);
-            (self.pages, self.bytes) = (pages, bytes);
+        let asked = (p.pages_known + p.pages_literal) * 4096;
+        let placed = asked.saturating_sub(p.unplaced_bytes);
+        let bytes = p.wire_bytes_out;
+        let (new, cost) = (placed.saturating_sub(self.placed), bytes.saturating_sub(self.bytes));
+        if new >= Self::SAMPLE || (p.unplaced_bytes == 0 && self.ppm.is_none() && new > 0) {
+            self.ppm = Some((cost.saturating_mul(Self::WHOLE) / new).min(Self::WHOLE));
+            (self.placed, self.bytes) = (placed, bytes);
         }
     }
 
+    /// Until something is known, the worst is.
+    fn ppm(&self) -> u64 {
+        self.ppm.unwrap_or(Self::WHOLE)
+    }
+
     fn of(&self, guest_bytes: u64) -> u64 {
-        let cost = u128::from(guest_bytes) * u128::from(self.ppm) / 1_000_000;
+        let cost = u128::from(guest_bytes) * u128::from(self.ppm()) / 1_000_000;
         u64::try_from(cost).unwrap_or(u64::MAX)
     }
 }
@@ -178,12 +188,44 @@ fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
         link_bytes_per_s: p.link_bytes_per_s as u64,
         rtt_ms: p.rtt_us / 1000,
         dirty_bytes_per_s: ram.dirty_pages_rate.saturating_mul(4096),
-        wire_per_guest_ppm: cost.ppm,
+        wire_per_guest_ppm: cost.ppm(),
         bulk_bytes: p.wire_bytes_out + p.wire_bytes_in,
         nonzero_bytes: p.first_pass_nonzero_pages * 4096,
         first_pass_bytes: if p.passes > 0 { u64::MAX } else { handled * 4096 },
         zero: p.pages_zero,
         known: p.pages_known,
         literal: p.pages_literal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_in_the_node_is_not_taken_for_cheap() {
+        let mut cost = Cost::default();
+        // 24 MiB are read and asked for, nothing has crossed: a stop now would be a long pause.
+        let full = SourceProgress {
+            pages_literal: 6144,
+            unplaced_bytes: 6144 * 4096,
+            wire_bytes_out: 100_000,
+            ..SourceProgress::default()
+        };
+        cost.learn(&full);
+        assert_eq!(cost.of(full.unplaced_bytes), full.unplaced_bytes);
+        let half =
+            SourceProgress { unplaced_bytes: 3072 * 4096, wire_bytes_out: 3072 * 2048, ..full };
+        cost.learn(&half);
+        assert_eq!(cost.of(half.unplaced_bytes), 3072 * 2048);
+    }
+
+    #[test]
+    fn a_small_guest_is_learned_once_all_is_placed() {
+        let mut cost = Cost::default();
+        let done =
+            SourceProgress { pages_known: 10, wire_bytes_out: 400, ..SourceProgress::default() };
+        cost.learn(&done);
+        assert!(cost.of(1 << 20) < 20_000);
     }
 }

@@ -59,7 +59,12 @@ impl Core {
     /// One line for the user; nothing changed.
     pub fn abort(&mut self, now: Time, id: MigrationId) -> Result<(), String> {
         let Some(m) = self.moves.get(&id) else {
-            return Err(format!("migration {id} is not under way on this host"));
+            return Err(match self.statuses.get(&id) {
+                Some(s) if s.phase.is_end() => {
+                    format!("migration {id} is over: see godwit migrations show {id}")
+                }
+                _ => format!("migration {id} is not under way on this host: see godwit migrations"),
+            });
         };
         if !matches!(m.status().phase, Phase::Preparing | Phase::Transfer) {
             return Err("too late to abort: the guest was stopped, the epoch decides".to_owned());
@@ -270,9 +275,14 @@ impl Core {
         if ended {
             self.persist_status(&status);
         }
-        self.remember(status.clone());
         let to = status.requested_on;
-        if to != self.me.host {
+        // A destination that gave up unbound is not the end: the source may try another host.
+        let source_decides = status.from != self.me.host && status.may_go_on();
+        if source_decides && to == self.me.host {
+            return;
+        }
+        self.remember(status.clone());
+        if to != self.me.host && !source_decides {
             self.out.push_back(Command::Send(to, Control::Progress(Box::new(status.clone()))));
         }
         self.out.push_back(Command::Status(Box::new(status)));

@@ -178,6 +178,12 @@ pub struct Status {
 }
 
 impl Status {
+    /// Whether this, told by the destination, leaves the source free to try another host: nothing was decided.
+    #[must_use]
+    pub fn may_go_on(&self) -> bool {
+        self.phase == Phase::Stayed && self.epoch_after.is_none()
+    }
+
     /// A migration of which nothing is known yet but who and what.
     #[must_use]
     pub fn new(

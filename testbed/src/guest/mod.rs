@@ -17,6 +17,7 @@ mod control;
 mod cpio;
 mod debian;
 mod initrd;
+mod oldqemu;
 pub mod pattern;
 mod spec;
 pub mod wire;
@@ -28,6 +29,7 @@ use anyhow::{Context, Result};
 
 pub use cache::{CACHE_VARIABLE, Cache};
 pub use control::GuestControl;
+pub use oldqemu::old_qemu;
 pub use spec::{
     Accel, GuestAddress, QemuNic, QemuSpec, SpecNic, VmSpec, cmdline, qemu_command, vm_spec,
 };

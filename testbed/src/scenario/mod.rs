@@ -5,6 +5,9 @@
 
 pub mod demo;
 pub mod faults;
+pub mod kvm;
+pub mod refusals;
+pub mod roundtrip;
 pub mod swarm;
 
 use anyhow::{Context, Result};
@@ -24,11 +27,28 @@ pub struct Scenario {
 }
 
 /// All scenarios.
-pub const ALL: &[Scenario] = &[Scenario {
-    name: "faults",
-    about: "kill -9, a cut WAN and late accepts in every phase of a move (about 20 minutes)",
-    run: faults::full,
-}];
+pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: "faults",
+        about: "kill -9, a cut WAN and late accepts in every phase of a move (about 20 minutes)",
+        run: faults::full,
+    },
+    Scenario {
+        name: "refusals",
+        about: "bad input and hosts that cannot take a VM: one clear line each, nothing changed",
+        run: refusals::refusals,
+    },
+    Scenario {
+        name: "roundtrip",
+        about: "there and back while somebody talks to the guest: abort, deadline, kill, cut, latency",
+        run: roundtrip::roundtrip,
+    },
+    Scenario {
+        name: "kvm",
+        about: "the bare guest moves under KVM, where /dev/kvm can run it",
+        run: kvm::kvm,
+    },
+];
 
 /// The scenario called `name`.
 pub fn find(name: &str) -> Result<&'static Scenario> {

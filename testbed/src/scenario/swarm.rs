@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::guest::{GuestAddress, GuestControl, GuestFiles, SpecNic, VmSpec, vm_spec};
+use crate::guest::{
+    Accel, GuestAddress, GuestControl, GuestFiles, GuestKind, SpecNic, VmSpec, vm_spec,
+};
 use crate::lab::node::Node;
 use crate::lab::prober::{Station, StationLink};
 use crate::lab::{Lab, LabConfig};
@@ -117,17 +119,21 @@ impl Swarm {
         self.nodes.iter().map(tail).collect()
     }
 
-    /// Starts a guest on a host, with one NIC on [`WIRE`], and waits until its agent answers and as many voters decide
-    /// on it as there are hosts (at most three).
+    /// Starts a guest on a host, with one NIC on [`WIRE`] if it can use one, and waits until its agent answers and as many
+    /// voters decide on it as there are hosts (at most three).
     pub fn start_guest(&self, host: &str, files: &GuestFiles, plan: &GuestPlan) -> Result<Guest> {
         let disk = match files.base_image {
             Some(_) => files.make_disk(&self.lab.dir().join(format!("{}.img", plan.name)))?,
-            None => None,
+            None => plan.disk.clone(),
         };
+        let nic = SpecNic { wire: WIRE.into(), mac: Some(plan.mac()) };
+        let address = GuestAddress { ip: plan.ip(), prefix: 24, mtu: Some(MTU) };
+        let network = files.kind != GuestKind::Bare;
         let spec = VmSpec {
             disk,
-            nics: vec![SpecNic { wire: WIRE.into(), mac: Some(plan.mac()) }],
-            address: Some(GuestAddress { ip: plan.ip(), prefix: 24, mtu: Some(MTU) }),
+            nics: network.then_some(nic).into_iter().collect(),
+            address: network.then_some(address),
+            accel: plan.accel,
             cpu: plan.cpu.clone(),
             machine: plan.machine.clone(),
             ..VmSpec::new(&plan.name, plan.memory_mib)
@@ -191,13 +197,25 @@ pub struct GuestPlan {
     pub cpu: Option<String>,
     /// Machine type; `None` leaves it to the node.
     pub machine: Option<String>,
+    /// Accelerator; `None` leaves it to the node.
+    pub accel: Option<Accel>,
+    /// A raw disk, for guests that do not start from one of their own.
+    pub disk: Option<PathBuf>,
 }
 
 impl GuestPlan {
     /// A guest that leaves everything to the node.
     #[must_use]
     pub fn new(name: &str, number: u8, memory_mib: u32) -> Self {
-        Self { name: name.to_owned(), number, memory_mib, cpu: None, machine: None }
+        Self {
+            name: name.to_owned(),
+            number,
+            memory_mib,
+            cpu: None,
+            machine: None,
+            accel: None,
+            disk: None,
+        }
     }
 
     /// Its address on the wire.

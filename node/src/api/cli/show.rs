@@ -144,9 +144,9 @@ fn route_row(r: &RouteInfo) -> [String; 5] {
     [r.name.to_string(), r.host.clone(), r.epoch.to_string(), r.via.clone(), nics(&r.nics)]
 }
 
-const HOST_HEAD: [&str; 7] = ["NAME", "SITE", "STATE", "VMS", "FREE", "ADDRESSES", "ID"];
+const HOST_HEAD: [&str; 8] = ["NAME", "SITE", "STATE", "VMS", "FREE", "RTT", "ADDRESSES", "ID"];
 
-fn host_row(h: &HostInfo) -> [String; 7] {
+fn host_row(h: &HostInfo) -> [String; 8] {
     let name = if h.here { format!("{} (here)", h.name) } else { h.name.clone() };
     [
         name,
@@ -154,6 +154,7 @@ fn host_row(h: &HostInfo) -> [String; 7] {
         h.state.clone(),
         h.vms.map_or("-".into(), |n| n.to_string()),
         h.memory_free_bytes.map_or("-".into(), show_bytes),
+        h.rtt_us.map_or("-".into(), |us| show_ms(us / 1000)),
         some(!h.addresses.is_empty(), || h.addresses.join(" ")),
         h.host.to_string(),
     ]
