@@ -95,7 +95,21 @@ pub(super) fn answer(
     };
     let answer = match ask {
         Ask::Migrate { id, vm, target, options } => {
-            taken(migrate::lead(node, core, now, migrate::Wanted { id, vm, target, options, from }))
+            let wanted = migrate::Wanted { id, vm, target, options, from };
+            if !core.is_releasing(vm) {
+                taken(migrate::lead(node, core, now, wanted))
+            } else {
+                let node = Arc::clone(node);
+                tokio::spawn(async move {
+                    migrate::settled(&node, vm).await;
+                    let lead = Arc::clone(&node);
+                    let work = move |core: &mut Core, now| migrate::lead(&lead, core, now, wanted);
+                    if let Ok(result) = node.with_core(work).await {
+                        reply(&node, from, number, taken(result));
+                    }
+                });
+                return;
+            }
         }
         Ask::Abort(id) => taken(core.abort(now, id)),
         Ask::Migrations(id) => Answer::Migrations(
@@ -107,6 +121,10 @@ pub(super) fn answer(
         ),
         Ask::Host => Answer::Json(migrate::host_json(node)),
     };
+    reply(node, from, number, answer);
+}
+
+fn reply(node: &Node, from: HostId, number: u64, answer: Answer) {
     if let Err(error) = node.net.send(from, Control::Answer { number, answer }) {
         tracing::debug!(%from, %error, "answer not sent");
     }

@@ -10,7 +10,7 @@ use godwit_protocol::id::{HostId, MigrationId, Name, VmId};
 use godwit_protocol::migrate::source::Begin;
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::control::{Answer, Ask};
-use godwit_protocol::wire::migrate::{Options, Status, Target};
+use godwit_protocol::wire::migrate::{Options, Phase, Status, Target};
 use serde_json::json;
 use tokio::sync::{broadcast, mpsc};
 
@@ -26,6 +26,9 @@ pub(super) struct Wanted {
     pub options: Options,
     pub from: HostId,
 }
+
+/// How long the end of a VM's last move may be waited for.
+const SETTLE: Duration = Duration::from_secs(3);
 
 /// How often a watcher asks the lead, should its word not come by itself.
 const ASK_AGAIN: Duration = Duration::from_secs(3);
@@ -124,6 +127,7 @@ pub(super) async fn migrate(
     let mut heard = node.statuses.subscribe();
     let (vm, options) = (route.vm, asked.options);
     if route.host == node.me {
+        settled(node, vm).await;
         let (node_, from) = (Arc::clone(node), node.me);
         let wanted = Wanted { id, vm, target, options, from };
         node.with_core(move |core, now| lead(&node_, core, now, wanted))
@@ -137,9 +141,11 @@ pub(super) async fn migrate(
         }
     }
     let named = |status: Status| Migration::new(status, |h| node.host_name(h));
+    let mut shown = None;
     loop {
         let status = next(node, &mut heard, id, route.host).await?;
         if let Some(status) = status {
+            let status = forward(&mut shown, status);
             let end = status.phase.is_end();
             if end || !asked.wait {
                 return Ok(named(status));
@@ -150,6 +156,53 @@ pub(super) async fn migrate(
         if asked.wait && events.is_closed() {
             return Err(ApiError::plain("the client has gone; the migration goes on"));
         }
+    }
+}
+
+/// A copy that runs already waits for the source's last word: a moment later it may move again.
+pub(super) async fn settled(node: &Arc<Node>, vm: VmId) {
+    let mut heard = node.statuses.subscribe();
+    let wait = async {
+        while node.with_core(move |core, _| core.is_releasing(vm)).await.unwrap_or(false) {
+            // What is missed because others talk too much is asked for again.
+            if let Err(broadcast::error::RecvError::Closed) = heard.recv().await {
+                return;
+            }
+        }
+    };
+    // If the word does not come, the request is refused as one for a VM that moves.
+    let _ = tokio::time::timeout(SETTLE, wait).await;
+}
+
+/// Both ends tell what they know: figures never shrink, and a phase that is over does not come back.
+fn forward(shown: &mut Option<Status>, mut status: Status) -> Status {
+    if let Some(last) = shown.as_ref() {
+        if order(status.phase) < order(last.phase) {
+            status.phase = last.phase;
+        }
+        status.done_ppm = status.done_ppm.max(last.done_ppm);
+        status.bulk_bytes = status.bulk_bytes.max(last.bulk_bytes);
+        status.ram_bytes = status.ram_bytes.max(last.ram_bytes);
+        status.ram_nonzero_bytes = status.ram_nonzero_bytes.max(last.ram_nonzero_bytes);
+        status.chunks_zero = status.chunks_zero.max(last.chunks_zero);
+        status.chunks_known = status.chunks_known.max(last.chunks_known);
+        status.chunks_literal = status.chunks_literal.max(last.chunks_literal);
+        status.total_ms = status.total_ms.max(last.total_ms);
+        status.downtime_us = status.downtime_us.or(last.downtime_us);
+    }
+    *shown = Some(status.clone());
+    status
+}
+
+fn order(phase: Phase) -> u8 {
+    match phase {
+        // A host that refused is followed by the next.
+        Phase::Preparing | Phase::Transfer => 0,
+        Phase::Stopped => 1,
+        Phase::Deciding => 2,
+        Phase::Starting => 3,
+        Phase::Releasing => 4,
+        Phase::Moved | Phase::Stayed | Phase::Lost => 5,
     }
 }
 

@@ -83,6 +83,14 @@ impl Core {
         self.drain(now);
     }
 
+    /// Whether a copy of `vm` runs here already and only waits for its source to be released.
+    #[must_use]
+    pub fn is_releasing(&self, vm: VmId) -> bool {
+        let me = Some(self.me.host);
+        let here = |m: &Move| m.status().to == me && m.status().phase == Phase::Releasing;
+        self.moves.values().any(|m| m.status().vm == vm && here(m))
+    }
+
     /// Whether a migration of `vm` is under way here.
     #[must_use]
     pub fn is_moving(&self, vm: VmId) -> bool {
