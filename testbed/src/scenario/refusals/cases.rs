@@ -206,7 +206,7 @@ pub(super) fn destinations(world: &World, judge: &mut Judge) -> Result<()> {
             world.guest(n, number, machine, cpu)
         });
     let args = ["migrate", "plain", "--to", "old", "--wait"];
-    let expect = stayed(&["no migration capability switchover-ack", "8.1 or newer"]);
+    let expect = stayed(&["no migration capability switchover-ack", "or newer"]);
     world.refused(judge, names[1], ("h3", &args), &expect)?;
     let args = ["migrate", "newer", "--to", "old", "--wait"];
     let expect = stayed(&["sha-ni", "choose another host"]);

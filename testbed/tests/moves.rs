@@ -1,0 +1,18 @@
+//! Moves with real daemons and guests. Needs root; without it the test says so and ends.
+
+#[test]
+fn there_and_back_while_somebody_talks_to_the_guest() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: network namespaces need root");
+        return Ok(());
+    }
+    let report = godwit_testbed::scenario::roundtrip::roundtrip()?;
+    let failed: Vec<_> = report["steps"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|step| step["passed"] == false)
+        .collect();
+    anyhow::ensure!(failed.is_empty() && report["passed"] == true, "{failed:#?}");
+    Ok(())
+}
