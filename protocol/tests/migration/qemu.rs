@@ -172,7 +172,7 @@ impl World {
     fn tell(&mut self, i: usize, id: MigrationId, happened: Happened) {
         // Always as late, so that a driver's words keep their order.
         let start = self.nodes[i].start;
-        self.at(3, Event::Happened(i, start, id, happened));
+        self.at(3, Event::Happened(i, start, id, Box::new(happened)));
     }
 
     pub fn handle_qemu(&mut self, event: Event) {

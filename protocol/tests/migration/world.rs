@@ -68,7 +68,7 @@ pub enum Event {
     Deliver(usize, usize, Box<Control>),
     Restart(usize),
     Work(usize, u64, MigrationId),
-    Happened(usize, u64, MigrationId, Happened),
+    Happened(usize, u64, MigrationId, Box<Happened>),
     Figures(usize, u64, MigrationId),
     Stream { at: usize, start: u64, id: MigrationId, until: Time },
     Load(usize, u64, MigrationId, CopyId),
@@ -354,7 +354,7 @@ impl World {
             }
             Event::Restart(i) => self.restart(i),
             Event::Happened(i, start, id, happened) if self.nodes[i].start == start => {
-                self.act(i, |core, now| core.happened(now, id, happened));
+                self.act(i, |core, now| core.happened(now, id, *happened));
             }
             Event::Flush(i, start) if self.nodes[i].start == start => {
                 for (key, value) in core::mem::take(&mut self.nodes[i].late) {
