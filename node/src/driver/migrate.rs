@@ -304,7 +304,8 @@ fn merge(
     let mut timeline = known.timeline.clone();
     timeline::join(&mut timeline, &status.timeline);
     let lead_says = told_by == status.from && (status.phase.is_end() || !known.phase.is_end());
-    let end = status.phase.is_end() && !(told_by != status.from && status.may_go_on());
+    let end =
+        status.phase.is_end() && !(told_by != status.from && status.is_for_the_source_to_tell());
     if lead_says || (end && !known.phase.is_end()) {
         *known = status;
     }

@@ -285,7 +285,7 @@ impl Core {
         }
         let to = status.requested_on;
         // A destination that gave up unbound is not the end: the source may try another host.
-        let source_decides = status.from != self.me.host && status.may_go_on();
+        let source_decides = status.from != self.me.host && status.is_for_the_source_to_tell();
         if source_decides && to == self.me.host {
             return;
         }

@@ -178,10 +178,11 @@ pub struct Status {
 }
 
 impl Status {
-    /// Whether this, told by the destination, leaves the source free to try another host: nothing was decided.
+    /// Whether this end is the source's alone to tell: it may still try another host, and *stayed* is true only when
+    /// the guest runs there again.
     #[must_use]
-    pub fn may_go_on(&self) -> bool {
-        self.phase == Phase::Stayed && self.epoch_after.is_none()
+    pub fn is_for_the_source_to_tell(&self) -> bool {
+        self.phase == Phase::Stayed
     }
 
     /// A migration of which nothing is known yet but who and what.
