@@ -3,7 +3,7 @@
 //! Owns the order of one run. Times are those of the QEMUs' events as the migration's status carries them.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -52,6 +52,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let nodes = swarm.nodes().iter().filter_map(|n| n.pid()).collect();
     let sampler = Sampler::start(&swarm.lab, nodes)?;
     let before = swarm.lab.wan()?.stats()?;
+    let requested_us = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as f64;
     swarm.node("h1")?.cli_json(&["migrate", "web", "--to", "h2", "--wait"], MOVE)?;
     let wan = swarm.lab.wan()?.stats()?.since(&before);
     let usage = sampler.finish()?;
@@ -61,6 +62,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     ensure!(status["phase"] == "moved", "the guest did not move: {status}");
     let id = status["id"].as_str().context("id")?;
     let with_timeline = swarm.ask("h1", &["migrations", "show", id])?;
+    let resumed_us = at_us(&with_timeline, "resume:")?;
     prober.wait_unique(prober.snapshot().unique + 100, Duration::from_secs(30));
     let probe = prober.stop(Duration::from_secs(1));
     let verified = block_on(async { swarm.control("h2", &guest)?.verify().await })?;
@@ -68,8 +70,8 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let figures = Run {
         is_peer: false,
         wan_bytes: wan.carried_bytes(),
-        total_ms: status["total_ms"].as_f64().context("total_ms")?,
-        downtime_ms: downtime_ms(&with_timeline)?,
+        total_ms: (resumed_us - requested_us) / 1000.0,
+        downtime_ms: (resumed_us - at_us(&with_timeline, "stop:")?) / 1000.0,
         outage_ms: Some(probe.longest_gap_ms),
         cpu_ms: usage.cpu_ms,
         node_rss_anon_peak_bytes: usage.rss_anon_peak_bytes,
@@ -101,18 +103,11 @@ pub(super) fn image(files: &GuestFiles) -> String {
     dir.unwrap_or(kind).to_owned()
 }
 
-/// From STOP to RESUME. A move that is over before the source's monitor has answered `stop` has no sum, but both times.
-fn downtime_ms(status: &Value) -> Result<f64> {
-    if let Some(us) = status["downtime_us"].as_f64() {
-        return Ok(us / 1000.0);
-    }
+/// When a moment of the timeline was, microseconds since 1970; for `stop:` and `resume:` by QEMU's own event.
+fn at_us(status: &Value, start: &str) -> Result<f64> {
     let moments = status["timeline"].as_array().context("no timeline")?;
-    let at = |start: &str| {
-        let found =
-            moments.iter().find(|m| m["what"].as_str().is_some_and(|w| w.starts_with(start)));
-        found.and_then(|m| m["at_us"].as_f64()).with_context(|| format!("no {start} in {status}"))
-    };
-    Ok((at("resume:")? - at("stop:")?) / 1000.0)
+    let found = moments.iter().find(|m| m["what"].as_str().is_some_and(|w| w.starts_with(start)));
+    found.and_then(|m| m["at_us"].as_f64()).with_context(|| format!("no {start} in {status}"))
 }
 
 /// Milliseconds since the first moment, and what both ends say of it.

@@ -30,7 +30,8 @@ pub(super) fn say(case: &str, line: &str) {
 
 fn ratio(ours: &Value, theirs: &Value, key: &str) -> Option<f64> {
     let (ours, theirs) = (ours[key].as_f64()?, theirs[key].as_f64()?);
-    (theirs > 0.0).then(|| ours / theirs)
+    // Nothing moves in no time or for no bytes: such a figure is none.
+    (ours > 0.0 && theirs > 0.0).then(|| ours / theirs)
 }
 
 /// godwit's figure over the peer's, for each that both have.
