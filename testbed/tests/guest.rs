@@ -70,6 +70,17 @@ impl Running {
         fs::read_to_string(self.spec.console()).unwrap_or_default()
     }
 
+    /// Waits for a text on the console, which is slower than the control channel.
+    async fn says(&self, text: &str) {
+        let said = async {
+            while !self.console().contains(text) {
+                // The log is looked at again.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), said).await.unwrap();
+    }
+
     /// The guest's memory as its memfd.
     fn memory(&self) -> PathBuf {
         let fds = format!("/proc/{}/fd", self.qemu.id());
@@ -185,7 +196,7 @@ async fn busybox_obeys_and_verifies_under_emulation() {
     let mut guest =
         Running::start(GuestKind::Busybox, 256, Accel::Tcg, Duration::from_secs(60)).await.unwrap();
     println!("busybox guest ready after {:?}", guest.boot);
-    assert!(guest.console().contains(READY), "{}", guest.console());
+    guest.says(READY).await;
     churns_and_verifies(&mut guest, 16, 1000).await;
     notices_changed_pages(&mut guest).await;
     let refused = guest.control.churn(100_000, 0, false).await.unwrap_err();
@@ -253,7 +264,7 @@ async fn bare_obeys_and_verifies(mut guest: Running, mb: u32, rate_kbps: u32) {
     println!("bare guest ready after {:?} under {}", guest.boot, guest.spec.accel.name());
     churns_and_verifies(&mut guest, mb, rate_kbps).await;
     notices_changed_pages(&mut guest).await;
-    assert!(guest.console().contains("bare: pages"));
+    guest.says("bare: pages").await;
     let refused = guest.control.churn(4000, 0, false).await.unwrap_err();
     assert!(format!("{refused:#}").contains("mb must be"), "{refused:#}");
 }

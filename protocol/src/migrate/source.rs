@@ -3,6 +3,10 @@
 //! Owns the order of steps of `super`'s diagram, left side. Invariant: once `Stopping` is entered
 //! (bound, on disk), the guest runs again here only on a decided record that names this copy.
 
+mod state;
+
+use state::{Ballot, State};
+
 use super::plan;
 use super::wait;
 use super::{Action, Effect, Happened, Migration, Moving, Progress, Role, clip};
@@ -10,31 +14,6 @@ use crate::id::{CopyId, HostId};
 use crate::time::Time;
 use crate::wire::migrate::{Body, Options, Phase, Status};
 use crate::wire::record::{Cause, Record};
-
-/// Where the source stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum State {
-    /// Waiting for the destination's answer, which is asked again.
-    Preparing { until: Time, ask_at: Time },
-    /// Pages cross; with what is known of the ballot, and when the destination was last heard.
-    Transfer { until: Time, ask_at: Time, heard: Time, ballot: Ballot },
-    /// Bound; QMP `stop` is on its way or done; until a decision or the deadline. The destination
-    /// is asked: if it has forgotten, the guest need not stand still until the deadline.
-    Stopped { until: Time, ask_at: Time },
-    /// Decided for the destination; asking it for *running*.
-    Starting { ask_at: Time, until: Time },
-    /// Decided to stay; `cont` is on its way.
-    Resuming { ask_at: Time },
-    /// Nothing more.
-    Over,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ballot {
-    None,
-    Asked(Time),
-    Ready(Time),
-}
 
 /// The source's end of one migration.
 #[derive(Debug, Clone)]
@@ -499,71 +478,4 @@ impl Migration for Source {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::id::{Epoch, MigrationId, StoreId, VmId};
-    use crate::wire::record::{Cause, Placement, Voter};
-
-    const VM: VmId = VmId([7; 16]);
-    const COPY: CopyId = CopyId([1; 16]);
-
-    fn host(i: u8) -> HostId {
-        HostId([i; 32])
-    }
-
-    fn begun(out: &mut Vec<Action>) -> Source {
-        let record = Record {
-            cluster: VM,
-            name: "web".parse().unwrap(),
-            epoch: Epoch(1),
-            voters: vec![Voter { host: host(1), store: StoreId([1; 16]) }],
-            placement: vec![Placement { vm: VM, host: host(1), copy: COPY }],
-            cause: Cause::Create,
-        };
-        let (id, name) = (MigrationId([3; 16]), record.name.clone());
-        let status = Status::new(id, VM, name, host(1), host(3), record.epoch);
-        let begin = Begin {
-            status,
-            record,
-            copy: COPY,
-            spec: Vec::new(),
-            options: Options::default(),
-            candidates: vec![host(2)],
-        };
-        Source::begin(Time(0), begin, out)
-    }
-
-    fn said(source: &mut Source, body: Body) -> Vec<Action> {
-        let mut out = Vec::new();
-        source.handle(Time(1), Happened::Said(host(2), body), &mut out);
-        out
-    }
-
-    #[test]
-    fn a_destination_that_comes_back_without_the_move_ends_it_at_once() {
-        let mut out = Vec::new();
-        let mut source = begun(&mut out);
-        source.handle(Time(1), Happened::Connected(host(2)), &mut out);
-        let asked = Action::Send(host(2), Body::Where);
-        assert!(!out.contains(&asked), "what was not answered yet is not asked about");
-        said(&mut source, Body::Ready);
-        out.clear();
-        source.handle(Time(2), Happened::Connected(host(3)), &mut out);
-        assert_eq!(out, []);
-        source.handle(Time(2), Happened::Connected(host(2)), &mut out);
-        assert_eq!(out, [asked]);
-        let out = said(&mut source, Body::Unknown);
-        assert!(out.contains(&Action::Effect(Effect::CancelTransfer)), "{out:?}");
-        assert!(source.is_over() && source.status().phase == Phase::Stayed);
-    }
-
-    #[test]
-    fn a_stopped_source_decides_before_it_runs_again() {
-        let mut source = begun(&mut Vec::new());
-        said(&mut source, Body::Ready);
-        source.stop(Time(1), &mut Vec::new());
-        let out = said(&mut source, Body::Unknown);
-        assert!(matches!(out.as_slice(), [Action::Resolve(_)]), "{out:?}");
-        assert!(!source.is_over());
-    }
-}
+mod tests;

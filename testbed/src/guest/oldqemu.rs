@@ -15,10 +15,10 @@ use super::cache::{Cache, run};
 const NEW: [u32; 2] = [8, 1];
 /// Built from one source in one version.
 const PARTS: [&str; 3] = ["qemu-system-x86", "qemu-system-common", "qemu-system-data"];
-/// Everything below `root` is found from the program's own place: the cache renames the directory.
+/// Everything below `tree` is found from the program's own place: the cache renames the directory.
 const PROGRAM: &str = "#!/bin/sh\ndir=$(dirname \"$(readlink -f \"$0\")\")\n\
-    exec \"$dir/root/usr/bin/qemu-system-x86_64\" -L \"$dir/root/usr/share/qemu\" \
-    -L \"$dir/root/usr/share/seabios\" \"$@\"\n";
+    exec \"$dir/tree/usr/bin/qemu-system-x86_64\" -L \"$dir/tree/usr/share/qemu\" \
+    -L \"$dir/tree/usr/share/seabios\" \"$@\"\n";
 
 /// The program that starts the newest QEMU before 8.1 that this machine's package sources offer.
 ///
@@ -41,7 +41,7 @@ pub fn old_qemu(cache: &Cache) -> Result<PathBuf> {
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
             if path.extension().is_some_and(|e| e == "deb") {
-                run(Command::new("dpkg").arg("-x").arg(&path).arg(dir.join("root")))?;
+                run(Command::new("dpkg").arg("-x").arg(&path).arg(dir.join("tree")))?;
                 fs::remove_file(path)?;
             }
         }

@@ -344,8 +344,9 @@ fn latency(world: &mut World) -> Result<Value> {
     let p = |all: &[f64], part: usize| all.get(all.len().saturating_sub(1) * part / 100).copied();
     let (idle95, busy95) = (p(&idle, 95).context("none")?, p(&busy, 95).context("none")?);
     ensure!(busy.len() >= 10, "only {} round trips in the move", busy.len());
-    // What the WAN's own queue may add, and the time of two busy processors.
-    ensure!(busy95 <= 2.0 * idle95 + 100.0, "p95 {busy95:.0} ms in the move, {idle95:.0} ms idle");
+    // What the WAN's own queue (100 ms) and two busy processors may add. Behind the bulk's own queue of megabytes it
+    // would be seconds.
+    ensure!(busy95 <= idle95 + 500.0, "p95 {busy95:.0} ms in the move, {idle95:.0} ms idle");
     Ok(json!({
         "idle_ms": {"p50": p(&idle, 50), "p95": idle95}, "samples": busy.len(),
         "busy_ms": {"p50": p(&busy, 50), "p95": busy95, "max": busy.last()}, "move": figures(&m),

@@ -19,12 +19,7 @@ use crate::scenario::swarm::{GuestPlan, Swarm, run as block_on};
 const PROBES: u32 = 100;
 
 pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
-    let swarm = Swarm::up(&case.lab(), |_| {})?;
-    if case.base_known {
-        let base = files.base_image.as_ref().context("this guest has no base image")?;
-        let base = base.to_str().context("path")?;
-        swarm.node("h2")?.cli_json(&["image", "add", base], Duration::from_secs(300))?;
-    }
+    let swarm = swarm(case, files)?;
     let plan = GuestPlan::new("web", 5, MEMORY_MIB);
     let guest = swarm.start_guest("h1", files, &plan)?;
     block_on(async {
@@ -86,14 +81,32 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
         },
         timeline: timeline(&with_timeline),
     };
-    if std::env::var_os("GODWIT_BENCH_LOGS").is_some() {
-        for node in swarm.nodes() {
-            let to = format!("{}-{}.log", case.name, node.host().name);
-            std::fs::copy(node.log_path(), to)?;
-        }
-    }
+    keep_logs(case, &swarm)?;
     swarm.down()?;
     Ok((figures, vm))
+}
+
+/// Three nodes; the destination knows the base image if the case says so.
+fn swarm(case: &Case, files: &GuestFiles) -> Result<Swarm> {
+    let swarm = Swarm::up(&case.lab(), |_| {})?;
+    if case.base_known {
+        let base = files.base_image.as_ref().context("this guest has no base image")?;
+        let base = base.to_str().context("path")?;
+        swarm.node("h2")?.cli_json(&["image", "add", base], Duration::from_secs(300))?;
+    }
+    Ok(swarm)
+}
+
+/// Copies the nodes' logs to the current directory, if `GODWIT_BENCH_LOGS` is set.
+fn keep_logs(case: &Case, swarm: &Swarm) -> Result<()> {
+    if std::env::var_os("GODWIT_BENCH_LOGS").is_none() {
+        return Ok(());
+    }
+    for node in swarm.nodes() {
+        let to = format!("{}-{}.log", case.name, node.host().name);
+        std::fs::copy(node.log_path(), to)?;
+    }
+    Ok(())
 }
 
 /// The pristine image's name, which carries the hash of its recipe.

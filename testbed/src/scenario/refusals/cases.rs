@@ -167,7 +167,7 @@ pub(super) fn daemons(world: &World, judge: &mut Judge) -> Result<()> {
     attempt(
         "no swarm",
         &[],
-        &["run", "--state", "/run/godwit-lab/refuse/h1/work/none"],
+        &["run", "--state", "/run/godwit-lab/refuse/h1/absent"],
         &["godwit init"],
     )?;
     attempt(

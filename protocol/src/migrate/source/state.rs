@@ -1,0 +1,28 @@
+//! Where the source of a migration stands. Owns the states; the transitions are the parent's.
+
+use crate::time::Time;
+
+/// Where the source stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum State {
+    /// Waiting for the destination's answer, which is asked again.
+    Preparing { until: Time, ask_at: Time },
+    /// Pages cross; with what is known of the ballot, and when the destination was last heard.
+    Transfer { until: Time, ask_at: Time, heard: Time, ballot: Ballot },
+    /// Bound; QMP `stop` is on its way or done; until a decision or the deadline. The destination
+    /// is asked: if it has forgotten, the guest need not stand still until the deadline.
+    Stopped { until: Time, ask_at: Time },
+    /// Decided for the destination; asking it for *running*.
+    Starting { ask_at: Time, until: Time },
+    /// Decided to stay; `cont` is on its way.
+    Resuming { ask_at: Time },
+    /// Nothing more.
+    Over,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ballot {
+    None,
+    Asked(Time),
+    Ready(Time),
+}
