@@ -9,11 +9,15 @@ use std::path::Path;
 use godwit_protocol::id::VmId;
 use serde_json::{Value, json};
 
-use super::resolved::{ResolvedNic, ResolvedSpec};
-use super::spec::{Accel, DiskFormat, DiskSpec};
+use super::disk::{NVRAM, ResolvedDisk};
+use super::resolved::{FileRef, ResolvedNic, ResolvedSpec};
+use super::spec::{Accel, DiskFormat};
 
 /// The id of the memory block, in QEMU's stream too.
 pub const RAM_BLOCK: &str = "pc.ram";
+
+/// The block node of the firmware's code.
+const FIRMWARE: &str = "firmware";
 
 /// Descriptors that QEMU inherits.
 #[derive(Debug, Clone)]
@@ -44,6 +48,9 @@ pub(super) fn build(spec: &ResolvedSpec, fds: &Inherited, incoming: bool) -> Vec
     add("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", fds.qmp));
     add("-mon", "chardev=qmp,mode=control".into());
     serial_ports(spec, &mut add);
+    if let Some(code) = &spec.firmware {
+        firmware(code, &mut add);
+    }
     for (index, disk) in spec.disks.iter().enumerate() {
         disk_args(index, disk, &mut add);
     }
@@ -70,7 +77,11 @@ fn uuid(id: VmId) -> String {
 
 fn machine(spec: &ResolvedSpec) -> String {
     // No emulated USB, mouse port or SMBus: every device less is state less to move.
-    let base = format!("{},memory-backend={RAM_BLOCK},usb=off,vmport=off,smbus=off", spec.machine);
+    let mut base =
+        format!("{},memory-backend={RAM_BLOCK},usb=off,vmport=off,smbus=off", spec.machine);
+    if spec.firmware.is_some() {
+        base += &format!(",pflash0={FIRMWARE},pflash1={NVRAM}");
+    }
     match spec.accel {
         Accel::Kvm => format!("{base},accel=kvm"),
         Accel::Tcg => format!("{base},accel=tcg"),
@@ -90,36 +101,75 @@ fn serial_ports(spec: &ResolvedSpec, add: &mut impl FnMut(&str, String)) {
     }
 }
 
-fn disk_args(index: usize, disk: &DiskSpec, add: &mut impl FnMut(&str, String)) {
-    // Image locks are demanded, not taken if convenient: they are what keeps two QEMUs from one image. The page cache is
-    // dropped by QEMU when a moved image is activated (its default).
-    let file = json!({
-        "driver": "file",
-        "node-name": format!("disk{index}-file"),
-        "filename": disk.path.to_str().unwrap_or_default(),
-        "locking": "on",
-        "read-only": disk.readonly,
-    });
-    let driver = match disk.format {
-        DiskFormat::Raw => "raw",
-        DiskFormat::Qcow2 => "qcow2",
-    };
-    let image = json!({
-        "driver": driver,
-        "node-name": format!("disk{index}"),
-        "file": format!("disk{index}-file"),
-        "read-only": disk.readonly,
-    });
-    add("-blockdev", file.to_string());
-    add("-blockdev", image.to_string());
+/// The id of the device that shows a disk to the guest.
+pub(super) fn device(disk: &str) -> String {
+    format!("{disk}-dev")
+}
+
+fn disk_args(index: usize, disk: &ResolvedDisk, add: &mut impl FnMut(&str, String)) {
+    // Named explicitly, the lowest first: what a qcow2 says about its backing file counts at neither end.
+    let mut below = Value::Null;
+    for (depth, layer) in disk.backing.iter().enumerate().rev() {
+        let name = format!("{}-backing{}", disk.id, depth + 1);
+        let file = file_node(&name, &layer.path);
+        let image = image_node(&name, layer.format, Some(&below));
+        for mut node in [file, image] {
+            node["read-only"] = true.into();
+            add("-blockdev", node.to_string());
+        }
+        below = name.into();
+    }
+    let mut file = file_node(&disk.id, &disk.path);
+    if !disk.readonly {
+        // Demanded, not taken if convenient: locks are what keeps two QEMUs from one image. The page cache is dropped by
+        // QEMU when a moved image is activated (its default).
+        file["locking"] = "on".into();
+    }
+    // A shared image's chain is QEMU's to find, as it is the same on every host.
+    let image = image_node(&disk.id, disk.format, disk.moves().then_some(&below));
+    for mut node in [file, image] {
+        node["read-only"] = disk.readonly.into();
+        node["discard"] = if disk.discard { "unmap" } else { "ignore" }.into();
+        node["detect-zeroes"] = "off".into();
+        add("-blockdev", node.to_string());
+    }
+    if disk.id == NVRAM {
+        return;
+    }
     let device = json!({
         "driver": "virtio-blk-pci",
-        "id": format!("blk{index}"),
-        "drive": format!("disk{index}"),
+        "id": device(&disk.id),
+        "drive": disk.id,
         // A kernel given with `-kernel` boots from index 0.
         "bootindex": index + 1,
     });
     add("-device", device.to_string());
+}
+
+fn file_node(name: &str, path: &Path) -> Value {
+    json!({
+        "driver": "file",
+        "node-name": format!("{name}-file"),
+        "filename": path.to_str().unwrap_or_default(),
+    })
+}
+
+fn image_node(name: &str, format: DiskFormat, below: Option<&Value>) -> Value {
+    let file = format!("{name}-file");
+    let mut node = json!({ "driver": format.name(), "node-name": name, "file": file });
+    if let (DiskFormat::Qcow2, Some(below)) = (format, below) {
+        node["backing"] = below.clone();
+    }
+    node
+}
+
+/// The firmware's own flash; its variables are a disk.
+fn firmware(firmware: &FileRef, add: &mut impl FnMut(&str, String)) {
+    let image = image_node(FIRMWARE, DiskFormat::Raw, None);
+    for mut node in [file_node(FIRMWARE, &firmware.path), image] {
+        node["read-only"] = true.into();
+        add("-blockdev", node.to_string());
+    }
 }
 
 fn nic_args(index: usize, nic: &ResolvedNic, fd: RawFd, add: &mut impl FnMut(&str, String)) {

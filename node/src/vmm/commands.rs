@@ -194,6 +194,14 @@ impl Qmp {
         self.order("migrate_cancel", Value::Null).await
     }
 
+    /// `migrate-continue` from the state that it is expected to be in.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn migrate_continue(&self, state: &str) -> Result<(), QmpError> {
+        self.order("migrate-continue", json!({ "state": state })).await
+    }
+
     /// `query-migrate`.
     ///
     /// # Errors

@@ -7,6 +7,9 @@
 //! outgoing_start   active: iterates,           incoming_start   listens
 //!                  switchover never acked
 //! stop             the gate: completes
+//!  (pause_before_switchover:
+//!   wait_pre_switchover, finish the mirrors,
+//!   migrate_continue)
 //! wait_outgoing    postmigrate | paused        wait_incoming    completed, paused
 //!                                              cont             RESUME
 //! ```
@@ -32,17 +35,27 @@ pub struct Outgoing {
     /// Withhold the acknowledgement of the switchover: QEMU iterates until the VM is stopped. Off only for a plain
     /// migration that QEMU ends by itself.
     pub gate_by_stop: bool,
+    /// Hold once more between the stop and the device state, in QEMU's state `pre-switchover`, until
+    /// [`Qemu::migrate_continue`]: the disks are still the source's, and their mirrors can be finished.
+    pub pause_before_switchover: bool,
 }
 
 impl Default for Outgoing {
     fn default() -> Self {
-        Self { max_bandwidth: 0, downtime_limit_ms: 300, gate_by_stop: true }
+        Self {
+            max_bandwidth: 0,
+            downtime_limit_ms: 300,
+            gate_by_stop: true,
+            pause_before_switchover: false,
+        }
     }
 }
 
 /// Capabilities that the node never uses, switched off in case an earlier migration left them on.
-const NEVER: [&str; 5] =
-    ["xbzrle", "multifd", "postcopy-ram", "pause-before-switchover", "auto-converge"];
+const NEVER: [&str; 4] = ["xbzrle", "multifd", "postcopy-ram", "auto-converge"];
+
+/// QEMU's name for the hold between the stop and the device state.
+const PRE_SWITCHOVER: &str = "pre-switchover";
 
 /// Bytes per second that QEMU is told it has for the switchover: with a limit of 1 ms it looks for dirty pages again only
 /// when it has none left to send. A look with pages still unsent can lose later writes to them under TCG: their bits are
@@ -52,8 +65,13 @@ const NEVER: [&str; 5] =
 const LOOK_WHEN_DONE: u64 = 1000;
 
 fn uri(socket: &Path) -> Result<String, ProcessError> {
+    socket_path(socket).map(|path| format!("unix:{path}"))
+}
+
+/// A unix socket's path as QEMU takes it.
+pub(super) fn socket_path(socket: &Path) -> Result<&str, ProcessError> {
     match socket.to_str() {
-        Some(path) if path.len() <= 107 => Ok(format!("unix:{path}")),
+        Some(path) if path.len() <= 107 => Ok(path),
         _ => Err(ProcessError::BadParams(format!(
             "{} is too long for a unix socket; choose a shorter --state",
             socket.display()
@@ -75,6 +93,7 @@ impl Qemu {
             ("return-path", true),
             ("x-ignore-shared", false),
             ("switchover-ack", how.gate_by_stop),
+            ("pause-before-switchover", how.pause_before_switchover),
         ]);
         let qmp = self.qmp();
         qmp.migrate_set_capabilities(&capabilities).await?;
@@ -192,7 +211,7 @@ impl Qemu {
     /// # Errors
     /// [`ProcessError::Migration`] with QEMU's reason, [`ProcessError::Exited`], or [`ProcessError::Deadline`].
     pub async fn wait_incoming(&self, deadline: Duration) -> Result<(), ProcessError> {
-        let info = self.wait_migration("loading", deadline).await?;
+        let info = self.wait_migration("the end of loading", is_end, deadline).await?;
         expect_completed(info)
     }
 
@@ -201,19 +220,40 @@ impl Qemu {
     /// # Errors
     /// [`ProcessError::Exited`] or [`ProcessError::Deadline`].
     pub async fn wait_outgoing(&self, deadline: Duration) -> Result<MigrateInfo, ProcessError> {
-        self.wait_migration("sending", deadline).await
+        self.wait_migration("the end of sending", is_end, deadline).await
+    }
+
+    /// Waits until a stopped source holds before it gives its disks away. A destination that is lost meanwhile shows only
+    /// behind [`Qemu::migrate_continue`].
+    ///
+    /// # Errors
+    /// [`ProcessError::Migration`] if it has ended instead, [`ProcessError::Exited`] or [`ProcessError::Deadline`].
+    pub async fn wait_pre_switchover(&self, deadline: Duration) -> Result<(), ProcessError> {
+        let there = |status: &str| status == PRE_SWITCHOVER || is_end(status);
+        let info = self.wait_migration("the hold before the switchover", there, deadline).await?;
+        if info.status.as_deref() == Some(PRE_SWITCHOVER) { Ok(()) } else { Err(ended(info)) }
+    }
+
+    /// Ends the hold of [`Qemu::wait_pre_switchover`]: the disks are given away, the device state is sent. QEMU does not
+    /// look whether the mirrors were finished.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub async fn migrate_continue(&self) -> Result<(), ProcessError> {
+        Ok(self.qmp().migrate_continue(PRE_SWITCHOVER).await?)
     }
 
     async fn wait_migration(
         &self,
         what: &str,
+        wanted: impl Fn(&str) -> bool,
         deadline: Duration,
     ) -> Result<MigrateInfo, ProcessError> {
         let end = Instant::now() + deadline;
         let mut events = self.qmp().events();
         loop {
             match self.qmp().query_migrate().await {
-                Ok(info) if info.status.as_deref().is_some_and(is_end) => return Ok(info),
+                Ok(info) if info.status.as_deref().is_some_and(&wanted) => return Ok(info),
                 Ok(_) => {}
                 Err(error) => return Err(self.or_exit(error).await),
             }
@@ -224,15 +264,14 @@ impl Qemu {
                     return Err(self.or_exit(QmpError::Disconnected).await);
                 }
                 Err(_) => {
-                    let what = format!("the end of {what}");
-                    return Err(ProcessError::Deadline { what, after: deadline });
+                    return Err(ProcessError::Deadline { what: what.into(), after: deadline });
                 }
             }
         }
     }
 
     /// A lost monitor is most often a QEMU that ends: reports the exit if there is one.
-    async fn or_exit(&self, error: QmpError) -> ProcessError {
+    pub(super) async fn or_exit(&self, error: QmpError) -> ProcessError {
         if matches!(error, QmpError::Disconnected) {
             let _ = tokio::time::timeout(COMMAND_DEADLINE, self.exited()).await;
         }
@@ -245,10 +284,11 @@ fn is_end(status: &str) -> bool {
 }
 
 fn expect_completed(info: MigrateInfo) -> Result<(), ProcessError> {
+    if info.status.as_deref() == Some("completed") { Ok(()) } else { Err(ended(info)) }
+}
+
+fn ended(info: MigrateInfo) -> ProcessError {
     let status = info.status.unwrap_or_default();
-    if status == "completed" {
-        return Ok(());
-    }
     let reason = info.error_desc.unwrap_or_else(|| "QEMU gives no reason".into());
-    Err(ProcessError::Migration { status, reason: reason.replace('\n', " ") })
+    ProcessError::Migration { status, reason: reason.replace('\n', " ") }
 }

@@ -23,7 +23,8 @@ use tokio::time::timeout;
 
 use super::complaint::last_complaint;
 use super::qmp::{Qmp, QmpError};
-use super::resolved::{BASELINE_CPU, Refusal, ResolvedSpec};
+use super::refusal::Refusal;
+use super::resolved::{BASELINE_CPU, ResolvedSpec};
 use super::selftest;
 use super::spec::{Accel, AccelChoice};
 

@@ -82,6 +82,14 @@ pub enum ProcessError {
         /// QEMU's reason.
         reason: String,
     },
+    /// The mirror of a disk failed or is not where it should be. The guest is not touched by it.
+    #[error("the mirror of {disk}: {reason}")]
+    Mirror {
+        /// The disk.
+        disk: String,
+        /// QEMU's reason.
+        reason: String,
+    },
 }
 
 pub(super) fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {

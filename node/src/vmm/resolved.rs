@@ -1,20 +1,22 @@
 //! A VM as it is started: everything that must be the same at both ends of a move.
 //!
-//! Owns [`ResolvedSpec`], its encoding for the way to a destination, and why a VM cannot move ([`Refusal`]). Never starts
+//! Owns [`ResolvedSpec`], its encoding for the way to a destination, and what a destination makes of it ([`ResolvedSpec::place`]). Never starts
 //! anything. Invariant: what [`ResolvedSpec::decode`] returns keeps the bounds of a spec, whoever sent it.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use godwit_protocol::id::{Mac, Name, VmId};
+use godwit_protocol::id::{CopyId, Mac, Name, VmId};
 use godwit_protocol::limits::NICS;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
+use super::disk::{Backing, NVRAM, ResolvedDisk, image_path};
+use super::image;
+use super::refusal::{Refusal, file_refusal};
 use super::spec::{
-    Accel, DiskSpec, HostdevSpec, MAX_DISKS, MAX_HOSTDEVS, SpecError, VmSpec, check_boot,
-    check_count, check_cpu, check_disk, check_hostdev, check_machine, check_memory, check_mtu,
+    Accel, DiskFormat, DiskSpec, HostdevSpec, MAX_DISKS, MAX_HOSTDEVS, SpecError, VmSpec,
+    check_boot, check_count, check_cpu, check_hostdev, check_machine, check_memory, check_mtu,
     check_name, check_path, check_vcpus, is_unicast, parse_mac, value_error,
 };
 
@@ -90,8 +92,11 @@ pub struct ResolvedSpec {
     pub cmdline: String,
     /// Whether there is a second serial port.
     pub serial1: bool,
-    /// Disks.
-    pub disks: Vec<DiskSpec>,
+    /// Firmware in flash. Its variables are the last of `disks` then.
+    #[serde(default)]
+    pub firmware: Option<FileRef>,
+    /// Disks, in the guest's order, [`NVRAM`] last.
+    pub disks: Vec<ResolvedDisk>,
     /// Network cards.
     pub nics: Vec<ResolvedNic>,
     /// Passthrough devices.
@@ -113,95 +118,21 @@ pub struct Resolution {
     pub macs: Vec<Mac>,
 }
 
-/// Why a host does not take a VM, or a VM does not move. One line each, with the next step.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum Refusal {
-    /// The spec breaks a rule.
-    #[error("{0}")]
-    Spec(#[from] SpecError),
-    /// A device of this host.
-    #[error("the VM has passthrough device {0}, which cannot leave its host; detach it first")]
-    Passthrough(String),
-    /// A machine type that the QEMU here does not know.
-    #[error(
-        "QEMU {qemu} on this host does not know machine type {machine}; install a newer QEMU (scripts/setup does)"
-    )]
-    UnknownMachine {
-        /// The machine type.
-        machine: String,
-        /// QEMU's version.
-        qemu: String,
-    },
-    /// A migration capability that the QEMU here lacks.
-    #[error(
-        "QEMU {qemu} on this host has no migration capability {name}; install QEMU {needed} or newer (scripts/setup does)"
-    )]
-    MissingCapability {
-        /// The capability.
-        name: &'static str,
-        /// QEMU's version.
-        qemu: String,
-        /// The first version that has it.
-        needed: &'static str,
-    },
-    /// CPU features that this host lacks.
-    #[error(
-        "this host cannot give the guest's CPU {cpu} under {accel}: it lacks {features}; choose another host"
-    )]
-    MissingCpuFeatures {
-        /// The CPU model.
-        cpu: String,
-        /// The accelerator.
-        accel: Accel,
-        /// The features, as QEMU names them.
-        features: String,
-    },
-    /// A CPU model that QEMU refuses.
-    #[error("QEMU refuses CPU {cpu} under {accel}: {reason}")]
-    BadCpu {
-        /// The CPU model.
-        cpu: String,
-        /// The accelerator.
-        accel: Accel,
-        /// QEMU's reason.
-        reason: String,
-    },
-    /// KVM does not work here.
-    #[error("the VM runs under kvm and this host cannot: {0}")]
-    NoKvm(String),
-    /// A file that cannot be read.
-    #[error("cannot read {path} on this host: {reason}; copy it there")]
-    File {
-        /// The file.
-        path: String,
-        /// Why.
-        reason: String,
-    },
-    /// A file with another content.
-    #[error(
-        "{0} on this host differs from the one that the VM was started with; copy that one there"
-    )]
-    FileDiffers(String),
-    /// Too little memory.
-    #[error(
-        "the VM needs {need_mib} MiB of memory, {free_mib} MiB of this host's limit of {limit_mib} MiB are free"
-    )]
-    Memory {
-        /// Memory that the VM needs, in MiB.
-        need_mib: u64,
-        /// Memory that is free under the limit, in MiB.
-        free_mib: u64,
-        /// The limit, in MiB.
-        limit_mib: u64,
-    },
-}
-
 impl ResolvedSpec {
-    /// Settles a spec. Reads the kernel and initrd to hash them: not for an async thread.
+    /// Settles a spec. Reads the kernel, the initrd and the disks' bases to hash them, and asks `qemu-img` about the
+    /// disks: not for an async thread.
     ///
     /// # Errors
-    /// What breaks a rule, or a file that cannot be read.
+    /// What breaks a rule, a file that cannot be read, an image that cannot be a disk.
     pub fn resolve(spec: &VmSpec, with: Resolution) -> Result<Self, Refusal> {
+        Self::resolve_with(spec, with, &|path| Ok(FileRef::hash(path)?.blake3))
+    }
+
+    /// As [`ResolvedSpec::resolve`], with the caller's way to the BLAKE3 of a base, which may remember it.
+    ///
+    /// # Errors
+    /// As [`ResolvedSpec::resolve`].
+    pub fn resolve_with(spec: &VmSpec, with: Resolution, digest: Digest) -> Result<Self, Refusal> {
         spec.check()?;
         let hash = |path: &Option<PathBuf>| path.as_deref().map(hash_file).transpose();
         let mut nics = Vec::new();
@@ -224,7 +155,8 @@ impl ResolvedSpec {
             initrd: hash(&spec.initrd)?,
             cmdline: spec.cmdline.clone(),
             serial1: spec.serial1,
-            disks: spec.disk.clone(),
+            firmware: hash(&spec.nvram.as_ref().map(|nvram| nvram.code.clone()))?,
+            disks: resolve_disks(spec, digest)?,
             nics,
             hostdevs: spec.hostdev.clone(),
         };
@@ -245,8 +177,7 @@ impl ResolvedSpec {
         for (key, file) in [("kernel", &self.kernel), ("initrd", &self.initrd)] {
             file.as_ref().map_or(Ok(()), |file| check_path(key, &file.path))?;
         }
-        check_count("disk", self.disks.len(), MAX_DISKS)?;
-        self.disks.iter().try_for_each(check_disk)?;
+        self.check_disks()?;
         check_count("nic", self.nics.len(), NICS)?;
         for (index, nic) in self.nics.iter().enumerate() {
             check_mtu(nic.mtu)?;
@@ -261,30 +192,79 @@ impl ResolvedSpec {
         self.hostdevs.iter().try_for_each(check_hostdev)
     }
 
+    fn check_disks(&self) -> Result<(), SpecError> {
+        if let Some(firmware) = &self.firmware {
+            check_path("nvram.code", &firmware.path)?;
+        }
+        let disks = match (&self.firmware, self.disks.split_last()) {
+            (None, _) => &self.disks[..],
+            (Some(_), Some((nvram, disks))) => {
+                nvram.check(disks.len(), true)?;
+                let plain = (nvram.shared, nvram.readonly, nvram.format);
+                if plain != (false, false, DiskFormat::Raw) {
+                    return Err(value_error("nvram.vars", "must be a raw image of this VM alone"));
+                }
+                disks
+            }
+            (Some(_), None) => return Err(value_error("nvram.vars", "is missing")),
+        };
+        check_count("disk", disks.len(), MAX_DISKS)?;
+        disks.iter().enumerate().try_for_each(|(index, disk)| disk.check(index, false))
+    }
+
+    /// The disks that move with the VM.
+    pub fn moving(&self) -> impl Iterator<Item = &ResolvedDisk> {
+        self.disks.iter().filter(|disk| disk.moves())
+    }
+
+    /// The same VM as copy `copy` on a host that keeps its images in `dir`: disks that move have their own image there
+    /// (not made yet: [`super::image::create`]), on bases that `find_base` finds by their content.
+    ///
+    /// # Errors
+    /// [`Refusal::BaseMissing`], or a path that is too long.
+    pub fn place(
+        &self,
+        dir: &Path,
+        copy: CopyId,
+        find_base: impl Fn(&Backing) -> Option<PathBuf>,
+    ) -> Result<Self, Refusal> {
+        let mut placed = self.clone();
+        for disk in placed.disks.iter_mut().filter(|disk| disk.moves()) {
+            disk.path = image_path(dir, self.id, copy, disk);
+            for layer in &mut disk.backing {
+                layer.path = find_base(layer).ok_or_else(|| {
+                    let name = layer.path.file_name().unwrap_or_default().display().to_string();
+                    Refusal::BaseMissing { name, disk: disk.id.clone() }
+                })?;
+            }
+        }
+        placed.check()?;
+        Ok(placed)
+    }
+
     /// Whether the VM can leave its host at all.
     ///
     /// # Errors
-    /// The device or disk that holds it.
+    /// The device that holds it.
     pub fn check_movable(&self) -> Result<(), Refusal> {
         if let Some(device) = self.hostdevs.first() {
             return Err(Refusal::Passthrough(device.address.clone()));
         }
-        self.disks.iter().try_for_each(check_disk)?;
         Ok(())
     }
 
-    /// Whether the kernel, the initrd and the disks are here, the first two with the same content. Reads the files: not
-    /// for an async thread.
+    /// Whether the kernel, the initrd and the firmware are here with the same content, and the shared disks are. Reads
+    /// the files: not for an async thread.
     ///
     /// # Errors
     /// The first file that is missing or differs.
     pub fn check_files(&self) -> Result<(), Refusal> {
-        for file in self.kernel.iter().chain(&self.initrd) {
+        for file in self.kernel.iter().chain(&self.initrd).chain(&self.firmware) {
             if hash_file(&file.path)? != *file {
                 return Err(Refusal::FileDiffers(file.path.display().to_string()));
             }
         }
-        for disk in &self.disks {
+        for disk in self.disks.iter().filter(|disk| !disk.moves()) {
             let opened = File::options().read(true).write(!disk.readonly).open(&disk.path);
             opened.map_err(|error| file_refusal(&disk.path, &error))?;
         }
@@ -319,12 +299,23 @@ impl ResolvedSpec {
     }
 }
 
-fn hash_file(path: &Path) -> Result<FileRef, Refusal> {
-    FileRef::hash(path).map_err(|error| file_refusal(path, &error))
+/// A way to the BLAKE3 of a whole file.
+pub type Digest<'a> = &'a dyn Fn(&Path) -> std::io::Result<[u8; 32]>;
+
+fn resolve_disks(spec: &VmSpec, digest: Digest) -> Result<Vec<ResolvedDisk>, Refusal> {
+    let numbered = spec.disk.iter().enumerate();
+    let mut disks: Vec<_> =
+        numbered.map(|(index, disk)| (format!("disk{index}"), disk.clone())).collect();
+    if let Some(nvram) = &spec.nvram {
+        let (path, format) = (nvram.vars.clone(), DiskFormat::Raw);
+        let vars = DiskSpec { path, format, shared: false, readonly: false, discard: false };
+        disks.push((NVRAM.into(), vars));
+    }
+    disks.into_iter().map(|(id, disk)| image::inspect(id, disk, digest)).collect()
 }
 
-fn file_refusal(path: &Path, error: &std::io::Error) -> Refusal {
-    Refusal::File { path: path.display().to_string(), reason: error.to_string() }
+fn hash_file(path: &Path) -> Result<FileRef, Refusal> {
+    FileRef::hash(path).map_err(|error| file_refusal(path, &error))
 }
 
 #[cfg(test)]

@@ -47,11 +47,6 @@ pub enum SpecError {
         /// What it must be.
         message: String,
     },
-    /// A disk that only this host reaches.
-    #[error(
-        "disk {0} is not `shared = true`: disks do not move yet; put it on storage that every host reaches and say so"
-    )]
-    DiskNotShared(String),
     /// The file is too large to be a spec.
     #[error("the spec is larger than {MAX_SPEC_BYTES} bytes; is it the right file?")]
     TooLarge,
@@ -103,20 +98,44 @@ pub enum DiskFormat {
     Qcow2,
 }
 
+impl DiskFormat {
+    /// QEMU's name for it, also the ending of an image's name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
 /// A disk: `[[disk]]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
-    /// The image, an absolute path, the same on every host.
+    /// The image, an absolute path.
     pub path: PathBuf,
     /// Its form.
     pub format: DiskFormat,
-    /// Whether every host reaches the same image at this path.
+    /// Whether every host reaches the same image at this path; otherwise it moves with the VM.
     #[serde(default)]
     pub shared: bool,
     /// Whether the guest may only read it.
     #[serde(default)]
     pub readonly: bool,
+    /// Whether what the guest discards is given back to the file system.
+    #[serde(default = "yes")]
+    pub discard: bool,
+}
+
+/// Firmware in flash: `[nvram]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NvramSpec {
+    /// The firmware, a raw image that is never written; the destination needs the same file.
+    pub code: PathBuf,
+    /// Its variables, a raw image of this VM alone; it moves as a disk does.
+    pub vars: PathBuf,
 }
 
 /// A network card: `[[nic]]`.
@@ -176,6 +195,9 @@ pub struct VmSpec {
     /// Disks, in the order the guest sees.
     #[serde(default)]
     pub disk: Vec<DiskSpec>,
+    /// Firmware in flash; absent: QEMU's own BIOS.
+    #[serde(default)]
+    pub nvram: Option<NvramSpec>,
     /// Network cards, in the order the guest sees.
     #[serde(default)]
     pub nic: Vec<NicSpec>,
@@ -186,6 +208,10 @@ pub struct VmSpec {
 
 fn one() -> u16 {
     1
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl FromStr for VmSpec {
@@ -236,7 +262,11 @@ impl VmSpec {
             path.as_ref().map_or(Ok(()), |path| check_path(key, path))?;
         }
         check_count("disk", self.disk.len(), MAX_DISKS)?;
-        self.disk.iter().try_for_each(check_disk)?;
+        self.disk.iter().try_for_each(|disk| check_path("disk.path", &disk.path))?;
+        if let Some(NvramSpec { code, vars }) = &self.nvram {
+            check_path("nvram.code", code)?;
+            check_path("nvram.vars", vars)?;
+        }
         check_count("nic", self.nic.len(), NICS)?;
         for nic in &self.nic {
             check_name("nic.wire", &nic.wire)?;
@@ -340,15 +370,6 @@ pub(super) fn check_path(key: &str, path: &std::path::Path) -> Result<(), SpecEr
     }
     let message = format!("must be an absolute path of at most {MAX_PATH} bytes of UTF-8");
     Err(value_error(key, message))
-}
-
-pub(super) fn check_disk(disk: &DiskSpec) -> Result<(), SpecError> {
-    check_path("disk.path", &disk.path)?;
-    if disk.shared {
-        Ok(())
-    } else {
-        Err(SpecError::DiskNotShared(disk.path.display().to_string()))
-    }
 }
 
 pub(super) fn check_hostdev(device: &HostdevSpec) -> Result<(), SpecError> {

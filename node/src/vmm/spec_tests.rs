@@ -17,6 +17,10 @@ serial1 = true
 path = "/srv/web.img"
 format = "raw"
 shared = true
+discard = false
+[nvram]
+code = "/srv/code.fd"
+vars = "/srv/vars.fd"
 [[nic]]
 wire = "lan"
 mac = "52:54:00:12:34:56"
@@ -32,6 +36,9 @@ fn a_full_spec_is_read() {
     assert_eq!((spec.vcpus, spec.accel, spec.serial1), (2, AccelChoice::Tcg, true));
     let small: VmSpec = "name = \"a\"\nmemory = \"16M\"".parse().unwrap();
     assert_eq!((small.vcpus, small.accel), (1, AccelChoice::Auto));
+    let disk = "name = \"a\"\nmemory = \"16M\"\n[[disk]]\npath = \"/a\"\nformat = \"qcow2\"";
+    let disk = disk.parse::<VmSpec>().unwrap().disk.remove(0);
+    assert_eq!((disk.shared, disk.readonly, disk.discard), (false, false, true));
 }
 
 #[test]
@@ -50,7 +57,9 @@ fn refusals_are_one_line_that_names_the_key() {
         ("Nehalem-v1,+aes", "x y", "spec key `cpu`"),
         ("kernel = \"/boot/vmlinuz\"", "", "spec key `initrd`: needs `kernel`"),
         ("/boot/initrd", "boot/initrd", "spec key `initrd`: must be an absolute path"),
-        ("shared = true", "", "disk /srv/web.img is not `shared = true`"),
+        ("path = \"/srv", "path = \"srv", "spec key `disk.path`: must be an absolute path"),
+        ("discard = false", "discard = 0", "spec line 16: invalid type"),
+        ("vars = \"/srv", "vars = \"srv", "spec key `nvram.vars`: must be an absolute path"),
         ("shared = true", "shred = true", "spec line 15: unknown field `shred`"),
         ("raw", "vmdk", "spec line 14: unknown variant `vmdk`"),
         ("52:54", "53:54", "spec key `nic.mac`"),
