@@ -8,6 +8,7 @@ pub mod api;
 pub mod cli;
 pub mod driver;
 pub mod link;
+pub mod nbd;
 pub mod net;
 pub mod relay;
 pub mod store;
