@@ -13,6 +13,9 @@ use crate::limits::CHUNK_BYTES;
 /// The bytes of one page.
 pub type Page = [u8; CHUNK_BYTES];
 
+/// Chunks of an extent: 64 KiB, aligned at a multiple of that.
+pub const EXTENT_CHUNKS: usize = 16;
+
 /// A page of zeros.
 pub const ZERO_PAGE: Page = [0; CHUNK_BYTES];
 
@@ -27,6 +30,19 @@ impl ChunkKey {
         let hash = blake3::keyed_hash(&self.0, content);
         let mut id = [0_u8; 16];
         id.copy_from_slice(&hash.as_bytes()[..16]);
+        ChunkId(id)
+    }
+
+    /// The id of an extent: the hash of the ids of its chunks in order, zero chunks by their id. It is
+    /// no chunk's id by accident: a chunk is hashed from 4096 bytes, [`EXTENT_CHUNKS`] ids are 256.
+    #[must_use]
+    pub fn extent_id(&self, chunks: &[ChunkId]) -> ChunkId {
+        let mut hasher = blake3::Hasher::new_keyed(&self.0);
+        for chunk in chunks {
+            hasher.update(&chunk.0);
+        }
+        let mut id = [0_u8; 16];
+        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         ChunkId(id)
     }
 
@@ -54,5 +70,17 @@ mod tests {
         assert_ne!(a.zero_id(), b.zero_id());
         assert_ne!(a.id(&[7; CHUNK_BYTES]), a.zero_id());
         assert_eq!(format!("{a:?}"), "ChunkKey(..)");
+    }
+
+    #[test]
+    fn an_extent_is_named_by_its_chunks_in_order() {
+        let key = ChunkKey([1; 32]);
+        let mut ids = [key.zero_id(); EXTENT_CHUNKS];
+        ids[3] = key.id(&[7; CHUNK_BYTES]);
+        let id = key.extent_id(&ids);
+        assert_eq!(id, key.id(ids.map(|i| i.0).as_flattened()));
+        assert_ne!(id, ChunkKey([2; 32]).extent_id(&ids));
+        ids.swap(3, 4);
+        assert_ne!(id, key.extent_id(&ids));
     }
 }
