@@ -1,6 +1,7 @@
 //! The binary's wiring: the command line, with the adapters that it cannot name itself.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use godwit_protocol::id::{Name, SwarmId};
 use serde_json::{Value, json};
@@ -42,6 +43,9 @@ impl Local for Wiring {
                 Accel::Kvm => AccelChoice::Kvm,
                 Accel::Tcg => AccelChoice::Tcg,
             },
+            image_dir: o.image_dir.unwrap_or_else(|| o.state.join("images")),
+            keep: Duration::from_secs(u64::from(o.keep_hours) * 3600),
+            keep_bytes: o.keep_bytes,
             trusted_lan: trusted_lan.collect::<Result<_, _>>().map_err(ApiError::plain)?,
             state: o.state,
         };

@@ -8,8 +8,12 @@ pub mod corpus;
 pub mod hard;
 pub mod images;
 mod index;
+mod index_file;
+mod pace;
 mod scan;
+mod source;
 
-pub use corpus::{Corpus, ReadAt, SourceId};
+pub use corpus::{Corpus, SourceId};
 pub use hard::{Hard, StoreError};
-pub use images::Images;
+pub use images::{Images, Settings};
+pub use source::ReadAt;

@@ -131,7 +131,8 @@ async fn dispatch(cli: &Cli, local: &impl Local) -> Result<Answer, ApiError> {
         Command::Run(options) => {
             need_root("run")?;
             start_log();
-            let options = RunOptions { state: state_dir(state)?, ..options.clone() };
+            let image_dir = options.image_dir.as_deref().map(absolute).transpose()?;
+            let options = RunOptions { state: state_dir(state)?, image_dir, ..options.clone() };
             local.run(options).await?;
             Ok(Answer::Shown(0))
         }

@@ -97,9 +97,9 @@ pub enum Request {
         /// Absolute path.
         path: PathBuf,
     },
-    /// Files that were added. Answer: `Vec<`[`ImageInfo`]`>`.
+    /// Files whose chunks this host can produce. Answer: `Vec<`[`ImageInfo`]`>`.
     ImageList {},
-    /// Forget a file (the file itself stays). Answer: [`Done`].
+    /// Forget a file; one that was kept after a move, and made by godwit, is deleted. Answer: [`Done`].
     ImageRemove {
         /// Absolute path.
         path: PathBuf,
@@ -325,12 +325,21 @@ pub struct RouteInfo {
 pub struct ImageInfo {
     /// Where it is.
     pub path: PathBuf,
-    /// Its size, bytes.
+    /// `image` (named by the operator), `disk` (of a VM on this host), `kept-disk` or `kept-memory` (of
+    /// a VM that moved away or was received in vain).
+    pub kind: String,
+    /// Its length, bytes.
     pub bytes: u64,
+    /// What it takes on the disk, bytes.
+    pub allocated_bytes: u64,
     /// `ready`, `indexing` or `dropped: cause`.
     pub state: String,
     /// Distinct non-zero chunks that it can produce.
     pub chunks: u64,
+    /// Whose it was, of what is kept.
+    pub vm: Option<VmId>,
+    /// Until when it is kept, seconds since 1970.
+    pub expires_s: Option<u64>,
 }
 
 /// One wire on this host.

@@ -92,10 +92,17 @@ async fn answer(
             let added = tokio::task::spawn_blocking(move || images.add(&path));
             value(image(&added.await.map_err(ApiError::plain)?.map_err(ApiError::plain)?))
         }
-        Request::ImageList {} => value(node.images.list().iter().map(image).collect::<Vec<_>>()),
+        Request::ImageList {} => {
+            let images = Arc::clone(&node.images);
+            let list = tokio::task::spawn_blocking(move || images.list()).await;
+            value(list.map_err(ApiError::plain)?.iter().map(image).collect::<Vec<_>>())
+        }
         Request::ImageRemove { path } => {
-            node.images.remove(&path).map_err(ApiError::plain)?;
-            value(Done { done: format!("{} is forgotten; the file stays", path.display()) })
+            let (images, file) = (Arc::clone(&node.images), path.clone());
+            let removed = tokio::task::spawn_blocking(move || images.remove(&file)).await;
+            let deleted = removed.map_err(ApiError::plain)?.map_err(ApiError::plain)?;
+            let file = if deleted { "the file is deleted" } else { "the file stays" };
+            value(Done { done: format!("{} is forgotten; {file}", path.display()) })
         }
         Request::Status {} => value(status(node)),
         Request::WireInfo {} => value(wire_info(node).await),
@@ -106,9 +113,13 @@ async fn answer(
 fn image(image: &crate::store::images::Image) -> ImageInfo {
     ImageInfo {
         path: image.path.clone(),
+        kind: image.kind.to_string(),
         bytes: image.bytes,
+        allocated_bytes: image.allocated,
         state: image.state.to_string(),
         chunks: image.chunks as u64,
+        vm: image.vm,
+        expires_s: image.expires_s,
     }
 }
 

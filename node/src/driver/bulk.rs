@@ -20,7 +20,6 @@ use super::hold;
 use super::node::Node;
 use crate::net::BulkStream;
 use crate::relay::{Connector, Corpus as RelayCorpus, PageSink};
-use crate::store::SourceId;
 use crate::vmm::GuestMemory;
 
 /// How long a new connection may take to say which migration it is for.
@@ -169,12 +168,15 @@ impl RelayCorpus for Known {
 }
 
 /// Indexes the memory of a VM of this host, for a migration that is about to come.
-pub(super) fn index_memory(node: &Node, memory: Arc<GuestMemory>) -> Option<SourceId> {
-    let source = node.corpus.add_memory(Arc::new(Readable(memory))).ok()?;
-    if let Err(error) = node.corpus.scan(source) {
+pub(super) fn index_memory(node: &Node, copy: &Copy) {
+    let memory = Arc::new(Readable(Arc::clone(&copy.memory)));
+    if let Err(error) = node.corpus.index_memory(copy.id, memory) {
         tracing::debug!(%error, "memory not indexed");
     }
-    Some(source)
+    // It may have ended meanwhile: the corpus would keep its memory alive.
+    if node.copies.get(copy.id).is_none() {
+        node.corpus.forget_memory(copy.id);
+    }
 }
 
 struct Readable(Arc<GuestMemory>);
@@ -189,7 +191,8 @@ impl crate::store::ReadAt for Readable {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
-        self.0.next_data(offset).map_err(io::Error::other)
+        let pages = self.0.next_data(offset / 4096).map_err(io::Error::other)?;
+        Ok(pages.map(|pages| (pages.start * 4096).max(offset)..pages.end * 4096))
     }
 }
 

@@ -46,7 +46,7 @@ impl Worker {
         }
         let budget = boot::budget(&self.node);
         self.node.caps.check_accepts(&spec, budget).await.map_err(|e| e.to_string())?;
-        self.index_memory();
+        self.index();
         let id = CopyId(random().map_err(|e| e.to_string())?);
         let copy = boot::start_copy(&self.node, &spec, id, Mode::Incoming)
             .await
@@ -59,12 +59,14 @@ impl Worker {
         Ok(())
     }
 
-    /// Memory of the VMs on this host is content that need not cross.
-    fn index_memory(&self) {
+    /// Memory of the VMs on this host is content that need not cross, and so are files.
+    fn index(&self) {
+        let images = Arc::clone(&self.node.images);
+        tokio::task::spawn_blocking(move || images.hurry());
         for copy in self.node.copies.all() {
             if copy.ran() {
-                let (node, memory) = (Arc::clone(&self.node), Arc::clone(&copy.memory));
-                tokio::task::spawn_blocking(move || bulk::index_memory(&node, memory));
+                let node = Arc::clone(&self.node);
+                tokio::task::spawn_blocking(move || bulk::index_memory(&node, &copy));
             }
         }
     }

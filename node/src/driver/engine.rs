@@ -133,6 +133,7 @@ impl Engine {
         tracing::warn!(vm = %copy.spec.name, "its QEMU ended");
         self.core.runs_no_more(vm, id);
         self.node.copies.remove(id);
+        self.node.corpus.forget_memory(id);
         wires::runs_no_more(&self.node, &copy).await;
     }
 

@@ -41,6 +41,12 @@ pub struct RunOptions {
     pub accel: AccelChoice,
     /// LANs on which plain VXLAN may be used.
     pub trusted_lan: Vec<Cidr>,
+    /// Where the disks of received copies are made.
+    pub image_dir: PathBuf,
+    /// How long disks and memory that moved away are kept.
+    pub keep: Duration,
+    /// How much of it, bytes on the disk.
+    pub keep_bytes: u64,
 }
 
 /// Why the daemon cannot start or go on.

@@ -16,7 +16,7 @@ use super::node::{DriverError, Input, Node, RunOptions};
 use super::{answers, bulk, wires};
 use crate::link::{self, Links};
 use crate::net::{Net, NetConfig, NetEvent};
-use crate::store::{Corpus, Hard, Images};
+use crate::store::{Corpus, Hard, Images, Settings};
 use crate::vmm::HostCaps;
 use crate::vmm::resolved::BASELINE_CPU;
 
@@ -66,8 +66,13 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     .map_err(DriverError::of)?;
     let chunk_key = net.chunk_key();
     let corpus = Arc::new(Corpus::new(chunk_key, CORPUS_PAGES));
-    let images =
-        Arc::new(Images::open(Arc::clone(&hard), Arc::clone(&corpus)).map_err(DriverError::of)?);
+    let settings = Settings {
+        state: options.state.clone(),
+        keep: options.keep,
+        keep_bytes: options.keep_bytes,
+    };
+    let images = Images::open(Arc::clone(&hard), Arc::clone(&corpus), settings);
+    let images = Arc::new(images.map_err(DriverError::of)?);
     let (inputs_in, inputs) = mpsc::channel(INPUTS);
     let memory_limit = options.memory_limit.map_or_else(host_memory, Ok)?;
     let node = Arc::new(Node {
@@ -122,11 +127,10 @@ fn ask_cpu_ahead(node: &Arc<Node>) -> tokio::task::JoinHandle<()> {
     })
 }
 
-/// Reads the files that may have changed while no daemon ran.
+/// Looks for files that changed while no daemon ran: they are read in the background.
 fn index_images(node: &Node) -> tokio::task::JoinHandle<()> {
     let images = Arc::clone(&node.images);
-    let indexing = tokio::task::spawn_blocking(move || images.refresh());
-    tokio::spawn(async move { drop(indexing.await) })
+    tokio::task::spawn_blocking(move || images.refresh())
 }
 
 fn host_memory() -> Result<u64, DriverError> {

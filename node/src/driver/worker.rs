@@ -161,6 +161,7 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
 /// Ends a copy's QEMU and removes what it held. The guest must not be needed here any more.
 pub(super) async fn discard(node: &Arc<Node>, id: CopyId) {
     let Some(copy) = node.copies.remove(id) else { return };
+    node.corpus.forget_memory(id);
     if let Err(error) = copy.qemu().quit(QUIT).await {
         tracing::error!(copy = %id, %error, "its QEMU does not end");
     }

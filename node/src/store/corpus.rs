@@ -1,25 +1,26 @@
 //! What this host can produce by chunk id: files that were named, memory of its VMs, and what a
 //! running migration has brought.
 //!
-//! Owns the index in memory (12.3 bytes a distinct non-zero page, bounded) and its handles on the
-//! sources. Never holds content and never promises: sources change under us, so a chunk is read by
+//! Owns the index in memory (12.3 bytes a distinct non-zero page and as much an extent of 16,
+//! bounded) and its handles on the sources. Never holds content and never promises: sources change under us, so a chunk is read by
 //! copying, the copy is hashed, and only a copy whose whole id is right is given out.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use dashmap::DashMap;
-use godwit_protocol::id::ChunkId;
+use godwit_protocol::chunk::{ChunkKey, EXTENT_CHUNKS};
+use godwit_protocol::id::{ChunkId, CopyId};
 use godwit_protocol::limits::CHUNK_BYTES;
 
-use super::index::{Index, key_of};
+use super::index::{Index, SourceIndex, key_of};
+use super::pace::Pace;
+pub use super::scan::EXTENT_BYTES;
 use super::scan::{self, ScanError};
+use super::source::ReadAt;
 
 /// Most sources at once.
 pub const SOURCES: usize = 256;
@@ -27,59 +28,6 @@ pub const SOURCES: usize = 256;
 pub const INDEX_PAGES: usize = 16 << 20;
 /// Most chunks that migrations may announce with [`Corpus::learn`]: 4 GiB of content.
 pub const LEARNED: usize = 1 << 20;
-
-/// Something whose bytes can be read at any offset while others change them.
-pub trait ReadAt: Send + Sync {
-    /// Its length now, bytes.
-    fn len(&self) -> u64;
-
-    /// Whether it has no bytes.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Fills `buffer` from `offset`, by copying.
-    ///
-    /// # Errors
-    /// If not all bytes are there.
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
-
-    /// The first range at or after `offset` that is no hole; none: only holes follow.
-    ///
-    /// # Errors
-    /// If the source cannot be asked.
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
-}
-
-impl ReadAt for File {
-    fn len(&self) -> u64 {
-        self.metadata().map_or(0, |m| m.len())
-    }
-
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        FileExt::read_exact_at(self, buffer, offset)
-    }
-
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        let seek = |from: u64, whence| -> io::Result<Option<u64>> {
-            let from = i64::try_from(from).map_err(io::Error::other)?;
-            // SAFETY: plain system call on a descriptor that `self` keeps open. It moves the file
-            // position, which nothing here uses: all reads name their offset.
-            let at = unsafe { libc::lseek(self.as_raw_fd(), from, whence) };
-            match u64::try_from(at) {
-                Ok(at) => Ok(Some(at)),
-                Err(_) => match io::Error::last_os_error() {
-                    e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                    e => Err(e),
-                },
-            }
-        };
-        let Some(start) = seek(offset, libc::SEEK_DATA)? else { return Ok(None) };
-        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or_else(|| ReadAt::len(self));
-        // The file may have been cut between the two calls.
-        Ok((start < end).then_some(start..end))
-    }
-}
 
 /// One source, as long as this process lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -105,22 +53,27 @@ pub enum CorpusError {
     /// Removed meanwhile.
     #[error("the source was removed")]
     Gone,
+    /// The daemon is about to end.
+    #[error("stopped")]
+    Stopped,
 }
 
 struct Source {
     content: Arc<dyn ReadAt>,
-    index: RwLock<Arc<Index>>,
+    /// The copy whose memory it is.
+    copy: Option<CopyId>,
+    index: RwLock<Arc<SourceIndex>>,
 }
 
 impl Source {
-    fn index(&self) -> Arc<Index> {
+    fn index(&self) -> Arc<SourceIndex> {
         Arc::clone(&self.index.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// The corpus of a host. Shared by reference; look-ups run at the same time as scans.
 pub struct Corpus {
-    key: [u8; 32],
+    key: ChunkKey,
     pages_max: usize,
     /// Distinct pages in all indexes.
     pages: AtomicUsize,
@@ -141,7 +94,7 @@ impl Corpus {
     #[must_use]
     pub fn new(key: [u8; 32], pages_max: usize) -> Self {
         Self {
-            key,
+            key: ChunkKey(key),
             pages_max,
             pages: AtomicUsize::new(0),
             next: AtomicU32::new(1),
@@ -166,13 +119,46 @@ impl Corpus {
     /// # Errors
     /// [`CorpusError::Sources`].
     pub fn add_memory(&self, content: Arc<dyn ReadAt>) -> Result<SourceId, CorpusError> {
+        self.add(content, None)
+    }
+
+    fn add(&self, content: Arc<dyn ReadAt>, copy: Option<CopyId>) -> Result<SourceId, CorpusError> {
         let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
         if sources.len() >= SOURCES {
             return Err(CorpusError::Sources);
         }
         let id = self.next.fetch_add(1, Relaxed);
-        sources.insert(id, Arc::new(Source { content, index: RwLock::default() }));
+        sources.insert(id, Arc::new(Source { content, copy, index: RwLock::default() }));
         Ok(SourceId(id))
+    }
+
+    /// Indexes the memory of a copy as it is now (blocks) and answers with its distinct non-zero
+    /// pages: a copy is one source, however often a migration is prepared.
+    ///
+    /// # Errors
+    /// [`CorpusError`]; an older index of the copy stays.
+    pub fn index_memory(
+        &self,
+        copy: CopyId,
+        content: Arc<dyn ReadAt>,
+    ) -> Result<usize, CorpusError> {
+        let id = match self.memory_of(copy) {
+            Some(id) => id,
+            None => self.add(content, Some(copy))?,
+        };
+        self.scan(id)
+    }
+
+    /// Forgets the memory of a copy, if it is a source: the corpus would keep it alive.
+    pub fn forget_memory(&self, copy: CopyId) {
+        while let Some(id) = self.memory_of(copy) {
+            self.remove(id);
+        }
+    }
+
+    fn memory_of(&self, copy: CopyId) -> Option<SourceId> {
+        let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
+        sources.iter().find(|(_, s)| s.copy == Some(copy)).map(|(id, _)| SourceId(*id))
     }
 
     /// Indexes a source as it is now (blocks) and answers with its distinct non-zero pages. The
@@ -181,33 +167,67 @@ impl Corpus {
     /// # Errors
     /// [`CorpusError`].
     pub fn scan(&self, id: SourceId) -> Result<usize, CorpusError> {
+        let (index, _) = self.index_of(id, &Pace::free(), false)?;
+        self.install(id, index)
+    }
+
+    /// Reads a source at a pace: its index, and the digest of all its bytes if asked for.
+    pub(super) fn index_of(
+        &self,
+        id: SourceId,
+        pace: &Pace,
+        digest: bool,
+    ) -> Result<(Arc<SourceIndex>, Option<[u8; 32]>), CorpusError> {
         let source = self.source(id.0).ok_or(CorpusError::Gone)?;
-        let old = source.index().len();
-        let room = self.pages_max.saturating_sub(self.pages.load(Relaxed)) + old;
-        let pairs = scan::scan(&*source.content, &self.key, room).map_err(|e| match e {
+        let room = self.room(source.index().chunks.len());
+        let found = scan::scan(&*source.content, &self.key, room, pace, digest);
+        let found = found.map_err(|e| match e {
             ScanError::Io(e) => CorpusError::Io(e),
-            ScanError::TooMany => {
-                CorpusError::Full { held: self.pages.load(Relaxed) - old, limit: self.pages_max }
-            }
+            ScanError::TooMany => self.full(self.pages_max - room),
+            ScanError::Stopped => CorpusError::Stopped,
         })?;
-        let index = Arc::new(Index::build(pairs));
-        let pages = index.len();
+        let index = SourceIndex {
+            chunks: Index::build(found.chunks),
+            extents: Index::build(found.extents),
+        };
+        Ok((Arc::new(index), found.digest))
+    }
+
+    /// Puts an index in the place of a source's older one.
+    pub(super) fn install(
+        &self,
+        id: SourceId,
+        index: Arc<SourceIndex>,
+    ) -> Result<usize, CorpusError> {
+        let pages = index.chunks.len();
         let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
-        if !sources.contains_key(&id.0) {
-            return Err(CorpusError::Gone);
-        }
+        let source = sources.get(&id.0).ok_or(CorpusError::Gone)?;
         let mut place = source.index.write().unwrap_or_else(PoisonError::into_inner);
+        let room = self.room(place.chunks.len());
+        if pages > room {
+            return Err(self.full(self.pages_max - room));
+        }
         self.pages.fetch_add(pages, Relaxed);
-        self.pages.fetch_sub(place.len(), Relaxed);
+        self.pages.fetch_sub(place.chunks.len(), Relaxed);
         *place = index;
         Ok(pages)
+    }
+
+    /// Pages that a source may have which now has `old`.
+    pub(super) fn room(&self, old: usize) -> usize {
+        let held = self.pages.load(Relaxed).saturating_sub(old);
+        self.pages_max.saturating_sub(held)
+    }
+
+    fn full(&self, held: usize) -> CorpusError {
+        CorpusError::Full { held, limit: self.pages_max }
     }
 
     /// Forgets a source and what was learned of it.
     pub fn remove(&self, id: SourceId) {
         let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(source) = sources.remove(&id.0) {
-            self.pages.fetch_sub(source.index().len(), Relaxed);
+            self.pages.fetch_sub(source.index().chunks.len(), Relaxed);
             drop(sources);
             self.learned.retain(|_, (source, _)| *source != id.0);
         }
@@ -224,13 +244,26 @@ impl Corpus {
     #[must_use]
     pub fn has(&self, chunk: &ChunkId) -> bool {
         let key = key_of(chunk);
-        self.learned.contains_key(&key)
-            || self
-                .sources
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .values()
-                .any(|source| source.index().find(key).is_some())
+        self.learned.contains_key(&key) || self.any(|index| index.chunks.find(key).is_some())
+    }
+
+    /// Whether the extent can probably be produced. Only [`Corpus::read_extent`] makes it sure.
+    #[must_use]
+    pub fn has_extent(&self, extent: &ChunkId) -> bool {
+        let key = key_of(extent);
+        self.any(|index| index.extents.find(key).is_some())
+    }
+
+    fn any(&self, has: impl Fn(&SourceIndex) -> bool) -> bool {
+        let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
+        sources.values().any(|source| has(&source.index()))
+    }
+
+    /// Every source that has what `find` looks for, and where.
+    fn places(&self, find: impl Fn(&SourceIndex) -> Option<u32>) -> Vec<(Arc<Source>, u32)> {
+        let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
+        let place = |s: &Arc<Source>| find(&s.index()).map(|at| (Arc::clone(s), at));
+        sources.values().filter_map(place).collect()
     }
 
     /// Copies the chunk into `into` if some source still has it; the copy's whole id was compared.
@@ -245,24 +278,45 @@ impl Corpus {
         {
             return true;
         }
-        let found: Vec<_> = {
-            let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
-            let place = |s: &Arc<Source>| s.index().find(key).map(|page| (Arc::clone(s), page));
-            sources.values().filter_map(place).collect()
-        };
+        let found = self.places(|index| index.chunks.find(key));
         found.iter().any(|(source, page)| self.verified(&*source.content, *page, chunk, into))
+    }
+
+    /// Copies the 64 KiB of an extent into `into` if some source still has it, and answers with the
+    /// ids of its chunks as they are in the copy; the copy's extent id was compared. None: no source
+    /// has it (any more); then the content of `into` is undefined.
+    #[must_use]
+    pub fn read_extent(
+        &self,
+        extent: &ChunkId,
+        into: &mut [u8; EXTENT_BYTES],
+    ) -> Option<[ChunkId; EXTENT_CHUNKS]> {
+        let key = key_of(extent);
+        let found = self.places(|index| index.extents.find(key));
+        let zero = self.key.zero_id();
+        found.iter().find_map(|(source, number)| {
+            let offset = u64::from(*number) * EXTENT_BYTES as u64;
+            source.content.read_exact_at(into, offset).ok()?;
+            let mut ids = [zero; EXTENT_CHUNKS];
+            for (chunk, id) in into.chunks_exact(CHUNK_BYTES).zip(&mut ids) {
+                if !scan::is_zero(chunk) {
+                    *id = self.key.id(chunk);
+                }
+            }
+            (self.key.extent_id(&ids) == *extent).then_some(ids)
+        })
     }
 
     /// The id of a chunk under the swarm's key.
     #[must_use]
     pub fn id_of(&self, chunk: &[u8; CHUNK_BYTES]) -> ChunkId {
-        scan::chunk_id(&self.key, chunk)
+        self.key.id(chunk)
     }
 
     /// Distinct pages of one source.
     #[must_use]
     pub fn pages_of(&self, id: SourceId) -> usize {
-        self.source(id.0).map_or(0, |s| s.index().len())
+        self.source(id.0).map_or(0, |s| s.index().chunks.len())
     }
 
     /// Distinct pages in the index, and the bytes of memory that it takes.
@@ -271,6 +325,11 @@ impl Corpus {
         let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
         let bytes: usize = sources.values().map(|s| s.index().bytes()).sum();
         (self.pages.load(Relaxed), bytes + self.learned.capacity() * 24)
+    }
+
+    /// The key under which all ids of this corpus are made.
+    pub(super) fn key(&self) -> &ChunkKey {
+        &self.key
     }
 
     fn source(&self, id: u32) -> Option<Arc<Source>> {
@@ -290,98 +349,5 @@ impl Corpus {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{Seek, SeekFrom, Write};
-
-    const KEY: [u8; 32] = [7; 32];
-
-    fn page(n: u32) -> [u8; CHUNK_BYTES] {
-        let mut page = [0_u8; CHUNK_BYTES];
-        for (i, word) in page.chunks_exact_mut(4).enumerate() {
-            word.copy_from_slice(&(n.wrapping_mul(2_654_435_761) ^ i as u32).to_le_bytes());
-        }
-        page
-    }
-
-    /// 40 MiB with data at both ends, across a segment's border, and a cut tail.
-    fn file() -> File {
-        let mut file = tempfile::tempfile().unwrap();
-        for n in [0_u32, 1, 4095, 4096, 10_000, 10_001] {
-            file.seek(SeekFrom::Start(u64::from(n) * 4096)).unwrap();
-            file.write_all(&page(n)).unwrap();
-        }
-        file.write_all(b"less than a chunk").unwrap();
-        file
-    }
-
-    fn reads(corpus: &Corpus, n: u32) -> bool {
-        let mut out = [0_u8; CHUNK_BYTES];
-        let got = corpus.read(&corpus.id_of(&page(n)), &mut out);
-        if got {
-            assert_eq!(out, page(n), "page {n}");
-        }
-        got
-    }
-
-    #[test]
-    fn indexes_data_and_skips_holes_and_tails() {
-        let corpus = Corpus::new(KEY, 1000);
-        let id = corpus.add_file(file()).unwrap();
-        assert_eq!(corpus.size().0, 6);
-        assert!([0, 1, 4095, 4096, 10_000, 10_001].iter().all(|n| reads(&corpus, *n)));
-        assert!(!reads(&corpus, 2));
-        assert!(!corpus.has(&corpus.id_of(&[0; CHUNK_BYTES])));
-        corpus.remove(id);
-        assert!(!reads(&corpus, 0));
-        assert_eq!(corpus.size().0, 0);
-    }
-
-    #[test]
-    fn a_changed_page_is_never_given_out() {
-        let file = Arc::new(file());
-        let corpus = Corpus::new(KEY, 1000);
-        let id = corpus.add_memory(Arc::clone(&file) as Arc<dyn ReadAt>).unwrap();
-        assert!(!reads(&corpus, 1));
-        assert_eq!(corpus.scan(id).unwrap(), 6);
-        FileExt::write_all_at(&*file, &page(77), 4096).unwrap();
-        assert!(corpus.has(&corpus.id_of(&page(1))));
-        assert!(!reads(&corpus, 1));
-        assert!(!reads(&corpus, 77));
-        assert_eq!(corpus.scan(id).unwrap(), 6);
-        assert!(reads(&corpus, 77));
-        file.set_len(0).unwrap();
-        assert!(!reads(&corpus, 77));
-    }
-
-    #[test]
-    fn a_second_source_stands_in_and_learned_chunks_are_found() {
-        let corpus = Corpus::new(KEY, 1000);
-        let first = Arc::new(file());
-        let a = corpus.add_memory(Arc::clone(&first) as Arc<dyn ReadAt>).unwrap();
-        corpus.scan(a).unwrap();
-        corpus.add_file(file()).unwrap();
-        FileExt::write_all_at(&*first, &page(500), 0).unwrap();
-        assert!(reads(&corpus, 0), "from the second file");
-        assert!(!reads(&corpus, 500));
-        corpus.learn(a, &corpus.id_of(&page(500)), 0);
-        assert!(reads(&corpus, 500));
-        corpus.remove(a);
-        assert!(!reads(&corpus, 500));
-    }
-
-    #[test]
-    fn the_index_is_bounded() {
-        let corpus = Corpus::new(KEY, 8);
-        corpus.add_file(file()).unwrap();
-        assert!(matches!(corpus.add_file(file()), Err(CorpusError::Full { held: 6, limit: 8 })));
-        assert_eq!(corpus.size().0, 6);
-    }
-
-    #[test]
-    fn another_swarms_key_gives_other_ids() {
-        let ours = Corpus::new(KEY, 8);
-        let theirs = Corpus::new([8; 32], 8);
-        assert_ne!(ours.id_of(&page(1)), theirs.id_of(&page(1)));
-    }
-}
+#[path = "corpus_tests.rs"]
+mod tests;

@@ -1,46 +1,69 @@
-//! The image library: files that the operator named as sources of chunks.
+//! The image library: files whose chunks this host can produce.
 //!
-//! Owns the list (in hard state, under `image/`) and each file's place in the corpus. Never owns
-//! the files: they may change or go at any time, then they are indexed again or dropped.
+//! Owns the list (in hard state, under `image/`), each file's place in the corpus, the thread that
+//! indexes, and the files that godwit made and keeps for a time. Never owns the operator's files:
+//! they may change or go at any time, then they are indexed again or dropped, and nothing here
+//! deletes or writes them.
+//! Invariant: only a file that was kept as owned is ever deleted, and only while it is still the
+//! file that was given.
 
-use std::collections::BTreeMap;
-use std::ffi::OsStr;
-use std::fs::{File, Metadata};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+mod digests;
+mod entry;
+mod indexer;
+mod kept;
+mod library;
+#[cfg(test)]
+mod tests;
+
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use godwit_protocol::wire::codec;
-use serde::{Deserialize, Serialize};
+use godwit_protocol::id::{CopyId, VmId};
 
-use super::corpus::{Corpus, SourceId};
+use self::entry::Listed;
+pub use self::entry::Stamp;
+use self::library::Library;
+use super::corpus::Corpus;
 use super::hard::{Hard, StoreError};
+use super::source::ReadAt;
 
-const PREFIX: &[u8] = b"image/";
-/// Longest encoded entry, bytes.
-const ENTRY_BYTES: usize = 64;
-/// Most files; less than the corpus's sources, so that VMs have room.
+/// Most files that are in the list.
 pub const IMAGES: usize = 128;
+/// Most files with the disks of live VMs; less than the corpus's sources, so that memory has room.
+pub const FILES: usize = 192;
+/// How long a file that the operator adds may take.
+const ADD: Duration = Duration::from_secs(55 * 60);
 
-/// What tells one state of a file from another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
-    bytes: u64,
-    mtime_s: i64,
-    mtime_ns: i64,
+/// What a file is to this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The operator named it.
+    Image,
+    /// The disk of a VM that is on this host.
+    Disk,
+    /// The disk of a VM that moved away, or that was received in vain.
+    KeptDisk,
+    /// The memory of such a VM.
+    KeptMemory,
 }
 
-impl Stamp {
-    fn of(meta: &Metadata) -> Self {
-        Self { bytes: meta.len(), mtime_s: meta.mtime(), mtime_ns: meta.mtime_nsec() }
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Image => "image",
+            Self::Disk => "disk",
+            Self::KeptDisk => "kept-disk",
+            Self::KeptMemory => "kept-memory",
+        })
     }
 }
 
 /// How far a file is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
-    /// Not read yet, or being read.
+    /// Not read yet, or being read again: an older index serves meanwhile.
     Indexing,
     /// Its chunks can be used.
     Ready,
@@ -63,12 +86,20 @@ impl std::fmt::Display for State {
 pub struct Image {
     /// Where it is.
     pub path: PathBuf,
-    /// Its size when it was last looked at, bytes.
+    /// What it is to this host.
+    pub kind: Kind,
+    /// Its length, bytes; that of its last index if it is gone.
     pub bytes: u64,
+    /// What it takes on the disk, bytes.
+    pub allocated: u64,
     /// How far it is.
     pub state: State,
     /// Distinct non-zero chunks in the index.
     pub chunks: usize,
+    /// Whose it was, of what is kept.
+    pub vm: Option<VmId>,
+    /// Until when it is kept, seconds since 1970.
+    pub expires_s: Option<u64>,
 }
 
 /// Why the library was not changed.
@@ -85,25 +116,44 @@ pub enum ImageError {
     /// Not in the library.
     #[error("{0} is not in the image library: see godwit image list")]
     Unknown(PathBuf),
+    /// In use.
+    #[error("{0} is a disk of a VM on this host: it stays in the library while the VM is here")]
+    Live(PathBuf),
     /// The hard state failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-struct Entry {
-    stamp: Stamp,
-    state: State,
-    source: Option<SourceId>,
-    chunks: usize,
+impl ImageError {
+    fn unusable(path: &Path, cause: impl std::fmt::Display) -> Self {
+        Self::Unusable { path: path.to_owned(), cause: cause.to_string() }
+    }
 }
 
-/// The image library of a host.
+/// How the library is kept.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The state directory: `index/` and `kept/` are made in it.
+    pub state: PathBuf,
+    /// How long is kept what moved away or was received in vain.
+    pub keep: Duration,
+    /// How much of it, bytes on the disk; 0: nothing.
+    pub keep_bytes: u64,
+}
+
+impl Settings {
+    /// What is kept unless the operator says otherwise: 20 GiB for a day.
+    #[must_use]
+    pub fn new(state: PathBuf) -> Self {
+        Self { state, keep: Duration::from_secs(24 * 3600), keep_bytes: 20 << 30 }
+    }
+}
+
+/// The image library of a host. Everything here may block for some file operations, and what is
+/// said to block does so for longer.
 pub struct Images {
-    hard: Arc<Hard>,
-    corpus: Arc<Corpus>,
-    entries: Mutex<BTreeMap<PathBuf, Entry>>,
-    /// One file is indexed at a time. Taken before `entries`, never after.
-    busy: Mutex<()>,
+    library: Arc<Library>,
+    indexer: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Images {
@@ -112,219 +162,173 @@ impl std::fmt::Debug for Images {
     }
 }
 
+impl Drop for Images {
+    fn drop(&mut self) {
+        self.library.stop();
+        if let Some(indexer) = self.indexer.take() {
+            // It ends after the buffer that it reads; a panic of it was printed.
+            let _ = indexer.join();
+        }
+    }
+}
+
 impl Images {
-    /// Reads the list. Nothing is indexed yet: call [`Images::refresh`] in the background.
+    /// Reads the list and starts the thread that indexes. Nothing is indexed yet: call
+    /// [`Images::refresh`] when the disks of live VMs are attached.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn open(hard: Arc<Hard>, corpus: Arc<Corpus>) -> Result<Self, StoreError> {
-        let mut entries = BTreeMap::new();
-        for (key, value) in hard.scan(PREFIX)? {
-            let path = PathBuf::from(OsStr::from_bytes(&key[PREFIX.len()..]));
-            match codec::decode::<Stamp, ENTRY_BYTES>(&value) {
-                Ok(stamp) => {
-                    let entry = Entry { stamp, state: State::Indexing, source: None, chunks: 0 };
-                    entries.insert(path, entry);
-                }
-                // The list is a convenience: losing a line of it must not stop a node.
-                Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "image entry unreadable")
-                }
-            }
-        }
-        Ok(Self { hard, corpus, entries: Mutex::new(entries), busy: Mutex::new(()) })
+    pub fn open(
+        hard: Arc<Hard>,
+        corpus: Arc<Corpus>,
+        settings: Settings,
+    ) -> Result<Self, StoreError> {
+        let library = Arc::new(Library::open(hard, corpus, settings)?);
+        library.sweep_kept();
+        let indexer = indexer::spawn(Arc::clone(&library))
+            .map_err(|e| StoreError::Failed(format!("no thread to index with: {e}")))?;
+        Ok(Self { library, indexer: Some(indexer) })
     }
 
-    /// Adds a file (or looks at it again) and indexes it before returning (blocks).
+    /// Adds a file (or looks at it again) and indexes it before returning (blocks, without pace).
+    /// What was kept becomes the operator's: it expires no more.
     ///
     /// # Errors
     /// [`ImageError`]; the library is as before.
     pub fn add(&self, path: &Path) -> Result<Image, ImageError> {
-        let unusable = |cause: String| ImageError::Unusable { path: path.to_owned(), cause };
-        if !path.is_absolute() {
-            return Err(unusable("name the file with its absolute path".into()));
-        }
-        let path = path.canonicalize().map_err(|e| unusable(e.to_string()))?;
-        {
-            let entries = self.entries();
-            if entries.len() >= IMAGES && !entries.contains_key(&path) {
-                return Err(unusable(format!("the library already has {IMAGES} files")));
-            }
-        }
-        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        let (stamp, source, chunks) = self.index(&path).map_err(unusable)?;
-        if let Err(e) = self.keep(&path, stamp) {
-            self.corpus.remove(source);
-            return Err(e.into());
-        }
-        let entry = Entry { stamp, state: State::Ready, source: Some(source), chunks };
-        let image = image(&path, &entry);
-        self.replace(path, entry);
-        Ok(image)
+        let path = file(path)?;
+        let library = &self.library;
+        let before = library.insert(&path, Some(Listed::Image), None)?;
+        library.hurry([path.clone()]);
+        let done = library.wait([path.clone()].into(), Instant::now() + ADD);
+        let image = library.shown(&path).ok_or_else(|| ImageError::Unknown(path.clone()))?;
+        let cause = match image.state {
+            State::Dropped(ref cause) => cause.clone(),
+            State::Indexing if !done => "reading it takes too long".into(),
+            _ => return Ok(image),
+        };
+        library.put_back(&path, before)?;
+        Err(ImageError::unusable(&path, cause))
     }
 
-    /// Looks at all files (blocks): new and changed ones are indexed, those that cannot be used any
-    /// more are dropped from the corpus but stay listed. Call it at the start and when a migration
-    /// is prepared; it costs one `stat` for a file that has not changed.
-    pub fn refresh(&self) {
-        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        let paths: Vec<PathBuf> = self.entries().keys().cloned().collect();
-        for path in paths {
-            let now = std::fs::metadata(&path).map(|m| Stamp::of(&m));
-            {
-                let mut entries = self.entries();
-                let Some(entry) = entries.get_mut(&path) else { continue };
-                if entry.state == State::Ready && now.as_ref().ok() == Some(&entry.stamp) {
-                    continue;
-                }
-                // Reads are verified, so a stale index is only slow; but do not advertise it.
-                entry.state = State::Indexing;
-                entry.chunks = 0;
-                if let Some(source) = entry.source.take() {
-                    self.corpus.remove(source);
-                }
-            }
-            let entry = match self.index(&path) {
-                Ok((stamp, source, chunks)) => {
-                    if let Err(error) = self.keep(&path, stamp) {
-                        tracing::error!(path = %path.display(), %error, "image list not written");
-                    }
-                    Entry { stamp, state: State::Ready, source: Some(source), chunks }
-                }
-                Err(cause) => {
-                    tracing::warn!(path = %path.display(), cause, "image not used");
-                    let stamp = now.unwrap_or(Stamp { bytes: 0, mtime_s: 0, mtime_ns: 0 });
-                    Entry { stamp, state: State::Dropped(cause), source: None, chunks: 0 }
-                }
-            };
-            if self.entries().contains_key(&path) {
-                self.replace(path, entry);
-            } else if let Some(source) = entry.source {
-                self.corpus.remove(source);
-            }
-        }
-    }
-
-    /// Forgets a file.
+    /// Forgets a file, and deletes it if it was kept as owned: answers whether it was.
     ///
     /// # Errors
-    /// [`ImageError::Unknown`], [`ImageError::Store`]; the library is as before.
-    pub fn remove(&self, path: &Path) -> Result<(), ImageError> {
+    /// [`ImageError::Unknown`], [`ImageError::Live`], [`ImageError::Store`]; the library is as before.
+    pub fn remove(&self, path: &Path) -> Result<bool, ImageError> {
         // A file that is gone cannot be canonicalised: then the path as given must be the listed one.
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        if !self.entries().contains_key(&path) {
-            return Err(ImageError::Unknown(path));
-        }
-        self.hard.put_many(&[(&key(&path), None)])?;
-        if let Some(source) = self.entries().remove(&path).and_then(|e| e.source) {
-            self.corpus.remove(source);
-        }
-        Ok(())
+        self.library.forget(&path)
     }
 
     /// All files, by path.
     #[must_use]
     pub fn list(&self) -> Vec<Image> {
-        self.entries().iter().map(|(path, entry)| image(path, entry)).collect()
+        self.library.lock().entries.iter().map(|(path, entry)| entry.shown(path)).collect()
     }
 
-    fn entries(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Entry>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Says that a file is a disk of a copy on this host: it is indexed in the background, and
+    /// stays in the library until [`Images::detach_disks`]. Not kept across restarts: who finds the
+    /// living copies says it again.
+    ///
+    /// # Errors
+    /// [`ImageError`]; the library is as before.
+    pub fn attach_disk(&self, path: &Path, copy: CopyId) -> Result<(), ImageError> {
+        let path = file(path)?;
+        self.library.insert(&path, None, Some(copy))?;
+        self.library.queue([path]);
+        Ok(())
     }
 
-    fn replace(&self, path: PathBuf, entry: Entry) {
-        let old = self.entries().insert(path, entry);
-        if let Some(source) = old.and_then(|e| e.source) {
-            self.corpus.remove(source);
-        }
+    /// Says that a copy's disks are of no use to it any more. Do so before they are renamed or kept.
+    pub fn detach_disks(&self, copy: CopyId) {
+        self.library.detach(copy);
     }
 
-    fn keep(&self, path: &Path, stamp: Stamp) -> Result<(), StoreError> {
-        let value = codec::encode(&stamp, ENTRY_BYTES)
-            .map_err(|e| StoreError::Refused(format!("image entry: {e}")))?;
-        self.hard.put_many(&[(&key(path), Some(&value))])
+    /// Keeps a file as a source for the time and within the bound of the [`Settings`]; older ones
+    /// make room. It gets mode 0600. An `owned` one is deleted with its entry, or at once if it is
+    /// not kept (the bound is 0, or less than the file), which is answered with none.
+    ///
+    /// # Errors
+    /// [`ImageError`]; the file and the library are as before.
+    pub fn keep(
+        &self,
+        path: &Path,
+        kind: Kind,
+        vm: VmId,
+        owned: bool,
+    ) -> Result<Option<Image>, ImageError> {
+        self.library.keep(&file(path)?, kind, vm, owned, kept::wall_s())
     }
 
-    fn index(&self, path: &Path) -> Result<(Stamp, SourceId, usize), String> {
-        let file = File::open(path).map_err(|e| e.to_string())?;
-        let meta = file.metadata().map_err(|e| e.to_string())?;
-        if !meta.is_file() {
-            return Err("is no regular file".into());
-        }
-        let source = self.corpus.add_file(file).map_err(|e| e.to_string())?;
-        Ok((Stamp::of(&meta), source, self.corpus.pages_of(source)))
+    /// Writes memory to a file of its own and keeps it: holes and pages of zeros stay holes
+    /// (blocks). None: it is not kept, as with [`Images::keep`].
+    ///
+    /// # Errors
+    /// [`ImageError`]; nothing was kept.
+    pub fn keep_memory(
+        &self,
+        memory: &dyn ReadAt,
+        vm: VmId,
+        copy: CopyId,
+    ) -> Result<Option<Image>, ImageError> {
+        self.library.keep_memory(memory, vm, copy)
+    }
+
+    /// Ends the keeping of what is older than its time at `now_s` (seconds since 1970), or over the
+    /// bound, the oldest first; answers how many. Called from within once a minute.
+    pub fn prune(&self, now_s: u64) -> usize {
+        self.library.prune(now_s)
+    }
+
+    /// Looks at all files: new and changed ones are indexed in the background, those that cannot be
+    /// used any more are dropped from the corpus but stay listed. One `stat` for each file.
+    pub fn refresh(&self) {
+        let stale = self.library.look();
+        self.library.queue(stale);
+    }
+
+    /// The same for a migration that is being prepared: what is to be indexed is, without pace.
+    /// See [`Images::wait_indexed`].
+    pub fn hurry(&self) {
+        let stale = self.library.look();
+        self.library.hurry(stale);
+    }
+
+    /// Waits until everything is indexed that is queued now (blocks); answers whether it is.
+    #[must_use]
+    pub fn wait_indexed(&self, deadline: Instant) -> bool {
+        let pending = self.library.lock().pending();
+        self.library.wait(pending, deadline)
+    }
+
+    /// A file with this content (plain BLAKE3 of all `bytes` of it): one that the operator named, or
+    /// one that [`Images::digest_of`] was asked about. Its content was hashed when it was in the
+    /// state that it is in now.
+    #[must_use]
+    pub fn find(&self, digest: &[u8; 32], bytes: u64) -> Option<PathBuf> {
+        self.library.find(digest, bytes)
+    }
+
+    /// Plain BLAKE3 of a whole file (blocks; remembered, across restarts, while the file's stamp is
+    /// the same). From then on [`Images::find`] finds it.
+    ///
+    /// # Errors
+    /// [`ImageError::Unusable`]: no such file, or it changed meanwhile.
+    pub fn digest_of(&self, path: &Path) -> Result<[u8; 32], ImageError> {
+        self.library.digest_of(&file(path)?)
     }
 }
 
-fn key(path: &Path) -> Vec<u8> {
-    [PREFIX, path.as_os_str().as_bytes()].concat()
-}
-
-fn image(path: &Path, entry: &Entry) -> Image {
-    Image {
-        path: path.to_owned(),
-        bytes: entry.stamp.bytes,
-        state: entry.state.clone(),
-        chunks: entry.chunks,
+/// The one path of a regular file.
+fn file(path: &Path) -> Result<PathBuf, ImageError> {
+    if !path.is_absolute() {
+        return Err(ImageError::unusable(path, "name the file with its absolute path"));
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use godwit_protocol::limits::CHUNK_BYTES;
-
-    const KEY: [u8; 32] = [3; 32];
-
-    fn library(state: &Path) -> (Images, Arc<Corpus>) {
-        let corpus = Arc::new(Corpus::new(KEY, 1000));
-        let hard = Arc::new(Hard::open(state).unwrap());
-        (Images::open(hard, Arc::clone(&corpus)).unwrap(), corpus)
+    let unusable = |e: std::io::Error| ImageError::unusable(path, e);
+    let real = path.canonicalize().map_err(unusable)?;
+    if real.metadata().map_err(unusable)?.is_file() {
+        return Ok(real);
     }
-
-    #[test]
-    fn the_list_survives_and_follows_the_files() {
-        let dir = tempfile::tempdir().unwrap();
-        let state = dir.path().join("state");
-        let path = dir.path().canonicalize().unwrap().join("base.img");
-        let page = |n: u8| [n; CHUNK_BYTES];
-        std::fs::write(&path, [page(1), page(2), page(1)].concat()).unwrap();
-
-        let (images, corpus) = library(&state);
-        let added = images.add(&path).unwrap();
-        assert_eq!((added.chunks, added.bytes, &added.state), (2, 12288, &State::Ready));
-        assert_eq!(images.add(&path).unwrap(), added);
-        assert_eq!(corpus.size().0, 2);
-        drop(images);
-
-        let (images, corpus) = library(&state);
-        assert_eq!(images.list()[0].state, State::Indexing);
-        images.refresh();
-        assert_eq!(images.list(), [added]);
-        assert!(corpus.has(&corpus.id_of(&page(2))));
-
-        std::fs::write(&path, [page(9)].concat()).unwrap();
-        images.refresh();
-        assert_eq!((images.list()[0].chunks, images.list()[0].bytes), (1, 4096));
-        assert!(!corpus.has(&corpus.id_of(&page(2))));
-
-        std::fs::remove_file(&path).unwrap();
-        images.refresh();
-        assert!(matches!(images.list()[0].state, State::Dropped(_)));
-        assert_eq!(corpus.size().0, 0);
-        images.remove(&path).unwrap();
-        assert!(matches!(images.remove(&path), Err(ImageError::Unknown(_))));
-        drop(images);
-        assert!(library(&state).0.list().is_empty());
-    }
-
-    #[test]
-    fn what_is_no_file_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let (images, _) = library(&dir.path().join("state"));
-        for path in [Path::new("relative.img"), Path::new("/nonexistent/x"), dir.path()] {
-            assert!(images.add(path).is_err(), "{}", path.display());
-        }
-        assert!(images.list().is_empty());
-    }
+    Err(ImageError::unusable(path, "is no regular file"))
 }

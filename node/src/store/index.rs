@@ -29,18 +29,41 @@ impl Index {
     pub fn build(mut pairs: Vec<(u64, u32)>) -> Self {
         pairs.sort_unstable();
         pairs.dedup_by_key(|(key, _)| *key);
+        let keys = pairs.iter().map(|(key, _)| *key).collect();
+        let pages = pairs.iter().map(|(_, page)| *page).collect();
+        Self::with_buckets(keys, pages)
+    }
+
+    /// An index of what [`Index::keys`] and [`Index::pages`] were; none: they never were of one.
+    #[must_use]
+    pub fn from_parts(keys: Vec<u64>, pages: Vec<u32>) -> Option<Self> {
+        let sorted = keys.is_sorted_by(|a, b| a < b);
+        (sorted && keys.len() == pages.len()).then(|| Self::with_buckets(keys, pages))
+    }
+
+    fn with_buckets(keys: Vec<u64>, pages: Vec<u32>) -> Self {
         // About 16 keys a bucket: two cache lines to search.
-        let bits = (pairs.len() / 16).max(1).ilog2();
+        let bits = (keys.len() / 16).max(1).ilog2();
         let mut starts = vec![0_u32; (1 << bits) + 1];
-        for (key, _) in &pairs {
+        for key in &keys {
             starts[bucket(*key, bits) + 1] += 1;
         }
         for at in 1..starts.len() {
             starts[at] += starts[at - 1];
         }
-        let keys = pairs.iter().map(|(key, _)| *key).collect();
-        let pages = pairs.iter().map(|(_, page)| *page).collect();
         Self { keys, pages, starts, bits }
+    }
+
+    /// All keys, in order.
+    #[must_use]
+    pub fn keys(&self) -> &[u64] {
+        &self.keys
+    }
+
+    /// The page of each key.
+    #[must_use]
+    pub fn pages(&self) -> &[u32] {
+        &self.pages
     }
 
     /// The page that has this key.
@@ -66,6 +89,23 @@ impl Index {
     }
 }
 
+/// What one source has: where its chunks and its extents are.
+#[derive(Debug, Default)]
+pub struct SourceIndex {
+    /// By chunk id: the number of the chunk.
+    pub chunks: Index,
+    /// By extent id: the number of the extent.
+    pub extents: Index,
+}
+
+impl SourceIndex {
+    /// Bytes of memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.chunks.bytes() + self.extents.bytes()
+    }
+}
+
 fn bucket(key: u64, bits: u32) -> usize {
     key.checked_shr(64 - bits).unwrap_or(0) as usize
 }
@@ -86,6 +126,8 @@ mod tests {
                 let lowest = pairs.iter().filter(|(k, _)| k == key).map(|(_, p)| *p).min();
                 prop_assert_eq!(index.find(*key), lowest);
             }
+            let again = Index::from_parts(index.keys().to_vec(), index.pages().to_vec());
+            prop_assert_eq!(again.map(|i| i.starts), Some(index.starts.clone()));
             for key in others {
                 let there = pairs.iter().any(|(k, _)| *k == key);
                 prop_assert_eq!(index.find(key).is_some(), there);
@@ -97,5 +139,13 @@ mod tests {
     fn an_empty_index_finds_nothing() {
         assert_eq!(Index::default().find(7), None);
         assert_eq!(Index::build(Vec::new()).find(7), None);
+    }
+
+    #[test]
+    fn parts_of_no_index_are_refused() {
+        assert!(Index::from_parts(vec![1, 2], vec![0]).is_none());
+        assert!(Index::from_parts(vec![2, 1], vec![0, 0]).is_none());
+        assert!(Index::from_parts(vec![1, 1], vec![0, 0]).is_none());
+        assert!(Index::from_parts(vec![1, 2], vec![9, 9]).is_some());
     }
 }

@@ -163,7 +163,7 @@ pub enum ImageCommand {
     },
     /// List the files
     List,
-    /// Forget a file (the file itself stays)
+    /// Forget a file (it stays, unless godwit made and kept it after a move)
     Remove {
         /// The file
         path: PathBuf,
@@ -224,6 +224,15 @@ pub struct RunOptions {
     /// Network between hosts of this site that may carry guests' frames unencrypted (repeatable)
     #[arg(long, value_name = "CIDR")]
     pub trusted_lan: Vec<Cidr>,
+    /// Directory for disks of VMs that move here; without it, images/ in the state directory
+    #[arg(long, value_name = "DIR")]
+    pub image_dir: Option<PathBuf>,
+    /// How long disks and memory of VMs that moved away are kept as a source for their way back
+    #[arg(long, value_name = "HOURS", default_value_t = 24)]
+    pub keep_hours: u32,
+    /// How much of it is kept, such as 20G; 0: nothing
+    #[arg(long, value_name = "SIZE", value_parser = kept_bytes, default_value = "20G")]
+    pub keep_bytes: u64,
 }
 
 /// `godwit migrate`.
@@ -322,6 +331,11 @@ fn advertise(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
+/// A size; nothing needs no unit.
+fn kept_bytes(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { human::bytes(text) }
+}
+
 impl RunOptions {
     /// What other hosts dial when this one listens on `listen`; none: what it listens on.
     #[must_use]
@@ -353,7 +367,8 @@ mod tests {
             "godwit join TOKEN --site tokyo --name b",
             "godwit run --state /s --listen 0.0.0.0:7000 --advertise 10.0.0.1 --memory-limit 4G \
              --qemu /usr/bin/qemu-system-x86_64 --accel tcg --trusted-lan 10.0.0.0/24 \
-             --trusted-lan fd00::/8",
+             --trusted-lan fd00::/8 --image-dir /i --keep-hours 48 --keep-bytes 100G",
+            "godwit run --keep-bytes 0",
             "godwit leave",
             "godwit hosts",
             "godwit revoke b",
@@ -381,6 +396,7 @@ mod tests {
         for (line, says) in [
             ("godwit init --site Paris!", "a name has 1 to 63"),
             ("godwit run --memory-limit lots", "64M"),
+            ("godwit run --keep-bytes 20", "64M"),
             ("godwit run --trusted-lan 10.0.0.1/24", "write 10.0.0.0/24"),
             ("godwit migrate web --to b --max-downtime 300", "unit"),
             ("godwit migrate web", "--to"),

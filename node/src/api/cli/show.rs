@@ -160,11 +160,21 @@ fn host_row(h: &HostInfo) -> [String; 8] {
     ]
 }
 
-const IMAGE_HEAD: [&str; 4] = ["FILE", "SIZE", "CHUNKS", "STATE"];
+const IMAGE_HEAD: [&str; 7] = ["FILE", "KIND", "SIZE", "ON DISK", "CHUNKS", "STATE", "EXPIRES"];
 
-fn image_row(i: &ImageInfo) -> [String; 4] {
-    let path = i.path.display().to_string();
-    [path, show_bytes(i.bytes), i.chunks.to_string(), i.state.clone()]
+fn image_row(i: &ImageInfo) -> [String; 7] {
+    let now_s = std::time::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_secs());
+    [
+        i.path.display().to_string(),
+        i.kind.clone(),
+        show_bytes(i.bytes),
+        show_bytes(i.allocated_bytes),
+        i.chunks.to_string(),
+        i.state.clone(),
+        i.expires_s.map_or("-".into(), |at| {
+            format!("in {}", show_ms(at.saturating_sub(now_s).saturating_mul(1000)))
+        }),
+    ]
 }
 
 const WIRE_HEAD: [&str; 4] = ["WIRE", "BRIDGE", "MTU", "COUNTERS"];
