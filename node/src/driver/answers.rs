@@ -98,16 +98,20 @@ async fn answer(
             value(list.map_err(ApiError::plain)?.iter().map(image).collect::<Vec<_>>())
         }
         Request::ImageRemove { path } => {
-            let (images, file) = (Arc::clone(&node.images), path.clone());
-            let removed = tokio::task::spawn_blocking(move || images.remove(&file)).await;
-            let deleted = removed.map_err(ApiError::plain)?.map_err(ApiError::plain)?;
-            let file = if deleted { "the file is deleted" } else { "the file stays" };
-            value(Done { done: format!("{} is forgotten; {file}", path.display()) })
+            let images = Arc::clone(&node.images);
+            let removed = tokio::task::spawn_blocking(move || forget(&images, &path));
+            value(removed.await.map_err(ApiError::plain)??)
         }
         Request::Status {} => value(status(node)),
         Request::WireInfo {} => value(wire_info(node).await),
         Request::WirePort { wire, mac } => value(wires::port(node, &wire, &mac).await?),
     }
+}
+
+fn forget(images: &crate::store::Images, path: &std::path::Path) -> Result<Done, ApiError> {
+    let deleted = images.remove(path).map_err(ApiError::plain)?;
+    let file = if deleted { "the file is deleted" } else { "the file stays" };
+    Ok(Done { done: format!("{} is forgotten; {file}", path.display()) })
 }
 
 fn image(image: &crate::store::images::Image) -> ImageInfo {

@@ -81,9 +81,12 @@ impl Library {
             delete(path, &kept);
             return Ok(None);
         }
-        std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(unusable)?;
         self.make_room(path);
-        self.insert(path, Some(listed), None)?;
+        let before = self.insert(path, Some(listed), None)?;
+        if let Err(error) = std::fs::set_permissions(path, Permissions::from_mode(0o600)) {
+            self.put_back(path, before)?;
+            return Err(unusable(error));
+        }
         self.prune(now_s);
         self.queue([path.to_owned()]);
         Ok(self.shown(path))
