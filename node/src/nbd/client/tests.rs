@@ -99,6 +99,19 @@ fn what_may_not_be_asked_for_is_not_sent() {
 }
 
 #[test]
+fn a_shutdown_from_outside_ends_both() {
+    let (here, there) = UnixStream::pair().unwrap();
+    let handle = there.try_clone().unwrap();
+    let server = std::thread::spawn(move || serve(there, "disk0", &Memory::new(512)));
+    let mut client = Client::over(here, "disk0", WAIT).unwrap();
+    client.write(0, &[1; 512]).unwrap();
+    handle.shutdown(Shutdown::Both).unwrap();
+    server.join().unwrap().unwrap();
+    assert!(client.read(0, &mut [0; 512]).is_err());
+    assert!(matches!(client.read(0, &mut [0; 512]), Err(NbdError::Ended)));
+}
+
+#[test]
 fn a_wrong_name_is_refused() {
     let (here, there) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || serve(there, "disk0", &Memory::new(512)));
