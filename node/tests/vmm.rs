@@ -4,85 +4,30 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use godwit::vmm::memfd::PAGE;
 use godwit::vmm::probe::{Kvm, MemoryBudget};
 use godwit::vmm::resolved::BASELINE_CPU;
 use godwit::vmm::selftest::{self, SelfTestError};
 use godwit::vmm::{
-    Accel, AccelChoice, Adoption, Exit, GuestMemory, HostCaps, Mode, Outgoing, ProcessError, Qemu,
-    Refusal, Resolution, ResolvedSpec, StartParams, copy_dirs, kill_copy,
+    Accel, AccelChoice, Adoption, Exit, HostCaps, Mode, Outgoing, ProcessError, Qemu, Refusal,
+    ResolvedSpec, StartParams, copy_dirs, kill_copy,
 };
-use godwit_protocol::id::{CopyId, Mac, VmId};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-const SOON: Duration = Duration::from_secs(20);
-const MEMORY: u64 = 64 << 20;
+mod common;
+use common::{Cleanup, QEMU, SOON, params, resolve};
 
-fn resolve(text: &str) -> ResolvedSpec {
-    let with = Resolution {
-        id: VmId([9; 16]),
-        machine: "pc-q35-8.1".into(),
-        accel: Accel::Tcg,
-        mtu: 1400,
-        macs: vec![Mac([0x52, 0x54, 0, 0, 0, 1])],
-    };
-    ResolvedSpec::resolve(&text.parse().unwrap(), with).unwrap()
-}
+const MEMORY: u64 = 64 << 20;
 
 fn spec() -> ResolvedSpec {
     resolve("name = \"fw\"\nmemory = \"64M\"\nserial1 = true")
 }
 
-fn params(spec: ResolvedSpec, dir: &Path, mode: Mode) -> StartParams {
-    StartParams {
-        copy: CopyId([dir.as_os_str().len() as u8; 16]),
-        memory: Arc::new(GuestMemory::create(spec.memory).unwrap()),
-        spec,
-        dir: dir.to_owned(),
-        taps: Vec::new(),
-        mode,
-        qemu: PathBuf::from(QEMU),
-    }
-}
-
 fn now_micros() -> i64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
     i64::try_from(now.as_micros()).unwrap()
-}
-
-/// Kills what a failed test leaves behind.
-struct Cleanup(tempfile::TempDir);
-
-impl Cleanup {
-    fn new() -> Self {
-        Self(tempfile::Builder::new().prefix("gwvmm").tempdir().unwrap())
-    }
-
-    fn dir(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-}
-
-impl Drop for Cleanup {
-    fn drop(&mut self) {
-        for dir in copy_dirs(self.0.path()).unwrap_or_default() {
-            let record = std::fs::read(dir.join("copy.json")).unwrap_or_default();
-            let record: serde_json::Value = serde_json::from_slice(&record).unwrap_or_default();
-            let Some(pid) = record.pointer("/process/pid").and_then(|p| p.as_i64()) else {
-                continue;
-            };
-            let own = std::fs::read_to_string(format!("/proc/{pid}/environ"));
-            let cwd = std::fs::read_link(format!("/proc/{pid}/cwd"));
-            if own.is_ok() && cwd.is_ok_and(|cwd| cwd == dir) {
-                let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
-                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-            }
-        }
-    }
 }
 
 #[tokio::test]

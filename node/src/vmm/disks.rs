@@ -11,7 +11,8 @@
 //! ```
 //!
 //! While a mirror's target does not answer, QEMU's `stop` waits for what it was sent (with the guest standing), and so
-//! does the removal of the target. A `yank` of the target ends both at once.
+//! does the removal of the target. A `yank` of the target ends both at once, unless the socket to it is full and its
+//! other end still open: a server that gives up must close its end, not only shut it down.
 
 use std::path::Path;
 use std::time::Duration;
@@ -341,7 +342,7 @@ impl Qemu {
     }
 
     /// Cuts a mirror off from its target at once, out of band: it fails, and nothing waits for it any more, not even a
-    /// `stop` under way. No error if there is none.
+    /// `stop` under way, if the server has closed its end or reads. No error if there is none.
     ///
     /// # Errors
     /// See [`ProcessError`].
@@ -402,7 +403,8 @@ impl Qemu {
             return Ok(());
         }
         let arguments = json!({
-            "id": device(disk),
+            // The device behind the PCI one: it is that which has the disk.
+            "id": format!("/machine/peripheral/{}/virtio-backend", device(disk)),
             "bps": 0, "bps_rd": 0, "bps_wr": bytes_per_second.unwrap_or(0),
             "iops": 0, "iops_rd": 0, "iops_wr": 0,
         });

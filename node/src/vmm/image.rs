@@ -3,8 +3,9 @@
 //! Owns the tool's bounded runs and what its answers mean. Never writes to an image that exists, and removes only what
 //! [`create`] named. Invariant: nobody but this user can read an image that it makes.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -114,6 +115,9 @@ pub(super) fn inspect(id: String, disk: DiskSpec, digest: Digest) -> Result<Reso
             return Err(ImageError::Format { path: name(&disk.path), found, said }.into());
         }
     }
+    if !disk.shared && is_open_elsewhere(&file, disk.readonly) {
+        return Err(ImageError::InUse(name(&disk.path)).into());
+    }
     let layers = chain(&disk)?;
     let top = layers.first().ok_or_else(|| ImageError::Tool("it knows of no image".into()))?;
     let mut backing = Vec::new();
@@ -126,6 +130,24 @@ pub(super) fn inspect(id: String, disk: DiskSpec, digest: Digest) -> Result<Reso
     let DiskSpec { path, format, shared, readonly, discard } = disk;
     let (size, allocated) = (top.virtual_size, top.actual_size);
     Ok(ResolvedDisk { id, path, format, shared, readonly, discard, size, allocated, backing })
+}
+
+/// Whether a QEMU has the image open in a way that this VM's own would refuse. `qemu-img info` finds that for qcow2 only.
+fn is_open_elsewhere(file: &File, readonly: bool) -> bool {
+    // QEMU's own scheme: who writes holds a read lock on byte 101, who lets nobody else write one on byte 201.
+    let bytes: &[libc::off_t] = if readonly { &[101] } else { &[101, 201] };
+    bytes.iter().any(|byte| {
+        let mut lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: *byte,
+            l_len: 1,
+            l_pid: 0,
+        };
+        // SAFETY: the descriptor is open and `lock` outlives the call, which only asks. What it cannot say QEMU finds out.
+        let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) };
+        asked == 0 && lock.l_type != libc::F_UNLCK as libc::c_short
+    })
 }
 
 /// Asks for the chain. A shared image may be open elsewhere, one that moves may not.
