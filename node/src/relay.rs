@@ -1,14 +1,16 @@
-//! The relay: carries one VM's memory and device state between two QEMUs.
+//! The relay: carries one VM's memory, disks and device state between two QEMUs.
 //!
 //! Owns the data path of both ends. The source end sits behind the socket that its QEMU migrates
-//! to; the destination end writes pages into the guest's memfd and feeds the rest to its QEMU,
+//! to and takes what mirrors write; the destination end writes pages into the guest's memfd and
+//! blocks into its images and feeds the rest to its QEMU,
 //! which waits with `x-ignore-shared` under `-S`. Never starts, stops or asks a QEMU, never opens a
 //! network connection: sockets, streams, memory and what is known come as parameters. Invariant: a
 //! page stays with the source until the destination has placed it, and an older version of a page
 //! never replaces a younger one.
 //!
 //! ```text
-//! QEMU -> reader -> batches -> hash -> offer  ->  claim, copy what is known -> memfd
+//! mirror -> inlet \
+//! QEMU -> reader -> batches -> hash -> offer  ->  claim, copy what is known -> memfd, image
 //!                     ^                <- want <-
 //!                     | store          literal ->  decompress, write, read back, hash
 //!                     +-------------- <- placed <-
@@ -27,8 +29,11 @@ pub mod source;
 mod table;
 
 pub use corpus::Corpus;
-pub use dest::{DestEnd, DestHandle, DestParams, DestProgress, DestinationSession};
+pub use dest::{DestEnd, DestHandle, DestParams, DestProgress, DestinationSession, Settle};
 pub use error::RelayError;
 pub use frames::{Connector, Duplex, Stream};
 pub use sink::{FileSink, PageSink};
-pub use source::{SourceEnd, SourceHandle, SourceParams, SourceProgress, SourceSession};
+pub use source::{
+    ImageReader, Inlet, PageCounts, SourceEnd, SourceHandle, SourceParams, SourceProgress,
+    SourceSession,
+};

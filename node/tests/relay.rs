@@ -15,6 +15,7 @@ use godwit::relay::{
     SourceSession, Stream,
 };
 use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::chunk::qemu::tail::Tail;
 use godwit_protocol::id::MigrationId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -59,8 +60,9 @@ impl PageSink for Memory {
         }
         Ok(())
     }
-    fn zero(&self, page: u32) -> io::Result<()> {
-        self.bytes.lock().unwrap()[page as usize * 4096..][..4096].fill(0);
+    fn zero(&self, first: u32, count: u32) -> io::Result<()> {
+        let len = count as usize * 4096;
+        self.bytes.lock().unwrap()[first as usize * 4096..][..len].fill(0);
         Ok(())
     }
     fn read(&self, first: u32, content: &mut [u8]) -> io::Result<()> {
@@ -116,7 +118,8 @@ impl Setup {
             sink: memory.clone(),
             corpus: self.corpus.clone(),
             key: KEY,
-            ram_bytes,
+            layout: Layout::new(ram_bytes, &[]).unwrap(),
+            settle: None,
             migration,
             silence_deadline: WAIT,
             load_deadline: WAIT,
@@ -136,6 +139,7 @@ impl Setup {
             key: KEY,
             ram_block: "pc.ram".to_owned(),
             ram_bytes,
+            disks: Vec::new(),
             migration,
             bandwidth: self.bandwidth,
             accept_deadline: WAIT,
@@ -275,7 +279,7 @@ async fn what_the_destination_has_does_not_cross() {
     let figures = |o: &Outcome| o.source.as_ref().unwrap().progress;
     let (alone, known_figures) = (figures(&alone), figures(&known));
     // Contents shared between pages cross once even to an empty destination.
-    assert!(alone.pages_known > 600, "{alone:?}");
+    assert!(alone.pages.known > 600, "{alone:?}");
     assert!(known_figures.wire_bytes_out < alone.wire_bytes_out * 6 / 10, "{known_figures:?}");
     assert!(known.dest.unwrap().progress.stale_copies >= 200);
 }

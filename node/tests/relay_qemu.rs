@@ -19,6 +19,7 @@ use godwit::relay::{
     SourceSession, Stream,
 };
 use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::id::MigrationId;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::{Value, json};
@@ -180,7 +181,8 @@ async fn sessions(dir: &Path, memory: &File) -> (SourceHandle, DestHandle) {
         sink: Arc::new(FileSink::new(memory.try_clone().unwrap())),
         corpus: Arc::new(EmptyCorpus),
         key: key.clone(),
-        ram_bytes: RAM,
+        layout: Layout::new(RAM, &[]).unwrap(),
+        settle: None,
         migration,
         silence_deadline: WAIT,
         load_deadline: WAIT,
@@ -198,6 +200,7 @@ async fn sessions(dir: &Path, memory: &File) -> (SourceHandle, DestHandle) {
         key,
         ram_block: "pc.ram".to_owned(),
         ram_bytes: RAM,
+        disks: Vec::new(),
         migration,
         bandwidth: 0,
         accept_deadline: WAIT,
@@ -319,7 +322,7 @@ async fn an_aborted_move_leaves_the_source_running() {
     let uri = format!("unix:{}", dir.join("out.sock").display());
     source_qmp.run("migrate", json!({ "uri": uri })).await;
     let mut progress = source.progress();
-    timeout(WAIT, progress.wait_for(|p| p.pages_literal > 1000)).await.unwrap().unwrap();
+    timeout(WAIT, progress.wait_for(|p| p.pages.literal > 1000)).await.unwrap().unwrap();
     source.abort();
     assert!(timeout(WAIT, dest.ended()).await.unwrap().is_err());
     let began = Instant::now();

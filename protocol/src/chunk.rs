@@ -4,8 +4,13 @@
 //! reads a socket or compresses: the node's relay feeds it slices and acts on what comes out.
 
 pub mod digest;
+pub mod extent;
+pub mod layout;
 pub mod pages;
 pub mod qemu;
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_128;
 
 use crate::id::ChunkId;
 use crate::limits::CHUNK_BYTES;
@@ -18,6 +23,16 @@ pub const EXTENT_CHUNKS: usize = 16;
 
 /// A page of zeros.
 pub const ZERO_PAGE: Page = [0; CHUNK_BYTES];
+
+/// How the checksum of a page in the digest's table is made. Both ends use what the batch says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sum {
+    /// The chunk's id, which has to be made anyway to ask for it.
+    Id,
+    /// XXH3 of 128 bits, for what crosses without being asked for: it finds what a faulty machine
+    /// does to a page; what an attacker could do is the link's business.
+    Quick,
+}
 
 /// The swarm's secret for naming chunks: an outsider cannot test whether a host holds a content.
 #[derive(Clone, PartialEq, Eq)]
@@ -46,6 +61,15 @@ impl ChunkKey {
         ChunkId(id)
     }
 
+    /// The checksum of `content`.
+    #[must_use]
+    pub fn sum(&self, how: Sum, content: &[u8]) -> ChunkId {
+        match how {
+            Sum::Id => self.id(content),
+            Sum::Quick => ChunkId(xxh3_128(content).to_le_bytes()),
+        }
+    }
+
     /// The id of the page of zeros, which everyone holds.
     #[must_use]
     pub fn zero_id(&self) -> ChunkId {
@@ -70,6 +94,8 @@ mod tests {
         assert_ne!(a.zero_id(), b.zero_id());
         assert_ne!(a.id(&[7; CHUNK_BYTES]), a.zero_id());
         assert_eq!(format!("{a:?}"), "ChunkKey(..)");
+        assert_eq!(a.sum(Sum::Id, &ZERO_PAGE), a.zero_id());
+        assert_ne!(a.sum(Sum::Quick, &ZERO_PAGE), a.sum(Sum::Quick, &[7; CHUNK_BYTES]));
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub const MEMBERSHIP_BYTES: usize = 8 << 10;
 pub const VOTERS: usize = 5;
 /// Most members of a virtual cluster.
 pub const CLUSTER_VMS: usize = 256;
+/// Most disks of a VM.
+pub const DISKS: usize = 16;
 /// Most NICs of a VM.
 pub const NICS: usize = 8;
 /// Longest name of a VM, wire, site or cluster, bytes.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use godwit_protocol::chunk::EXTENT_CHUNKS;
 use godwit_protocol::id::{ChunkId, HostId, MigrationId};
 use godwit_protocol::wire::migrate::{Phase, Status};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -19,6 +20,7 @@ use super::copies::Copy;
 use super::hold;
 use super::node::Node;
 use crate::net::BulkStream;
+use crate::relay::corpus::Extent;
 use crate::relay::{Connector, Corpus as RelayCorpus, PageSink};
 use crate::vmm::GuestMemory;
 
@@ -141,8 +143,8 @@ impl PageSink for Sink {
         self.memory.write_at(content, offset).map_err(io::Error::other)
     }
 
-    fn zero(&self, page: u32) -> io::Result<()> {
-        self.memory.zero_pages(u64::from(page), 1).map_err(io::Error::other)
+    fn zero(&self, first: u32, count: u32) -> io::Result<()> {
+        self.memory.zero_pages(u64::from(first), u64::from(count)).map_err(io::Error::other)
     }
 
     fn read(&self, first: u32, content: &mut [u8]) -> io::Result<()> {
@@ -164,6 +166,10 @@ impl RelayCorpus for Known {
 
     fn read(&self, id: &ChunkId, page: &mut [u8; 4096]) -> bool {
         self.0.read(id, page)
+    }
+
+    fn read_extent(&self, _: &ChunkId, _: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]> {
+        None
     }
 }
 

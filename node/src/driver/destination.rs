@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::id::{CopyId, HostId};
 use godwit_protocol::migrate::Happened;
 
@@ -80,7 +81,8 @@ impl Worker {
             sink: bulk::sink(copy),
             corpus: bulk::corpus(&self.node),
             key: ChunkKey(self.node.chunk_key),
-            ram_bytes: copy.spec.memory,
+            layout: Layout::new(copy.spec.memory, &[]).ok_or("memory of an impossible size")?,
+            settle: None,
             migration: self.id,
             silence_deadline: SILENCE,
             load_deadline: LOAD,

@@ -64,6 +64,7 @@ impl Worker {
             key: ChunkKey(self.node.chunk_key),
             ram_block: RAM_BLOCK.into(),
             ram_bytes: copy.spec.memory,
+            disks: Vec::new(),
             migration: self.id,
             bandwidth: options.bandwidth_bytes_per_s,
             accept_deadline: ACCEPT,
@@ -158,7 +159,7 @@ impl Cost {
 
     /// Pages that are asked for and wait have cost nothing yet: only what is placed tells the price.
     fn learn(&mut self, p: &SourceProgress) {
-        let asked = (p.pages_known + p.pages_literal) * 4096;
+        let asked = (p.pages.known + p.pages.literal) * 4096;
         let placed = asked.saturating_sub(p.unplaced_bytes);
         let bytes = p.wire_bytes_out;
         let (new, cost) = (placed.saturating_sub(self.placed), bytes.saturating_sub(self.bytes));
@@ -180,7 +181,7 @@ impl Cost {
 }
 
 fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
-    let handled = p.pages_zero + p.pages_known + p.pages_literal;
+    let handled = p.pages.zero + p.pages.known + p.pages.literal;
     Progress {
         passes: u64::from(p.passes),
         remaining_bytes: ram.remaining,
@@ -192,22 +193,23 @@ fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
         bulk_bytes: p.wire_bytes_out + p.wire_bytes_in,
         nonzero_bytes: p.first_pass_nonzero_pages * 4096,
         first_pass_bytes: if p.passes > 0 { u64::MAX } else { handled * 4096 },
-        zero: p.pages_zero,
-        known: p.pages_known,
-        literal: p.pages_literal,
+        zero: p.pages.zero,
+        known: p.pages.known,
+        literal: p.pages.literal,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::relay::PageCounts;
 
     #[test]
     fn what_waits_in_the_node_is_not_taken_for_cheap() {
         let mut cost = Cost::default();
         // 24 MiB are read and asked for, nothing has crossed: a stop now would be a long pause.
         let full = SourceProgress {
-            pages_literal: 6144,
+            pages: PageCounts { literal: 6144, ..PageCounts::default() },
             unplaced_bytes: 6144 * 4096,
             wire_bytes_out: 100_000,
             ..SourceProgress::default()
@@ -223,8 +225,8 @@ mod tests {
     #[test]
     fn a_small_guest_is_learned_once_all_is_placed() {
         let mut cost = Cost::default();
-        let done =
-            SourceProgress { pages_known: 10, wire_bytes_out: 400, ..SourceProgress::default() };
+        let pages = PageCounts { known: 10, ..PageCounts::default() };
+        let done = SourceProgress { pages, wire_bytes_out: 400, ..SourceProgress::default() };
         cost.learn(&done);
         assert!(cost.of(1 << 20) < 20_000);
     }

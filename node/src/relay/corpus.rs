@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
-use godwit_protocol::chunk::{ChunkKey, Page};
+use godwit_protocol::chunk::{ChunkKey, EXTENT_CHUNKS, Page};
 use godwit_protocol::id::ChunkId;
+use godwit_protocol::limits::CHUNK_BYTES;
 
 /// Contents by id: image files, the memory of other VMs, a cache.
 pub trait Corpus: Send + Sync {
@@ -13,7 +14,13 @@ pub trait Corpus: Send + Sync {
     /// Copies the content into `page`; false: not (or no longer) there. The caller verifies the
     /// copy, because what lies behind the index may have changed.
     fn read(&self, id: &ChunkId, page: &mut Page) -> bool;
+
+    /// Copies a whole extent into `extent` and answers the ids of its pages, which were compared.
+    fn read_extent(&self, id: &ChunkId, extent: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]>;
 }
+
+/// The bytes of one extent.
+pub type Extent = [u8; EXTENT_CHUNKS * CHUNK_BYTES];
 
 /// Knows nothing.
 #[derive(Debug, Default, Clone, Copy)]
@@ -27,33 +34,54 @@ impl Corpus for EmptyCorpus {
     fn read(&self, _: &ChunkId, _: &mut Page) -> bool {
         false
     }
+
+    fn read_extent(&self, _: &ChunkId, _: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]> {
+        None
+    }
 }
 
 /// Pages held in memory: for tests.
 #[derive(Debug, Default, Clone)]
-pub struct MemoryCorpus(HashMap<ChunkId, Box<Page>>);
+pub struct MemoryCorpus {
+    pages: HashMap<ChunkId, Box<Page>>,
+    extents: HashMap<ChunkId, [ChunkId; EXTENT_CHUNKS]>,
+}
 
 impl MemoryCorpus {
     /// Adds a page under its id.
     pub fn add(&mut self, key: &ChunkKey, page: &Page) {
-        self.0.insert(key.id(page), Box::new(*page));
+        self.pages.insert(key.id(page), Box::new(*page));
+    }
+
+    /// Adds an extent and its pages.
+    pub fn add_extent(&mut self, key: &ChunkKey, extent: &Extent) {
+        let pages = extent.as_chunks::<CHUNK_BYTES>().0;
+        let ids = std::array::from_fn(|at| key.id(&pages[at]));
+        pages.iter().for_each(|page| self.add(key, page));
+        self.extents.insert(key.extent_id(&ids), ids);
     }
 
     /// Adds a page under an id that is not its own: what a changed image file looks like.
     pub fn add_wrong(&mut self, id: ChunkId, page: &Page) {
-        self.0.insert(id, Box::new(*page));
+        self.pages.insert(id, Box::new(*page));
     }
 }
 
 impl Corpus for MemoryCorpus {
     fn has(&self, ids: &[ChunkId]) -> Vec<bool> {
-        ids.iter().map(|id| self.0.contains_key(id)).collect()
+        ids.iter().map(|id| self.pages.contains_key(id)).collect()
     }
 
     fn read(&self, id: &ChunkId, page: &mut Page) -> bool {
-        self.0.get(id).is_some_and(|found| {
+        self.pages.get(id).is_some_and(|found| {
             page.copy_from_slice(found.as_slice());
             true
         })
+    }
+
+    fn read_extent(&self, id: &ChunkId, extent: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]> {
+        let ids = self.extents.get(id)?;
+        let pages = extent.as_chunks_mut::<CHUNK_BYTES>().0.iter_mut();
+        ids.iter().zip(pages).all(|(id, page)| self.read(id, page)).then_some(*ids)
     }
 }

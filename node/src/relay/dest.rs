@@ -4,40 +4,51 @@
 //! whether memory and device state are whole.
 
 mod feed;
+mod offer;
 mod place;
 mod session;
 mod state;
 
+use std::future::Future;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::id::MigrationId;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::RelayError;
 use super::corpus::Corpus;
 use super::frames::Stream;
 use super::sink::PageSink;
-use super::{RelayError, source};
 
 pub use feed::feed_blob;
+
+/// What has to be done between *everything is placed* and *the device state is loaded*.
+pub type Settle =
+    Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
 
 /// What a destination session needs.
 pub struct DestParams {
     /// Where the destination's QEMU listens (`migrate-incoming unix:PATH`, capability
     /// `x-ignore-shared`, started with `-S`). Connected to when the first bytes are there.
     pub qemu_socket: PathBuf,
-    /// The guest's memory, all zeros.
+    /// The guest's memory and disks in one line ([`Layout`]), all zeros.
     pub sink: Arc<dyn PageSink>,
     /// What this host can produce.
     pub corpus: Arc<dyn Corpus>,
     /// The swarm's chunk key.
     pub key: ChunkKey,
-    /// Size of the guest's memory, bytes.
-    pub ram_bytes: u64,
+    /// Where memory and disks lie in that line.
+    pub layout: Layout,
+    /// Done once everything is placed and before QEMU is given its device state: disks are made
+    /// durable and handed over. None: there is nothing to do.
+    pub settle: Option<Settle>,
     /// The migration; a stream of another one is refused.
     pub migration: MigrationId,
     /// How long the session lives without a stream from the source node.
@@ -89,13 +100,11 @@ impl DestinationSession {
     /// Starts the session.
     ///
     /// # Errors
-    /// [`RelayError::Protocol`] if the memory size is none that a guest can have,
     /// [`RelayError::Local`] if threads cannot be started.
     pub fn spawn(params: DestParams) -> Result<DestHandle, RelayError> {
-        let pages = source::pages(params.ram_bytes)?;
         let (streams_out, streams) = mpsc::channel(4);
         let (progress_out, progress) = watch::channel(DestProgress::default());
-        let session = session::Session::start(params, pages, progress_out)?;
+        let session = session::Session::start(params, progress_out)?;
         let finished = tokio::spawn(session.run(streams));
         Ok(DestHandle { streams: streams_out, progress, finished })
     }

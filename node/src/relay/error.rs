@@ -34,11 +34,19 @@ pub enum RelayError {
     /// No connection to the far node until the deadline.
     #[error("no connection to the destination node for {0} s")]
     Unreachable(u64),
-    /// Guest memory could not be written or read.
-    #[error("cannot place pages in the guest's memory")]
+    /// Guest memory or a disk could not be written or read.
+    #[error("cannot place pages in the guest's memory or disks")]
     Memory(#[source] std::io::Error),
-    /// The memory at the destination differs from the source's.
-    #[error("memory at the destination differs from the source's: the guest stays at the source")]
+    /// A disk's image at the source could not be read.
+    #[error("cannot read a disk's image at the source")]
+    SourceImage(#[source] std::io::Error),
+    /// What was placed could not be made durable, or QEMU could not be given it.
+    #[error("cannot close the disks at the destination: {0}")]
+    Settle(String),
+    /// Memory or disks at the destination differ from the source's.
+    #[error(
+        "memory or disks at the destination differ from the source's: the guest stays at the source"
+    )]
     DigestMismatch,
     /// The device state is larger than a node keeps.
     #[error("device state of more than {0} bytes")]

@@ -1,6 +1,6 @@
-//! The guest's memory at the destination.
+//! The guest's memory and disks at the destination.
 //!
-//! Owns the trait that pages are placed through and its form for a file (the memfd). Reads by
+//! Owns the trait that pages are placed through and its form for a file (a memfd). Reads by
 //! `pread`, never by mapping: a read fault on a hole would allocate it.
 
 use std::fs::File;
@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use godwit_protocol::chunk::ZERO_PAGE;
 use godwit_protocol::limits::CHUNK_BYTES;
 
-/// Guest memory by page index. Calls come from several threads, never two for one page at once.
+/// Guest memory and disks by page index, in one line. Calls come from several threads, never two for one page at once.
 pub trait PageSink: Send + Sync {
     /// Writes consecutive pages; `content` is a multiple of 4096 bytes.
     ///
@@ -18,11 +18,11 @@ pub trait PageSink: Send + Sync {
     /// The operating system's.
     fn write(&self, first: u32, content: &[u8]) -> io::Result<()>;
 
-    /// Makes one page all zeros.
+    /// Makes consecutive pages all zeros.
     ///
     /// # Errors
     /// The operating system's.
-    fn zero(&self, page: u32) -> io::Result<()>;
+    fn zero(&self, first: u32, count: u32) -> io::Result<()>;
 
     /// Reads consecutive pages; `content` is a multiple of 4096 bytes.
     ///
@@ -52,8 +52,8 @@ impl PageSink for FileSink {
         self.0.write_all_at(content, offset(first))
     }
 
-    fn zero(&self, page: u32) -> io::Result<()> {
-        self.0.write_all_at(&ZERO_PAGE, offset(page))
+    fn zero(&self, first: u32, count: u32) -> io::Result<()> {
+        (first..first + count).try_for_each(|page| self.0.write_all_at(&ZERO_PAGE, offset(page)))
     }
 
     fn read(&self, first: u32, content: &mut [u8]) -> io::Result<()> {

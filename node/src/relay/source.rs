@@ -3,7 +3,9 @@
 //! Owns the session's start and its handle. Never stops the guest: the driver does, and says so by
 //! [`SourceHandle::begin_cutover`] and [`SourceHandle::release_source`].
 
+mod blocks;
 mod exchange;
+mod inlet;
 mod reader;
 mod session;
 mod shared;
@@ -14,14 +16,15 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::id::MigrationId;
-use godwit_protocol::limits::{CHUNK_BYTES, GUEST_MEMORY_BYTES};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::frames::Connector;
 use super::{RelayError, pool::Pool};
+pub use inlet::{ImageReader, Inlet};
 use shared::Shared;
 use work::{Job, Worker};
 
@@ -41,6 +44,8 @@ pub struct SourceParams {
     pub ram_block: String,
     /// Its size, bytes.
     pub ram_bytes: u64,
+    /// The disks that move: their sizes in bytes, and who reads their images.
+    pub disks: Vec<(u64, Box<dyn ImageReader>)>,
     /// The migration.
     pub migration: MigrationId,
     /// Most bytes per second that leave on the bulk stream; 0: no limit.
@@ -51,15 +56,26 @@ pub struct SourceParams {
     pub reconnect_deadline: Duration,
 }
 
+/// Pages by what became of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PageCounts {
+    /// All zeros.
+    pub zero: u64,
+    /// The destination produced them itself.
+    pub known: u64,
+    /// Their content crossed.
+    pub literal: u64,
+}
+
 /// How far a source session is. Counts of pages are of pages sent, with repetitions.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct SourceProgress {
-    /// Pages that were all zeros.
-    pub pages_zero: u64,
-    /// Pages that the destination produced itself.
-    pub pages_known: u64,
-    /// Pages whose content crossed.
-    pub pages_literal: u64,
+    /// All pages, of memory and disks.
+    pub pages: PageCounts,
+    /// Of these, blocks of disks.
+    pub disk_blocks: PageCounts,
+    /// Bytes that left for disks: ids and compressed content.
+    pub disk_wire_bytes: u64,
     /// Bytes that left on bulk streams.
     pub wire_bytes_out: u64,
     /// Bytes that came on bulk streams.
@@ -105,6 +121,7 @@ pub struct SourceSession;
 /// migration before, or QEMU goes on at the source by itself.
 pub struct SourceHandle {
     shared: Arc<Shared>,
+    inlets: Vec<Arc<Inlet>>,
     progress: watch::Receiver<SourceProgress>,
     abort: mpsc::Sender<()>,
     /// The outcome; the session has ended, but QEMU's stream stays open for
@@ -119,8 +136,9 @@ impl SourceSession {
     /// [`RelayError::Protocol`] if the memory size is none that a guest can have,
     /// [`RelayError::Local`] if threads cannot be started.
     pub fn spawn(params: SourceParams) -> Result<SourceHandle, RelayError> {
-        let pages = pages(params.ram_bytes)?;
-        let shared = Arc::new(Shared::new(params.key.clone(), pages));
+        let sizes: Vec<u64> = params.disks.iter().map(|(bytes, _)| *bytes).collect();
+        let layout = layout(params.ram_bytes, &sizes)?;
+        let shared = Arc::new(Shared::new(params.key.clone(), layout.pages()));
         let (events_out, events) = mpsc::channel(EVENTS);
         let (abort, aborted) = mpsc::channel(1);
         let (progress_out, progress) = watch::channel(SourceProgress::default());
@@ -136,14 +154,26 @@ impl SourceSession {
                 }
             }
         })?;
+        let pool = Arc::new(pool);
+        let mut inlets = Vec::with_capacity(sizes.len());
+        for (index, (_, image)) in params.disks.into_iter().enumerate() {
+            let pages = layout.disk(index).unwrap_or_default();
+            let inlet = Arc::new(Inlet::new(Arc::clone(&shared), Arc::clone(&pool), pages));
+            inlets.push(Arc::clone(&inlet));
+            let events = events_out.clone();
+            std::thread::Builder::new()
+                .name("relay-image".to_owned())
+                .spawn(move || inlet.check(image, &events))?;
+        }
         let session = session::Session::new(
             Arc::clone(&shared),
-            Arc::new(pool),
+            pool,
             session::Channels { events_out, events, progress: progress_out },
             session::Params {
                 connect: params.connect,
                 ram_block: params.ram_block,
                 ram_bytes: params.ram_bytes,
+                disks: sizes.len(),
                 migration: params.migration,
                 bandwidth: params.bandwidth,
                 accept_deadline: params.accept_deadline,
@@ -151,17 +181,15 @@ impl SourceSession {
             },
         );
         let finished = tokio::spawn(session.run(params.listener, aborted));
-        Ok(SourceHandle { shared, progress, abort, finished })
+        Ok(SourceHandle { shared, inlets, progress, abort, finished })
     }
 }
 
-/// Pages of a memory of `bytes`.
-pub(super) fn pages(bytes: u64) -> Result<u32, RelayError> {
-    let fits = bytes > 0 && bytes <= GUEST_MEMORY_BYTES && bytes.is_multiple_of(CHUNK_BYTES as u64);
-    u32::try_from(bytes / CHUNK_BYTES as u64)
-        .ok()
-        .filter(|_| fits)
-        .ok_or_else(|| RelayError::Protocol(format!("{bytes} bytes of guest memory")))
+/// The line of pages of memory and disks of these sizes.
+pub(super) fn layout(ram_bytes: u64, disks: &[u64]) -> Result<Layout, RelayError> {
+    Layout::new(ram_bytes, disks).ok_or_else(|| {
+        RelayError::Protocol(format!("{ram_bytes} bytes of memory and disks of {disks:?} bytes"))
+    })
 }
 
 impl SourceHandle {
@@ -169,6 +197,12 @@ impl SourceHandle {
     #[must_use]
     pub fn progress(&self) -> watch::Receiver<SourceProgress> {
         self.progress.clone()
+    }
+
+    /// Where the blocks of the disks go, in the order of the parameters.
+    #[must_use]
+    pub fn inlets(&self) -> &[Arc<Inlet>] {
+        &self.inlets
     }
 
     /// The guest is about to stop: from now on batches are small and go without asking.

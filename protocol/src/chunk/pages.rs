@@ -52,6 +52,12 @@ impl Runs {
         &self.runs
     }
 
+    /// Whether a page is in the list.
+    #[must_use]
+    pub fn contains(&self, page: u32) -> bool {
+        self.runs.iter().any(|&(first, count)| page.wrapping_sub(first) < count)
+    }
+
     /// All indexes, in order.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.runs.iter().flat_map(|&(first, count)| first..first + count)

@@ -112,6 +112,12 @@ impl Parser {
         Self { state: State::Header, at: 0, ram: Ram::new(block, bytes), section: None }
     }
 
+    /// Pages of the main memory block.
+    #[must_use]
+    pub fn main_pages(&self) -> u32 {
+        self.ram.main_pages()
+    }
+
     /// Whether all pages were given and the rest is device state.
     #[must_use]
     pub fn is_opaque(&self) -> bool {

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, CodecError};
+use crate::chunk::Sum;
 use crate::id::MigrationId;
 use crate::limits::BULK_MESSAGE_BYTES;
 
@@ -33,7 +34,7 @@ pub enum Head {
         version: u16,
         /// The migration that this connection serves.
         migration: MigrationId,
-        /// Pages of the guest's memory.
+        /// Pages of the guest's memory and disks, gaps included.
         pages: u32,
     },
     /// Destination: what it has.
@@ -43,7 +44,8 @@ pub enum Head {
         /// Bytes of device state received.
         opaque: u64,
     },
-    /// Source: a batch by ids. Payload: 16 bytes for each of `pages`.
+    /// Source: a batch by ids. Payload: 16 bytes for each of `pages`; with `extents` for each part
+    /// of [`crate::chunk::extent::parts`].
     Offer {
         /// The batch.
         seq: u32,
@@ -51,6 +53,19 @@ pub enum Head {
         pages: Vec<u8>,
         /// Pages of zeros (coded likewise).
         zeros: Vec<u8>,
+        /// Whether whole extents go by one id.
+        extents: bool,
+    },
+    /// Destination: what it knows not by its extent. Payload: one bit per offered page, low bit
+    /// first.
+    Split {
+        /// The batch.
+        seq: u32,
+    },
+    /// Source: the ids of the pages that a split asked for. Payload: 16 bytes for each.
+    Ids {
+        /// The batch.
+        seq: u32,
     },
     /// Destination: what it lacks. Payload: one bit per offered page, low bit first.
     Want {
@@ -72,6 +87,8 @@ pub enum Head {
         pages: Vec<u8>,
         /// Pages of zeros.
         zeros: Vec<u8>,
+        /// How both ends make the checksums of its pages.
+        sum: Sum,
         /// How the payload is coded.
         coding: Coding,
     },
@@ -101,8 +118,8 @@ pub enum Head {
     },
     /// Source: everything was said.
     End {
-        /// The source's digest of memory.
-        ram: [u8; 32],
+        /// The source's digest of memory and disks.
+        digest: [u8; 32],
         /// Bytes of the stream.
         opaque_bytes: u64,
         /// BLAKE3 of the stream.
@@ -176,7 +193,7 @@ mod tests {
 
     #[test]
     fn frames_read_back_and_are_bounded() {
-        let said = Head::Offer { seq: 7, pages: vec![1, 2], zeros: vec![] };
+        let said = Head::Offer { seq: 7, pages: vec![1, 2], zeros: vec![], extents: false };
         let bytes = prefix(&said, 32).unwrap();
         let (first, rest) = bytes.split_at(PREFIX_BYTES);
         assert_eq!(lengths(first.try_into().unwrap()).unwrap(), (rest.len(), 32));

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use godwit_protocol::chunk::pages::Runs;
-use godwit_protocol::chunk::{ChunkKey, Page, ZERO_PAGE};
+use godwit_protocol::chunk::{ChunkKey, Sum};
 use godwit_protocol::id::ChunkId;
 use godwit_protocol::limits::{
     BATCH_PAGES, BATCH_ZEROS, BULK_MESSAGE_BYTES, CHUNK_BYTES, REGION_BYTES,
@@ -41,7 +41,7 @@ pub(super) struct Placer {
 
 /// One thread's buffers.
 pub(super) struct Worker {
-    placer: Arc<Placer>,
+    pub(super) placer: Arc<Placer>,
     unpacker: Unpacker,
     back: Vec<u8>,
 }
@@ -77,13 +77,15 @@ impl Worker {
     /// Does what a message asks; answers what to say.
     pub(super) fn run(&mut self, frame: Frame) -> Result<Vec<Frame>, RelayError> {
         match frame.head {
-            Head::Offer { seq, pages, zeros } => {
+            Head::Offer { seq, pages, zeros, extents } => {
                 let (pages, zeros) = self.lists(&pages, &zeros)?;
-                self.offer(seq, &pages, &zeros, &frame.payload)
+                self.offer(seq, &pages, &zeros, extents, &frame.payload)
             }
-            Head::Push { seq, pages, zeros, coding } => {
+            Head::Ids { seq } => self.ids(seq, &frame.payload),
+            Head::Push { seq, pages, zeros, sum, coding } => {
+                let content = self.unpacker.unpack(coding, frame.payload, BULK_MESSAGE_BYTES)?;
                 let (pages, zeros) = self.lists(&pages, &zeros)?;
-                self.push(seq, &pages, &zeros, coding, frame.payload)
+                self.push(seq, &pages, &zeros, sum, &content)
             }
             Head::Literals { segments, coding } => self.literals(&segments, coding, frame.payload),
             other => Err(RelayError::Protocol(format!("unexpected {other:?}"))),
@@ -96,7 +98,7 @@ impl Worker {
         Ok((pages, Runs::decode(zeros, limit, BATCH_ZEROS as u32)?))
     }
 
-    fn claim(&self, seq: u32, list: &Runs) {
+    pub(super) fn claim(&self, seq: u32, list: &Runs) {
         for &(first, count) in list.runs() {
             for (region, slot, _, count) in parts(first, count) {
                 let mut locked = self.placer.table.lock(region);
@@ -108,18 +110,24 @@ impl Worker {
         }
     }
 
-    fn zeros(&self, seq: u32, list: &Runs) -> Result<(), RelayError> {
+    pub(super) fn zeros(&self, seq: u32, list: &Runs) -> Result<(), RelayError> {
         let placer = &self.placer;
         for &(first, count) in list.runs() {
             for (region, slot, first, count) in parts(first, count) {
                 let mut locked = placer.table.lock(region);
                 let entries = locked.region();
-                for i in 0..count {
-                    let slot = slot + i as usize;
-                    if entries.batch(slot) == seq && entries.sum(slot) != placer.zero {
-                        placer.sink.zero(first + i).map_err(RelayError::Memory)?;
-                        entries.set(slot, placer.zero);
+                let mut at = 0;
+                while at < count {
+                    let changes = |i: &u32| {
+                        let slot = slot + *i as usize;
+                        entries.batch(slot) == seq && entries.sum(slot) != placer.zero
+                    };
+                    let run = (at..count).take_while(changes).count() as u32;
+                    if run > 0 {
+                        placer.sink.zero(first + at, run).map_err(RelayError::Memory)?;
+                        (at..at + run).for_each(|i| entries.set(slot + i as usize, placer.zero));
                     }
+                    at += run.max(1);
                 }
             }
         }
@@ -129,9 +137,10 @@ impl Worker {
 
     /// Writes consecutive pages for a batch, reads them back and enters their hashes; calls
     /// `each` with the place in `content`, the page and the hash of what is there now.
-    fn put(
+    pub(super) fn put(
         &mut self,
         seq: u32,
+        how: Sum,
         first: u32,
         content: &[u8],
         mut each: impl FnMut(usize, u32, ChunkId),
@@ -154,7 +163,7 @@ impl Worker {
                     placer.sink.write(from, &part[bytes]).map_err(RelayError::Memory)?;
                     placer.sink.read(from, back).map_err(RelayError::Memory)?;
                     for (i, there) in back.chunks_exact(CHUNK_BYTES).enumerate() {
-                        let sum = placer.key.id(there);
+                        let sum = placer.key.sum(how, there);
                         entries.set(slot + at + i, sum);
                         each(start + at + i, from + i as u32, sum);
                     }
@@ -166,81 +175,21 @@ impl Worker {
         Ok(())
     }
 
-    fn offer(
-        &mut self,
-        seq: u32,
-        pages: &Runs,
-        zeros: &Runs,
-        ids: &[u8],
-    ) -> Result<Vec<Frame>, RelayError> {
-        if ids.len() != pages.len() * 16 {
-            return Err(RelayError::Protocol("an offer with too few or many ids".to_owned()));
-        }
-        match lock(&self.placer.state).known(seq) {
-            Known::Placed => return Ok(vec![Head::Placed { seq }.into()]),
-            Known::Waiting(bits) => return Ok(vec![want(seq, bits)]),
-            Known::New => {}
-        }
-        self.claim(seq, pages);
-        self.claim(seq, zeros);
-        self.zeros(seq, zeros)?;
-        let ids: Vec<ChunkId> = ids.as_chunks::<16>().0.iter().map(|id| ChunkId(*id)).collect();
-        let lacking = self.copies(seq, pages, &ids)?;
-        let bits = lock(&self.placer.state).lack(seq, ids.len(), &lacking);
-        Ok(vec![bits.map_or(Head::Placed { seq }.into(), |bits| want(seq, bits))])
-    }
-
-    /// Places what this host has; answers what it lacks.
-    fn copies(
-        &mut self,
-        seq: u32,
-        pages: &Runs,
-        ids: &[ChunkId],
-    ) -> Result<Vec<(usize, u32, ChunkId)>, RelayError> {
-        let placer = Arc::clone(&self.placer);
-        let has = placer.corpus.has(ids);
-        let own: Vec<Option<u32>> = {
-            let state = lock(&placer.state);
-            ids.iter().map(|id| state.page_of(id)).collect()
-        };
-        let (mut lacking, mut learnt) = (Vec::new(), Vec::new());
-        let mut buffer: Page = ZERO_PAGE;
-        for (at, (page, id)) in pages.iter().zip(ids).enumerate() {
-            let own = own[at].filter(|&own| placer.sink.read(own, &mut buffer).is_ok());
-            let mut found = own.is_some() && placer.key.id(&buffer) == *id;
-            if !found && has.get(at) == Some(&true) {
-                found = placer.corpus.read(id, &mut buffer) && placer.key.id(&buffer) == *id;
-                let stale = u64::from(!found);
-                placer.stale_copies.fetch_add(stale, Ordering::Relaxed);
-            }
-            if !found {
-                lacking.push((at, page, *id));
-                continue;
-            }
-            placer.known.fetch_add(1, Ordering::Relaxed);
-            let copy = buffer;
-            self.put(seq, page, &copy, |_, page, sum| {
-                self_check(&placer, page, sum, id, &mut learnt)
-            })?;
-        }
-        lock(&placer.state).learn(&learnt);
-        Ok(lacking)
-    }
-
     fn push(
         &mut self,
         seq: u32,
         pages: &Runs,
         zeros: &Runs,
-        coding: Coding,
-        payload: Bytes,
+        sum: Sum,
+        content: &[u8],
     ) -> Result<Vec<Frame>, RelayError> {
-        let content = self.unpacker.unpack(coding, payload, BULK_MESSAGE_BYTES)?;
         if content.len() != pages.len() * CHUNK_BYTES {
             return Err(RelayError::Protocol("a push of another length than said".to_owned()));
         }
-        if matches!(lock(&self.placer.state).known(seq), Known::Placed) {
-            return Ok(vec![Head::Placed { seq }.into()]);
+        match lock(&self.placer.state).begin(seq) {
+            Known::New => {}
+            Known::Placed => return Ok(vec![Head::Placed { seq }.into()]),
+            _ => return Ok(Vec::new()),
         }
         self.claim(seq, pages);
         self.claim(seq, zeros);
@@ -249,7 +198,10 @@ impl Worker {
         for &(first, count) in pages.runs() {
             let bytes = at..at + count as usize * CHUNK_BYTES;
             at = bytes.end;
-            self.put(seq, first, &content[bytes], |_, page, sum| learnt.push((page, sum)))?;
+            self.put(seq, sum, first, &content[bytes], |_, page, sum| learnt.push((page, sum)))?;
+        }
+        if sum != Sum::Id {
+            learnt.clear();
         }
         let mut state = lock(&self.placer.state);
         state.learn(&learnt);
@@ -300,7 +252,7 @@ impl Worker {
             let first = wanted[at].0;
             let run = wanted[at..].iter().zip(first..).take_while(|(w, page)| w.0 == *page).count();
             let bytes = &content[at * CHUNK_BYTES..(at + run) * CHUNK_BYTES];
-            self.put(seq, first, bytes, |i, page, sum| {
+            self.put(seq, Sum::Id, first, bytes, |i, page, sum| {
                 self_check(&placer, page, sum, &wanted[at + i].1, &mut learnt);
             })?;
             at += run;
@@ -315,7 +267,7 @@ impl Worker {
                 state.waiters(id)
             };
             for (seq, at) in waiters {
-                self.put(seq, at, page, |_, page, sum| {
+                self.put(seq, Sum::Id, at, page, |_, page, sum| {
                     self_check(&placer, page, sum, id, &mut Vec::new());
                 })?;
                 settled.push((seq, 1));
@@ -332,7 +284,7 @@ impl Worker {
 }
 
 /// Notes a content that reads back as announced, or counts one that does not.
-fn self_check(
+pub(super) fn self_check(
     placer: &Placer,
     page: u32,
     sum: ChunkId,
@@ -345,10 +297,6 @@ fn self_check(
         placer.altered.fetch_add(1, Ordering::Relaxed);
         tracing::error!(page, "a page reads back otherwise than announced");
     }
-}
-
-fn want(seq: u32, bits: Vec<u8>) -> Frame {
-    Frame { head: Head::Want { seq }, payload: bits.into() }
 }
 
 #[cfg(test)]
@@ -377,7 +325,7 @@ mod tests {
         let mut worker = Worker::new(Arc::new(placer)).unwrap();
         let (old, young) = ([1_u8; 4096], [2_u8; 4096]);
         let offer = |seq, page: u32| Frame {
-            head: Head::Offer { seq, pages: runs(&[page]), zeros: vec![] },
+            head: Head::Offer { seq, pages: runs(&[page]), zeros: vec![], extents: false },
             payload: key.id(&old).0.to_vec().into(),
         };
         let answer = worker.run(offer(1, 5)).unwrap();
@@ -387,7 +335,13 @@ mod tests {
         );
         // The same content elsewhere is not asked for again.
         assert_eq!(&worker.run(offer(3, 9)).unwrap()[0].payload[..], &[0]);
-        let push = Head::Push { seq: 2, pages: runs(&[5]), zeros: vec![], coding: Coding::Raw };
+        let push = Head::Push {
+            seq: 2,
+            pages: runs(&[5]),
+            zeros: vec![],
+            sum: Sum::Quick,
+            coding: Coding::Raw,
+        };
         let answer = worker.run(Frame { head: push, payload: young.to_vec().into() }).unwrap();
         assert_eq!(said(&answer), [Head::Placed { seq: 2 }]);
         let literals = Frame {

@@ -17,7 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::feed::{Blob, feed};
 use super::place::{Placer, Worker};
-use super::{DestEnd, DestParams, DestProgress};
+use super::{DestEnd, DestParams, DestProgress, Settle};
 use crate::relay::RelayError;
 use crate::relay::frames::{Conn, Frame, Meter, Stream};
 use crate::relay::pack::Unpacker;
@@ -34,8 +34,32 @@ type Done = (usize, Result<Vec<Frame>, RelayError>);
 
 type Incoming = mpsc::Receiver<Result<Frame, RelayError>>;
 
+/// Where [`DestParams::settle`] stands.
+enum Settling {
+    Waits(Settle),
+    Begun(JoinHandle<Result<(), String>>),
+    Done,
+}
+
+impl Settling {
+    fn begin(&mut self) {
+        match std::mem::replace(self, Self::Done) {
+            Self::Waits(settle) => *self = Self::Begun(tokio::spawn(settle())),
+            other => *self = other,
+        }
+    }
+
+    /// Waits for the end of what was begun; for ever if nothing was.
+    async fn ended(&mut self) -> Result<(), RelayError> {
+        let Self::Begun(task) = self else { return std::future::pending().await };
+        let outcome = task.await;
+        *self = Self::Done;
+        outcome.unwrap_or_else(|e| Err(e.to_string())).map_err(RelayError::Settle)
+    }
+}
+
 struct End {
-    ram: [u8; 32],
+    digest: [u8; 32],
     opaque_bytes: u64,
     opaque: [u8; 32],
 }
@@ -55,18 +79,20 @@ pub(super) struct Session {
     end: Option<End>,
     /// Digests are equal.
     equal: Option<[u8; 32]>,
+    settling: Settling,
     placing: usize,
     outbox: VecDeque<Frame>,
 }
 
 impl Session {
     pub(super) fn start(
-        params: DestParams,
-        pages: u32,
+        mut params: DestParams,
         progress: watch::Sender<DestProgress>,
     ) -> Result<Self, RelayError> {
         let sink = Arc::clone(&params.sink);
         let corpus = Arc::clone(&params.corpus);
+        let settling = params.settle.take().map_or(Settling::Done, Settling::Waits);
+        let pages = params.layout.pages();
         let placer = Arc::new(Placer::new(sink, corpus, params.key.clone(), pages));
         let (done_out, done) = mpsc::channel::<Done>(ANSWERS);
         let workers = (0..WORKERS)
@@ -95,6 +121,7 @@ impl Session {
             ram_end: None,
             end: None,
             equal: None,
+            settling,
             placing: 0,
             outbox: VecDeque::new(),
         })
@@ -171,6 +198,7 @@ impl Session {
                     Ok(Err(cause)) => return Err(cause),
                     Err(_) => return Err(RelayError::Aborted),
                 },
+                settled = self.settling.ended() => settled?,
                 _ = ticks.tick() => {
                     self.placer.table.close();
                     self.publish();
@@ -237,8 +265,8 @@ impl Session {
 
     fn hear(&mut self, frame: Frame) -> Result<(), RelayError> {
         match frame.head {
-            Head::Offer { .. } | Head::Push { .. } | Head::Literals { .. } => {
-                let urgent = matches!(frame.head, Head::Offer { .. });
+            Head::Offer { .. } | Head::Ids { .. } | Head::Push { .. } | Head::Literals { .. } => {
+                let urgent = matches!(frame.head, Head::Offer { .. } | Head::Ids { .. });
                 self.placing += frame.payload.len();
                 self.pool.put(frame, urgent);
             }
@@ -246,8 +274,8 @@ impl Session {
                 self.opaque(offset, held, coding, frame.payload)?;
             }
             Head::RamEnd { seq } => self.ram_end = Some(seq),
-            Head::End { ram, opaque_bytes, opaque } => {
-                self.end = Some(End { ram, opaque_bytes, opaque });
+            Head::End { digest, opaque_bytes, opaque } => {
+                self.end = Some(End { digest, opaque_bytes, opaque });
             }
             Head::Ping { stamp } => self.outbox.push_back(Head::Pong { stamp }.into()),
             Head::Failed { cause } => return Err(RelayError::Peer(cause)),
@@ -288,7 +316,11 @@ impl Session {
         let have = lock(&self.blob).len();
         let placed = lock(&self.placer.state).through();
         let all_placed = self.ram_end.is_some_and(|seq| placed >= seq);
-        let allowed = self.gate.filter(|_| !all_placed).unwrap_or(have);
+        if all_placed {
+            self.settling.begin();
+        }
+        let ready = all_placed && matches!(self.settling, Settling::Done);
+        let allowed = self.gate.filter(|_| !ready).unwrap_or(have);
         self.allowed.send_if_modified(|now| {
             let more = allowed > *now;
             *now = allowed.max(*now);
@@ -298,14 +330,14 @@ impl Session {
         if self.equal.is_some() || !all_placed || (have as u64) < end.opaque_bytes {
             return Ok(());
         }
-        let ram = self.placer.table.digest();
+        let digest = self.placer.table.digest();
         let opaque = *blake3::hash(&lock(&self.blob)).as_bytes();
-        let equal = ram == end.ram && opaque == end.opaque && have as u64 == end.opaque_bytes;
+        let equal = digest == end.digest && opaque == end.opaque && have as u64 == end.opaque_bytes;
         self.outbox.push_back(Head::Verdict { equal }.into());
         if !equal {
             return Err(RelayError::DigestMismatch);
         }
-        self.equal = Some(ram);
+        self.equal = Some(digest);
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use godwit_protocol::chunk::EXTENT_CHUNKS;
 use godwit_protocol::id::ChunkId;
 use godwit_protocol::limits::KNOWN_CHUNKS;
 
@@ -25,9 +26,35 @@ pub(super) struct Incoming {
 /// What is known of a batch.
 pub(super) enum Known {
     New,
+    /// A thread is at it: its answer comes.
+    Busy,
+    /// The ids of these were asked for.
+    Split(Vec<u8>),
     /// Asked for; the answer was this.
     Waiting(Vec<u8>),
     Placed,
+}
+
+/// An offer of which the ids of some extents were asked for.
+#[derive(Debug, Default)]
+pub(super) struct Splitting {
+    /// Pages of the whole batch.
+    pub(super) count: usize,
+    /// Pages whose ids are known: (place in the offer, page, id).
+    pub(super) items: Vec<(usize, u32, ChunkId)>,
+    /// First pages of the extents that were asked for: (place in the offer, page).
+    pub(super) asked: Vec<(usize, u32)>,
+}
+
+impl Splitting {
+    /// One bit per page of the batch: those that were asked for.
+    pub(super) fn bits(&self) -> Vec<u8> {
+        let mut bits = vec![0; self.count.div_ceil(8)];
+        for at in self.asked.iter().flat_map(|&(at, _)| at..at + EXTENT_CHUNKS) {
+            bits[at / 8] |= 1 << (at % 8);
+        }
+        bits
+    }
 }
 
 #[derive(Debug, Default)]
@@ -37,6 +64,9 @@ pub(super) struct State {
     /// Contents that were asked for -> who else needs them.
     pending: HashMap<ChunkId, Vec<(u32, u32)>>,
     batches: BTreeMap<u32, Incoming>,
+    splits: BTreeMap<u32, Splitting>,
+    /// Batches that a thread works on.
+    busy: BTreeSet<u32>,
     through: u32,
     beyond: BTreeSet<u32>,
 }
@@ -47,14 +77,34 @@ fn short(id: &ChunkId) -> u64 {
 }
 
 impl State {
-    pub(super) fn known(&self, seq: u32) -> Known {
+    /// What is known of a batch; a new one is busy from now on, until [`State::lack`],
+    /// [`State::split`] or [`State::finish`].
+    pub(super) fn begin(&mut self, seq: u32) -> Known {
         if seq <= self.through || self.beyond.contains(&seq) {
             return Known::Placed;
         }
-        match self.batches.get(&seq) {
-            Some(batch) => Known::Waiting(batch.bits.clone()),
-            None => Known::New,
+        if let Some(batch) = self.batches.get(&seq) {
+            return Known::Waiting(batch.bits.clone());
         }
+        if let Some(splitting) = self.splits.get(&seq) {
+            return Known::Split(splitting.bits());
+        }
+        if self.busy.insert(seq) { Known::New } else { Known::Busy }
+    }
+
+    /// Notes what was asked for; answers the bits to ask with.
+    pub(super) fn split(&mut self, seq: u32, splitting: Splitting) -> Vec<u8> {
+        let bits = splitting.bits();
+        self.busy.remove(&seq);
+        self.splits.insert(seq, splitting);
+        bits
+    }
+
+    /// Takes up a split batch, once: busy from now on.
+    pub(super) fn joined(&mut self, seq: u32) -> Option<Splitting> {
+        let splitting = self.splits.remove(&seq)?;
+        self.busy.insert(seq);
+        Some(splitting)
     }
 
     /// A page that held the content; it may have changed since.
@@ -96,6 +146,7 @@ impl State {
                 wanted.push((page, id));
             }
         }
+        self.busy.remove(&seq);
         let batch = Incoming { wanted, bits: bits.clone(), missing: lacking.len(), taken: false };
         self.batches.insert(seq, batch);
         Some(bits)
@@ -134,6 +185,7 @@ impl State {
 
     /// The batch is placed.
     pub(super) fn finish(&mut self, seq: u32) {
+        self.busy.remove(&seq);
         if seq > self.through {
             self.beyond.insert(seq);
         }
@@ -163,7 +215,19 @@ mod tests {
         assert_eq!(state.waiters(&id), [(2, 20)]);
         assert!(state.settle(1, 1) && state.settle(2, 1));
         assert_eq!(state.through(), 2);
-        assert!(matches!(state.known(2), Known::Placed));
+        assert!(matches!(state.begin(2), Known::Placed));
+    }
+
+    #[test]
+    fn a_split_batch_is_joined_once() {
+        let mut state = State::default();
+        let splitting =
+            Splitting { count: 20, items: vec![(0, 15, ChunkId([1; 16]))], asked: vec![(1, 16)] };
+        assert!(matches!(state.begin(1), Known::New));
+        assert_eq!(state.split(1, splitting), [0xfe, 0xff, 1]);
+        assert!(matches!(state.begin(1), Known::Split(_)));
+        assert!(state.joined(1).is_some() && state.joined(1).is_none());
+        assert!(matches!(state.begin(1), Known::Busy));
     }
 
     #[test]
@@ -174,6 +238,7 @@ mod tests {
         state.finish(2);
         state.finish(2);
         assert_eq!(state.through(), 4);
-        assert!(matches!(state.known(5), Known::New));
+        assert!(matches!(state.begin(5), Known::New));
+        assert!(matches!(state.begin(5), Known::Busy));
     }
 }

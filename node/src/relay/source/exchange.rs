@@ -14,20 +14,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use godwit_protocol::chunk::{EXTENT_CHUNKS, Sum, extent};
 use godwit_protocol::id::ChunkId;
 use godwit_protocol::limits::{CHUNK_BYTES, LITERAL_BYTES};
 use godwit_protocol::wire::bulk::{Coding, Head};
 
-use super::SourceProgress;
 use super::reader::Batch;
 use super::session::{Event, Parcel};
 use super::shared::Shared;
 use super::work::Job;
+use super::{PageCounts, SourceProgress};
 use crate::relay::RelayError;
 use crate::relay::frames::Frame;
 use crate::relay::pack::Levels;
 use crate::relay::pool::Pool;
 
+/// Bytes of an id.
+const ID_BYTES: usize = 16;
 /// Pages of one message at quick levels, bytes.
 const QUICK_BYTES: usize = 1 << 20;
 /// Highest level while the guest stands still.
@@ -46,9 +49,14 @@ enum Stage {
 
 struct Entry {
     stage: Stage,
+    sum: Sum,
+    disk: bool,
     pages: Vec<u8>,
     zeros: Vec<u8>,
+    /// One id per page.
     ids: Bytes,
+    /// What a disk's offer names: ids of extents where there are whole ones.
+    extents: Option<Bytes>,
     data: Bytes,
 }
 
@@ -70,6 +78,8 @@ pub(super) struct Exchange {
     opaque: VecDeque<Opaque>,
     hashed: u32,
     placed: u32,
+    /// Disks whose image is not in the digest yet.
+    unchecked: usize,
     ram_end: Option<u32>,
     stream_end: Option<(u64, [u8; 32])>,
     end: Option<Head>,
@@ -77,7 +87,7 @@ pub(super) struct Exchange {
 }
 
 impl Exchange {
-    pub(super) fn new(shared: Arc<Shared>, pool: Arc<Pool<Job>>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, pool: Arc<Pool<Job>>, disks: usize) -> Self {
         Self {
             shared,
             pool,
@@ -91,6 +101,7 @@ impl Exchange {
             opaque: VecDeque::new(),
             hashed: 0,
             placed: 0,
+            unchecked: disks,
             ram_end: None,
             stream_end: None,
             end: None,
@@ -105,7 +116,7 @@ impl Exchange {
     /// Takes what threads found.
     pub(super) fn event(&mut self, event: Event) -> Result<(), RelayError> {
         match event {
-            Event::Hashed { batch, ids } => self.hashed(batch, &ids),
+            Event::Hashed { batch, sum, sums } => self.hashed(batch, sum, &sums),
             Event::Packed { parcel, level, from, took, coding, payload } => {
                 self.levels.packed(level, from, payload.len(), took);
                 self.packing -= 1;
@@ -120,6 +131,7 @@ impl Exchange {
                 self.ram_end = Some(seq);
                 self.urgent.push_back(Head::RamEnd { seq }.into());
             }
+            Event::DiskChecked => self.unchecked = self.unchecked.saturating_sub(1),
             Event::StreamEnd { bytes, hash } => self.stream_end = Some((bytes, hash)),
             Event::Failed(cause) => return Err(cause),
         }
@@ -132,31 +144,43 @@ impl Exchange {
         let (Some(last), Some((opaque_bytes, opaque))) = (self.ram_end, self.stream_end) else {
             return;
         };
-        if self.end.is_none() && self.hashed == last {
-            let end = Head::End { ram: self.shared.table.digest(), opaque_bytes, opaque };
+        if self.end.is_none() && self.hashed == last && self.unchecked == 0 {
+            let end = Head::End { digest: self.shared.table.digest(), opaque_bytes, opaque };
             self.end = Some(end.clone());
             self.urgent.push_back(end.into());
         }
     }
 
-    fn hashed(&mut self, batch: Batch, ids: &[ChunkId]) {
+    fn hashed(&mut self, batch: Batch, sum: Sum, sums: &[ChunkId]) {
         self.hashed += 1;
-        self.progress.pages_zero += batch.zeros.len() as u64;
+        self.count(batch.disk, |counts| counts.zero += batch.zeros.len() as u64);
         let (seq, data) = (batch.seq, self.shared.buffers.share(batch.data));
-        let ask = !self.hurried() && self.levels.choose() > 0;
-        let mut names = Vec::with_capacity(if ask { ids.len() * 16 } else { 0 });
-        if ask {
-            ids.iter().for_each(|id| names.extend_from_slice(&id.0));
-        }
+        // What was named may be asked for; in the stop a round trip would be downtime.
+        let ask = sum == Sum::Id && !self.shared.pushes();
+        let ids = |ids: &mut dyn Iterator<Item = ChunkId>| -> Bytes {
+            ids.flat_map(|id| id.0).collect::<Vec<u8>>().into()
+        };
+        let names = if ask { ids(&mut sums.iter().copied()) } else { Bytes::new() };
+        let extents = (ask && batch.disk).then(|| {
+            ids(&mut extent::parts(&batch.pages).map(|part| match part {
+                extent::Part::Extent(at, _) => {
+                    self.shared.key.extent_id(&sums[at..at + EXTENT_CHUNKS])
+                }
+                extent::Part::Single(at, _) => sums[at],
+            }))
+        });
         let entry = Entry {
             stage: if ask { Stage::Offered } else { Stage::Pushed },
+            sum,
+            disk: batch.disk,
             pages: batch.pages.encode(),
             zeros: batch.zeros.encode(),
-            ids: names.into(),
+            ids: names,
+            extents,
             data,
         };
         if !ask {
-            self.progress.pages_literal += batch.pages.len() as u64;
+            self.count(batch.disk, |counts| counts.literal += batch.pages.len() as u64);
         }
         self.entries.insert(seq, entry);
         self.say(seq);
@@ -168,8 +192,13 @@ impl Exchange {
         match entry.stage {
             Stage::Offered => {
                 let (pages, zeros) = (entry.pages.clone(), entry.zeros.clone());
-                let head = Head::Offer { seq, pages, zeros };
-                self.urgent.push_back(Frame { head, payload: entry.ids.clone() });
+                let head = Head::Offer { seq, pages, zeros, extents: entry.disk };
+                let payload = match &entry.extents {
+                    Some(extents) => extents.clone(),
+                    None => entry.ids.clone(),
+                };
+                self.count_wire(entry.disk, payload.len());
+                self.urgent.push_back(Frame { head, payload });
             }
             Stage::Wanted => self.wants.push_back(seq),
             Stage::Pushed => {
@@ -190,14 +219,15 @@ impl Exchange {
     }
 
     fn packed(&mut self, parcel: Parcel, coding: Coding, payload: Bytes) {
-        let head = match parcel {
-            Parcel::Literals(segments) => Head::Literals { segments, coding },
+        let (head, disk) = match parcel {
+            Parcel::Literals { segments, disk } => (Head::Literals { segments, coding }, disk),
             Parcel::Push(seq) => {
                 let Some(entry) = self.entries.get(&seq) else { return };
                 let (pages, zeros) = (entry.pages.clone(), entry.zeros.clone());
-                Head::Push { seq, pages, zeros, coding }
+                (Head::Push { seq, pages, zeros, sum: entry.sum, coding }, entry.disk)
             }
         };
+        self.count_wire(disk, payload.len());
         self.bulk_push(Frame { head, payload });
     }
 
@@ -210,6 +240,7 @@ impl Exchange {
     pub(super) fn heard(&mut self, frame: Frame) -> Result<bool, RelayError> {
         match frame.head {
             Head::Want { seq } => self.wanted(seq, &frame.payload)?,
+            Head::Split { seq } => self.split(seq, &frame.payload)?,
             Head::Placed { seq } => self.placed(seq),
             Head::OpaqueHave { bytes } => self.opaque_have(bytes),
             Head::Verdict { equal: true } => return Ok(true),
@@ -218,6 +249,29 @@ impl Exchange {
             other => return Err(RelayError::Protocol(format!("unexpected {other:?}"))),
         }
         Ok(false)
+    }
+
+    /// Says the ids of the extents that the destination lacks.
+    fn split(&mut self, seq: u32, bits: &[u8]) -> Result<(), RelayError> {
+        let Some(entry) = self.entries.get(&seq).filter(|e| e.stage == Stage::Offered) else {
+            return Ok(());
+        };
+        let pages = entry.ids.len() / ID_BYTES;
+        if bits.len() != pages.div_ceil(8) || entry.extents.is_none() {
+            return Err(RelayError::Protocol(
+                "a split of another length than the offer".to_owned(),
+            ));
+        }
+        let mut ids = Vec::with_capacity(entry.ids.len());
+        for (at, id) in entry.ids.chunks_exact(ID_BYTES).enumerate() {
+            if bits[at / 8] >> (at % 8) & 1 == 1 {
+                ids.extend_from_slice(id);
+            }
+        }
+        let disk = entry.disk;
+        self.count_wire(disk, ids.len());
+        self.urgent.push_back(Frame { head: Head::Ids { seq }, payload: ids.into() });
+        Ok(())
     }
 
     /// Keeps only what was wanted of a batch.
@@ -243,8 +297,11 @@ impl Exchange {
             entry.data = kept.into();
         }
         entry.stage = Stage::Wanted;
-        self.progress.pages_known += (pages - count) as u64;
-        self.progress.pages_literal += count as u64;
+        let disk = entry.disk;
+        self.count(disk, |counts| {
+            counts.known += (pages - count) as u64;
+            counts.literal += count as u64;
+        });
         if count > 0 {
             self.wants.push_back(seq);
         }
@@ -255,7 +312,8 @@ impl Exchange {
         if let Some(entry) = self.entries.remove(&seq) {
             if entry.stage == Stage::Offered {
                 // Placed without a want: everything was known.
-                self.progress.pages_known += (entry.data.len() / CHUNK_BYTES) as u64;
+                let known = (entry.data.len() / CHUNK_BYTES) as u64;
+                self.count(entry.disk, |counts| counts.known += known);
             }
             self.placed += 1;
             self.shared.store.give(entry.data.len());
@@ -293,16 +351,21 @@ impl Exchange {
             let most = if level > HURRIED_LEVEL { LITERAL_BYTES } else { QUICK_BYTES };
             let starving = line_idle && self.packing == 0 && self.bulk.is_empty();
             let (mut bytes, mut segments, mut parts) = (0, Vec::new(), Vec::new());
+            let mut disk = false;
+            let mut whole = false;
             for &seq in &self.wants {
                 let Some(entry) = self.entries.get(&seq) else { continue };
-                if bytes > 0 && bytes + entry.data.len() > most {
+                // Memory and disks go apart: what each costs is shown.
+                if bytes > 0 && (bytes + entry.data.len() > most || entry.disk != disk) {
+                    whole = true;
                     break;
                 }
+                disk = entry.disk;
                 bytes += entry.data.len();
                 segments.push((seq, (entry.data.len() / CHUNK_BYTES) as u32));
                 parts.push(entry.data.clone());
             }
-            let room = bytes < most && parts.len() == self.wants.len();
+            let room = bytes < most && !whole;
             if room && !starving && !self.hurried() && self.ram_end.is_none() {
                 return;
             }
@@ -316,7 +379,8 @@ impl Exchange {
                 continue;
             }
             self.packing += 1;
-            self.pool.put(Job::Pack { parcel: Parcel::Literals(segments), parts, level }, false);
+            let parcel = Parcel::Literals { segments, disk };
+            self.pool.put(Job::Pack { parcel, parts, level }, false);
         }
     }
 
@@ -350,6 +414,20 @@ impl Exchange {
     /// Bytes of the stream for the destination's QEMU.
     pub(super) fn opaque_bytes(&self) -> u64 {
         self.stream_end.map_or(0, |end| end.0)
+    }
+
+    /// Counts pages, of all and of disks.
+    fn count(&mut self, disk: bool, add: impl Fn(&mut PageCounts)) {
+        add(&mut self.progress.pages);
+        if disk {
+            add(&mut self.progress.disk_blocks);
+        }
+    }
+
+    fn count_wire(&mut self, disk: bool, bytes: usize) {
+        if disk {
+            self.progress.disk_wire_bytes += bytes as u64;
+        }
     }
 
     /// Brings the figures up to date that others count.

@@ -30,7 +30,7 @@ const BUFFER: usize = 1 << 20;
 /// Opaque bytes that are sent at once.
 const OPAQUE: usize = 128 << 10;
 /// Pages of a batch once the guest stands still: the first bytes leave sooner.
-const HURRIED_PAGES: usize = 64;
+pub(super) const HURRIED_PAGES: usize = 64;
 /// How long an unfinished batch waits for more, milliseconds.
 const LINGER_MS: u16 = 20;
 /// How often a silent socket is left to look for orders, milliseconds.
@@ -39,15 +39,23 @@ const LOOK_MS: u16 = 100;
 /// Pages that are hashed, offered and stored together.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
+    /// Given when it is sent.
     pub(super) seq: u32,
+    /// Blocks of a disk: their entries in the digest come from the image.
+    pub(super) disk: bool,
     pub(super) pages: Runs,
     pub(super) zeros: Runs,
     pub(super) data: Vec<u8>,
 }
 
 impl Batch {
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.pages.is_empty() && self.zeros.is_empty()
+    }
+
+    /// Whether its lists have as many runs as a message may carry.
+    pub(super) fn is_long(&self) -> bool {
+        self.zeros.runs().len() + self.pages.runs().len() >= RUNS / 2
     }
 }
 
@@ -57,7 +65,9 @@ struct Filler {
     pool: Arc<Pool<Job>>,
     events: tokio::sync::mpsc::Sender<Event>,
     batch: Batch,
-    /// Per page the last batch that named it.
+    /// How many batches were begun.
+    begun: u32,
+    /// Per page the last batch that named it, by the count of those begun.
     named: Vec<u32>,
     /// The page before, to notice when QEMU starts over.
     previous: u32,
@@ -79,7 +89,8 @@ pub(super) fn run(
     events: tokio::sync::mpsc::Sender<Event>,
 ) {
     let outcome = Packer::new().and_then(|packer| {
-        let mut filler = Filler::new(shared, pool, events.clone(), packer);
+        let pages = parser.main_pages() as usize;
+        let mut filler = Filler::new(shared, pool, events.clone(), packer, pages);
         filler.read_all(&mut socket, &mut parser)
     });
     if let Err(cause) = outcome {
@@ -94,13 +105,14 @@ impl Filler {
         pool: Arc<Pool<Job>>,
         events: tokio::sync::mpsc::Sender<Event>,
         packer: Packer,
+        pages: usize,
     ) -> Self {
-        let pages = shared.table.pages() as usize;
         Self {
             shared,
             pool,
             events,
-            batch: Batch { seq: 1, ..Batch::default() },
+            batch: Batch::default(),
+            begun: 1,
             named: vec![0; pages],
             previous: 0,
             opaque: Vec::new(),
@@ -167,14 +179,8 @@ impl Filler {
         if self.batch.is_empty() {
             return Ok(());
         }
-        if self.shared.store.take(self.batch.data.len(), &self.shared.stop) {
-            return Err(RelayError::Aborted);
-        }
-        let next = Batch { seq: self.batch.seq + 1, ..Batch::default() };
-        let batch = std::mem::replace(&mut self.batch, next);
-        self.shared.batches.store(batch.seq, Ordering::Release);
-        self.pool.put(Job::Hash(batch), true);
-        Ok(())
+        self.begun += 1;
+        self.shared.send(&self.pool, std::mem::take(&mut self.batch))
     }
 
     fn flush_opaque(&mut self) -> Result<(), RelayError> {
@@ -213,8 +219,8 @@ impl Filler {
         let last = self.named[index as usize];
         let full = self.batch.pages.len() >= most
             || self.batch.zeros.len() >= BATCH_ZEROS
-            || self.batch.zeros.runs().len() + self.batch.pages.runs().len() >= RUNS / 2;
-        if full || last == self.batch.seq {
+            || self.batch.is_long();
+        if full || last == self.begun {
             let outcome = self.flush_batch();
             self.keep(outcome);
         }
@@ -222,7 +228,7 @@ impl Filler {
             self.shared.passes.fetch_add(1, Ordering::Relaxed);
         }
         self.previous = index;
-        self.named[index as usize] = self.batch.seq;
+        self.named[index as usize] = self.begun;
         last == 0
     }
 }
@@ -273,7 +279,9 @@ impl Sink for Filler {
         let outcome = self.flush();
         self.keep(outcome);
         self.held = true;
-        let outcome = self.tell(Event::RamEnd { seq: self.batch.seq - 1 });
+        // The disks have ended before: nobody sends a batch any more.
+        let seq = self.shared.batches.load(Ordering::Acquire);
+        let outcome = self.tell(Event::RamEnd { seq });
         self.keep(outcome);
     }
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use godwit_protocol::chunk::Sum;
 use godwit_protocol::chunk::qemu::Parser;
 use godwit_protocol::id::{ChunkId, MigrationId};
 use godwit_protocol::wire::bulk::{Coding, Head};
@@ -45,7 +46,8 @@ const BACKOFF: [u64; 5] = [50, 100, 250, 500, 1000];
 pub(super) enum Event {
     Hashed {
         batch: Batch,
-        ids: Vec<ChunkId>,
+        sum: Sum,
+        sums: Vec<ChunkId>,
     },
     Packed {
         parcel: Parcel,
@@ -69,13 +71,15 @@ pub(super) enum Event {
         bytes: u64,
         hash: [u8; 32],
     },
+    /// The image of one disk is in the digest as it is.
+    DiskChecked,
     Failed(RelayError),
 }
 
 /// What a compressed message will be.
 pub(super) enum Parcel {
     /// (batch, pages) of several batches.
-    Literals(Vec<(u32, u32)>),
+    Literals { segments: Vec<(u32, u32)>, disk: bool },
     /// One batch without asking.
     Push(u32),
 }
@@ -92,6 +96,8 @@ pub(super) struct Params {
     pub(super) connect: Connector,
     pub(super) ram_block: String,
     pub(super) ram_bytes: u64,
+    /// How many disks move.
+    pub(super) disks: usize,
     pub(super) migration: MigrationId,
     pub(super) bandwidth: u64,
     pub(super) accept_deadline: Duration,
@@ -121,7 +127,7 @@ impl Session {
         channels: Channels,
         params: Params,
     ) -> Self {
-        let exchange = Exchange::new(Arc::clone(&shared), Arc::clone(&pool));
+        let exchange = Exchange::new(Arc::clone(&shared), Arc::clone(&pool), params.disks);
         let meter = Arc::new(Meter::default());
         Self { shared, pool, channels, params, exchange, meter, began: Instant::now() }
     }
@@ -314,6 +320,7 @@ impl Session {
         window.close(&self.meter, |bytes, over, busy| {
             self.exchange.levels.sent(bytes, over, busy, work);
         });
+        self.shared.raw.store(self.exchange.levels.choose() == 0, Ordering::Relaxed);
         if window.ticks.is_multiple_of(CLOSE_TICKS) {
             self.shared.table.close();
         }

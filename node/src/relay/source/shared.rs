@@ -11,9 +11,11 @@ use std::time::Duration;
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::limits::RELAY_STORE_BYTES;
 
+use super::reader::Batch;
+use super::work::Job;
 use crate::relay::RelayError;
 use crate::relay::buffers::Buffers;
-use crate::relay::pool::lock;
+use crate::relay::pool::{Pool, lock};
 use crate::relay::table::Table;
 
 /// How long a full store or a hold waits before orders are looked at again.
@@ -60,6 +62,8 @@ pub(super) struct Shared {
     pub(super) buffers: Buffers,
     pub(super) stop: AtomicBool,
     pub(super) hurried: AtomicBool,
+    /// The link outruns the processor: pages go as they are, without asking.
+    pub(super) raw: AtomicBool,
     /// The newest batch that was filled.
     pub(super) batches: AtomicU32,
     pub(super) passes: AtomicU32,
@@ -79,6 +83,7 @@ impl Shared {
             buffers: Buffers::default(),
             stop: AtomicBool::new(false),
             hurried: AtomicBool::new(false),
+            raw: AtomicBool::new(false),
             batches: AtomicU32::new(0),
             passes: AtomicU32::new(0),
             first_nonzero: AtomicU32::new(0),
@@ -86,6 +91,21 @@ impl Shared {
             released: Condvar::new(),
             qemu: Mutex::new(None),
         }
+    }
+
+    /// Numbers a batch and has it hashed, once there is room for its pages.
+    pub(super) fn send(&self, pool: &Pool<Job>, mut batch: Batch) -> Result<(), RelayError> {
+        if self.store.take(batch.data.len(), &self.stop) {
+            return Err(RelayError::Aborted);
+        }
+        batch.seq = self.batches.fetch_add(1, Ordering::AcqRel) + 1;
+        pool.put(Job::Hash(batch), true);
+        Ok(())
+    }
+
+    /// Whether new batches go without asking.
+    pub(super) fn pushes(&self) -> bool {
+        self.hurried.load(Ordering::Relaxed) || self.raw.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_qemu(&self, socket: UnixStream) {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use godwit_protocol::chunk::digest::REGION_PAGES;
+use godwit_protocol::chunk::Sum;
+use godwit_protocol::chunk::pages::Runs;
 use godwit_protocol::id::ChunkId;
 use godwit_protocol::limits::CHUNK_BYTES;
 use tokio::sync::mpsc;
@@ -17,6 +18,7 @@ use super::session::{Event, Parcel};
 use super::shared::Shared;
 use crate::relay::RelayError;
 use crate::relay::pack::Packer;
+use crate::relay::table::parts;
 
 /// What a worker is asked.
 pub(super) enum Job {
@@ -58,23 +60,28 @@ impl Worker {
 
     fn hash(&self, batch: Batch) -> Event {
         let key = &self.shared.key;
-        let ids: Vec<ChunkId> = batch.data.chunks_exact(CHUNK_BYTES).map(|p| key.id(p)).collect();
-        for (page, &id) in batch.pages.iter().zip(&ids) {
-            self.enter(page, batch.seq, id);
+        // The digest's entries of a disk are ids: its image is read by another thread.
+        let sum = if self.shared.pushes() && !batch.disk { Sum::Quick } else { Sum::Id };
+        let pages = batch.data.chunks_exact(CHUNK_BYTES);
+        let sums: Vec<ChunkId> = pages.map(|page| key.sum(sum, page)).collect();
+        if !batch.disk {
+            self.enter(&batch.pages, batch.seq, sums.iter().copied());
+            self.enter(&batch.zeros, batch.seq, std::iter::repeat(key.zero_id()));
         }
-        let zero = key.zero_id();
-        for page in batch.zeros.iter() {
-            self.enter(page, batch.seq, zero);
-        }
-        Event::Hashed { batch, ids }
+        Event::Hashed { batch, sum, sums }
     }
 
-    fn enter(&self, page: u32, seq: u32, id: ChunkId) {
-        let (region, slot) = (page as usize / REGION_PAGES, page as usize % REGION_PAGES);
-        let mut locked = self.shared.table.lock(region);
-        let entries = locked.region();
-        if entries.claim(slot, seq) {
-            entries.set(slot, id);
+    fn enter(&self, pages: &Runs, seq: u32, mut sums: impl Iterator<Item = ChunkId>) {
+        for &(first, count) in pages.runs() {
+            for (region, slot, _, count) in parts(first, count) {
+                let mut locked = self.shared.table.lock(region);
+                let entries = locked.region();
+                for (slot, sum) in (slot..slot + count as usize).zip(sums.by_ref()) {
+                    if entries.claim(slot, seq) {
+                        entries.set(slot, sum);
+                    }
+                }
+            }
         }
     }
 

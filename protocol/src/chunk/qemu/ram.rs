@@ -48,6 +48,11 @@ impl Ram {
         Self { main: main.to_owned(), main_bytes, blocks: Vec::new(), main_at: None, current: None }
     }
 
+    /// Pages of the main block; a guest's memory has page numbers of 32 bits.
+    pub(super) fn main_pages(&self) -> u32 {
+        (self.main_bytes / CHUNK_BYTES as u64) as u32
+    }
+
     /// The sum of all blocks, if the word begins a block list.
     pub(super) fn memory_size(word: u64) -> Option<u64> {
         (word & FLAGS == MEM_SIZE).then_some(word & !FLAGS)
