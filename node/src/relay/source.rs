@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
-use godwit_protocol::chunk::layout::Layout;
+use godwit_protocol::chunk::layout::{DiskSpace, Layout};
 use godwit_protocol::id::MigrationId;
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
@@ -44,8 +44,8 @@ pub struct SourceParams {
     pub ram_block: String,
     /// Its size, bytes.
     pub ram_bytes: u64,
-    /// The disks that move: their sizes in bytes, and who reads their images.
-    pub disks: Vec<(u64, Box<dyn ImageReader>)>,
+    /// The disks that move, and who reads their images.
+    pub disks: Vec<(DiskSpace, Box<dyn ImageReader>)>,
     /// The migration.
     pub migration: MigrationId,
     /// Most bytes per second that leave on the bulk stream; 0: no limit.
@@ -136,9 +136,9 @@ impl SourceSession {
     /// [`RelayError::Protocol`] if the memory size is none that a guest can have,
     /// [`RelayError::Local`] if threads cannot be started.
     pub fn spawn(params: SourceParams) -> Result<SourceHandle, RelayError> {
-        let sizes: Vec<u64> = params.disks.iter().map(|(bytes, _)| *bytes).collect();
-        let layout = layout(params.ram_bytes, &sizes)?;
-        let shared = Arc::new(Shared::new(params.key.clone(), layout.pages()));
+        let spaces: Vec<DiskSpace> = params.disks.iter().map(|(space, _)| *space).collect();
+        let layout = layout(params.ram_bytes, &spaces)?;
+        let shared = Arc::new(Shared::new(params.key.clone(), layout.clone()));
         let (events_out, events) = mpsc::channel(EVENTS);
         let (abort, aborted) = mpsc::channel(1);
         let (progress_out, progress) = watch::channel(SourceProgress::default());
@@ -155,10 +155,11 @@ impl SourceSession {
             }
         })?;
         let pool = Arc::new(pool);
-        let mut inlets = Vec::with_capacity(sizes.len());
-        for (index, (_, image)) in params.disks.into_iter().enumerate() {
+        let mut inlets = Vec::with_capacity(spaces.len());
+        for (index, (space, image)) in params.disks.into_iter().enumerate() {
             let pages = layout.disk(index).unwrap_or_default();
-            let inlet = Arc::new(Inlet::new(Arc::clone(&shared), Arc::clone(&pool), pages));
+            let (shared, pool) = (Arc::clone(&shared), Arc::clone(&pool));
+            let inlet = Arc::new(Inlet::new(shared, pool, pages, space.backed));
             inlets.push(Arc::clone(&inlet));
             let events = events_out.clone();
             std::thread::Builder::new()
@@ -173,7 +174,7 @@ impl SourceSession {
                 connect: params.connect,
                 ram_block: params.ram_block,
                 ram_bytes: params.ram_bytes,
-                disks: sizes.len(),
+                disks: spaces.len(),
                 migration: params.migration,
                 bandwidth: params.bandwidth,
                 accept_deadline: params.accept_deadline,
@@ -186,9 +187,9 @@ impl SourceSession {
 }
 
 /// The line of pages of memory and disks of these sizes.
-pub(super) fn layout(ram_bytes: u64, disks: &[u64]) -> Result<Layout, RelayError> {
+pub(super) fn layout(ram_bytes: u64, disks: &[DiskSpace]) -> Result<Layout, RelayError> {
     Layout::new(ram_bytes, disks).ok_or_else(|| {
-        RelayError::Protocol(format!("{ram_bytes} bytes of memory and disks of {disks:?} bytes"))
+        RelayError::Protocol(format!("{ram_bytes} bytes of memory and disks {disks:?}"))
     })
 }
 

@@ -3,28 +3,33 @@
 use std::sync::{Mutex, MutexGuard};
 
 use godwit_protocol::chunk::digest::{REGION_PAGES, Region, fold};
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::id::ChunkId;
 
 use super::pool::lock;
 
 /// Regions are made when they are first touched.
 pub(super) struct Table {
-    pages: u32,
+    layout: Layout,
     zero: ChunkId,
     untouched: [u8; 32],
+    untouched_base: [u8; 32],
     regions: Vec<Mutex<Option<Region>>>,
 }
+
+/// The entry of a page that nobody has written on a disk that begins as its base: no content's.
+const BASE: ChunkId = ChunkId([0xff; 16]);
 
 /// A locked region.
 pub(super) struct Locked<'a> {
     guard: MutexGuard<'a, Option<Region>>,
-    zero: ChunkId,
+    begins: ChunkId,
 }
 
 impl Locked<'_> {
     pub(super) fn region(&mut self) -> &mut Region {
-        let zero = self.zero;
-        self.guard.get_or_insert_with(|| Region::new(zero))
+        let begins = self.begins;
+        self.guard.get_or_insert_with(|| Region::new(begins))
     }
 }
 
@@ -41,23 +46,29 @@ pub(super) fn parts(first: u32, count: u32) -> impl Iterator<Item = (usize, usiz
 }
 
 impl Table {
-    pub(super) fn new(pages: u32, zero: ChunkId) -> Self {
-        let regions = (pages as usize).div_ceil(REGION_PAGES);
+    pub(super) fn new(layout: Layout, zero: ChunkId) -> Self {
+        let regions = (layout.pages() as usize).div_ceil(REGION_PAGES);
         Self {
-            pages,
+            layout,
             zero,
             untouched: Region::new(zero).close(),
+            untouched_base: Region::new(BASE).close(),
             regions: (0..regions).map(|_| Mutex::new(None)).collect(),
         }
     }
 
     pub(super) fn pages(&self) -> u32 {
-        self.pages
+        self.layout.pages()
+    }
+
+    fn is_backed(&self, region: usize) -> bool {
+        self.layout.is_backed((region * REGION_PAGES) as u32)
     }
 
     /// Locks a region; indexes come from page lists that were checked against `pages`.
     pub(super) fn lock(&self, region: usize) -> Locked<'_> {
-        Locked { guard: lock(&self.regions[region]), zero: self.zero }
+        let begins = if self.is_backed(region) { BASE } else { self.zero };
+        Locked { guard: lock(&self.regions[region]), begins }
     }
 
     /// Brings the hashes of touched regions up to date, so that little is left for the stop.
@@ -70,11 +81,12 @@ impl Table {
     }
 
     pub(super) fn digest(&self) -> [u8; 32] {
-        let each = self
-            .regions
-            .iter()
-            .map(|region| lock(region).as_mut().map_or(self.untouched, Region::close));
-        fold(self.pages, each)
+        let each = self.regions.iter().enumerate().map(|(at, region)| match &mut *lock(region) {
+            Some(region) => region.close(),
+            None if self.is_backed(at) => self.untouched_base,
+            None => self.untouched,
+        });
+        fold(self.pages(), each)
     }
 }
 
@@ -91,7 +103,7 @@ mod tests {
 
     #[test]
     fn touched_but_unchanged_is_untouched() {
-        let table = Table::new(1000, ChunkId([0; 16]));
+        let table = Table::new(Layout::new(1000 << 12, &[]).unwrap(), ChunkId([0; 16]));
         let before = table.digest();
         table.lock(1).region().claim(4, 1);
         assert_eq!(table.digest(), before);

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::chunk::pages::Runs;
 use godwit_protocol::chunk::{ChunkKey, Sum};
 use godwit_protocol::id::ChunkId;
@@ -51,14 +52,14 @@ impl Placer {
         sink: Arc<dyn PageSink>,
         corpus: Arc<dyn Corpus>,
         key: ChunkKey,
-        pages: u32,
+        layout: Layout,
     ) -> Self {
         let zero = key.zero_id();
         Self {
             sink,
             corpus,
             zero,
-            table: Table::new(pages, zero),
+            table: Table::new(layout, zero),
             key,
             state: Mutex::default(),
             placed: AtomicU64::new(0),
@@ -321,7 +322,8 @@ mod tests {
         file.set_len(16 * 4096).unwrap();
         let key = ChunkKey([1; 32]);
         let sink: Arc<dyn PageSink> = Arc::new(FileSink::new(file));
-        let placer = Placer::new(Arc::clone(&sink), Arc::new(EmptyCorpus), key.clone(), 16);
+        let layout = Layout::new(16 << 12, &[]).unwrap();
+        let placer = Placer::new(Arc::clone(&sink), Arc::new(EmptyCorpus), key.clone(), layout);
         let mut worker = Worker::new(Arc::new(placer)).unwrap();
         let (old, young) = ([1_u8; 4096], [2_u8; 4096]);
         let offer = |seq, page: u32| Frame {

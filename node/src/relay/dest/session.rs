@@ -92,8 +92,8 @@ impl Session {
         let sink = Arc::clone(&params.sink);
         let corpus = Arc::clone(&params.corpus);
         let settling = params.settle.take().map_or(Settling::Done, Settling::Waits);
-        let pages = params.layout.pages();
-        let placer = Arc::new(Placer::new(sink, corpus, params.key.clone(), pages));
+        let layout = params.layout.clone();
+        let placer = Arc::new(Placer::new(sink, corpus, params.key.clone(), layout));
         let (done_out, done) = mpsc::channel::<Done>(ANSWERS);
         let workers = (0..WORKERS)
             .map(|_| Worker::new(Arc::clone(&placer)))

@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::digest::REGION_PAGES;
 use godwit_protocol::limits::{BATCH_PAGES, BATCH_ZEROS, CHUNK_BYTES};
@@ -47,6 +47,8 @@ struct Filling {
     /// How often something was added: a batch that does not grow is sent.
     moves: u64,
     ended: bool,
+    /// All is read from the image, after the end.
+    checked: bool,
 }
 
 /// One disk's way into the exchange.
@@ -59,14 +61,25 @@ pub struct Inlet {
 }
 
 impl Inlet {
-    pub(super) fn new(shared: Arc<Shared>, pool: Arc<Pool<Job>>, pages: Range<u32>) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        pool: Arc<Pool<Job>>,
+        pages: Range<u32>,
+        backed: bool,
+    ) -> Self {
         let blocks = pages.len();
+        let mut touched = Blocks::new(blocks);
+        if backed {
+            // Zeros over a base are content.
+            touched.set(0..blocks as u32);
+        }
         let filling = Filling {
             batch: Batch { disk: true, ..Batch::default() },
-            touched: Blocks::new(blocks),
+            touched,
             stale: Blocks::new(blocks),
             moves: 0,
             ended: false,
+            checked: false,
         };
         Self { shared, pool, pages, filling: Mutex::new(filling), filled: Condvar::new() }
     }
@@ -132,15 +145,27 @@ impl Inlet {
         Ok(())
     }
 
-    /// The mirror has ended and the guest stands still: what was written is all.
+    /// The mirror has ended and the guest stands still: what was written is all. Waits until the
+    /// image is read where it changed.
     ///
     /// # Errors
-    /// `BrokenPipe` if the session has ended.
-    pub fn finish(&self) -> io::Result<()> {
+    /// `BrokenPipe` if the session has ended, `TimedOut` if the image is not read within `deadline`.
+    pub fn finish(&self, deadline: Duration) -> io::Result<()> {
+        let until = Instant::now() + deadline;
         let mut filling = lock(&self.filling);
         self.flush(&mut filling)?;
         filling.ended = true;
         self.filled.notify_all();
+        while !filling.checked {
+            if self.shared.stop.load(Ordering::Relaxed) {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            if Instant::now() > until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            filling =
+                self.filled.wait_timeout(filling, LINGER).unwrap_or_else(PoisonError::into_inner).0;
+        }
         Ok(())
     }
 
@@ -221,7 +246,11 @@ impl Inlet {
     ) {
         let outcome = self.check_all(&mut *image);
         let event = match outcome {
-            Ok(()) => Event::DiskChecked,
+            Ok(()) => {
+                lock(&self.filling).checked = true;
+                self.filled.notify_all();
+                Event::DiskChecked
+            }
             Err(_) if self.shared.stop.load(Ordering::Relaxed) => return,
             Err(cause) => Event::Failed(RelayError::SourceImage(cause)),
         };

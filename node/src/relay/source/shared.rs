@@ -9,6 +9,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
+use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::limits::RELAY_STORE_BYTES;
 
 use super::reader::Batch;
@@ -74,11 +75,11 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(key: ChunkKey, pages: u32) -> Self {
+    pub(super) fn new(key: ChunkKey, layout: Layout) -> Self {
         let zero = key.zero_id();
         Self {
             key,
-            table: Table::new(pages, zero),
+            table: Table::new(layout, zero),
             store: Store::default(),
             buffers: Buffers::default(),
             stop: AtomicBool::new(false),
