@@ -19,23 +19,20 @@ mod copies;
 mod destination;
 mod engine;
 mod hold;
+mod images;
 mod migrate;
+mod mirrors;
 mod node;
 mod restart;
 mod source;
+mod throttle;
 mod timeline;
 mod wires;
 mod worker;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 pub use node::{DriverError, RunOptions};
-
-/// Where a state directory is unless another is named.
-pub const STATE_DIR: &str = "/var/lib/godwit";
-/// Where the daemon listens unless another address is named.
-pub const LISTEN: &str = "0.0.0.0:7400";
 
 /// Runs the daemon until it is told to stop (SIGINT, SIGTERM) or cannot go on.
 ///
@@ -49,10 +46,4 @@ pub async fn run(options: RunOptions) -> Result<(), DriverError> {
 #[must_use]
 pub fn default_listen() -> SocketAddr {
     SocketAddr::from(([0, 0, 0, 0], 7400))
-}
-
-/// The default of `--state`.
-#[must_use]
-pub fn default_state() -> PathBuf {
-    PathBuf::from(STATE_DIR)
 }

@@ -138,6 +138,20 @@ pub struct Progress {
     pub nonzero_bytes: u64,
     /// Guest bytes that are handled (zero, known and literal alike) in the first pass.
     pub first_pass_bytes: u64,
+    /// Size of the disks that move, bytes.
+    pub disk_bytes: u64,
+    /// Of these, bytes that are not copied yet.
+    pub disk_left_bytes: u64,
+    /// Whether every disk is copied but for what the guest writes just now.
+    pub disks_ready: bool,
+    /// Bytes that left for disks.
+    pub disk_wire_bytes: u64,
+    /// What the guest may write at most, bytes per second; 0: as it likes.
+    pub disk_throttle_bytes_per_s: u64,
+    /// How long it was held to that, milliseconds.
+    pub disk_throttled_ms: u64,
+    /// Milliseconds since the other end was last heard on the bulk connection.
+    pub silent_ms: u64,
     /// Pages: all zero.
     pub zero: u64,
     /// Pages: the destination had them.
@@ -201,6 +215,9 @@ pub mod wait {
     /// From the decision to *running*, before the source reports that it waits in vain; and from
     /// *running*, before the destination ends the move without the source's *released*.
     pub const RUNNING_MS: u64 = 120_000;
+    /// How often a destination that forgot the transfer (its node restarted) is asked again: what it
+    /// received need not cross again.
+    pub const AGAIN: u32 = 3;
     /// How often starting a lost destination QEMU again may fail before its guest is given up.
     pub const REBUILDS: u32 = 3;
     /// An end that hears nothing of the other while pages cross asks where it stands.

@@ -63,6 +63,8 @@ pub enum Request {
         max_downtime_ms: u64,
         /// Give up if the guest was not stopped by then; 0: the default (one hour).
         deadline_s: u64,
+        /// Most bytes per second that are read of each disk; 0: as fast as they are taken.
+        disk_bandwidth_bytes_per_s: u64,
         /// The request's id, minted by the client: asked twice, it moves once.
         id: Option<MigrationId>,
     },

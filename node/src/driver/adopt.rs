@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use godwit_protocol::core::{Config, Core};
 use godwit_protocol::epoch::Hard as Votes;
@@ -18,9 +19,12 @@ use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
-use super::{boot, wires};
+use super::{boot, images, mirrors, wires};
 use crate::store::Hard;
 use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy};
+
+/// How long a superseded QEMU may take to leave.
+const QUIT: Duration = Duration::from_secs(5);
 
 /// Hard state as the last daemon left it.
 pub(super) struct Saved {
@@ -70,6 +74,11 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     for copy in living.values() {
         node.copies.insert(Arc::clone(copy));
         wires::adopt(node, copy).await;
+        if copy.ran() && !saved.binds(copy.id) {
+            // What an unfinished migration of the last daemon left.
+            mirrors::clear(copy).await;
+            images::attach(node, copy);
+        }
     }
     let mut moving = Vec::new();
     for m in &saved.moving {
@@ -137,15 +146,20 @@ async fn find_living(
 
 /// A copy that no record names and no move binds never runs again.
 async fn end_superseded(
-    node: &Node,
+    node: &Arc<Node>,
     saved: &Saved,
     living: &mut BTreeMap<CopyId, Arc<Copy>>,
 ) -> Result<(), DriverError> {
     let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c);
     for copy in living.values().filter(|c| superseded(c)) {
         tracing::info!(vm = %copy.spec.name, copy = %copy.id, "superseded: ending it");
-        copy.qemu().kill().await.map_err(DriverError::of)?;
+        // Not by a signal: what it has of its disks is content for the next try.
+        if copy.qemu().quit(QUIT).await.is_err() {
+            copy.qemu().kill().await.map_err(DriverError::of)?;
+        }
         remove(&copy.dir);
+        let (node, copy) = (Arc::clone(node), Arc::clone(copy));
+        tokio::task::spawn_blocking(move || images::keep(&node, &copy));
     }
     living.retain(|_, c| !superseded(c));
     Ok(())

@@ -56,9 +56,15 @@ async fn answer(
             bandwidth_bytes_per_s,
             max_downtime_ms,
             deadline_s,
+            disk_bandwidth_bytes_per_s,
             id,
         } => {
-            let options = Options { bandwidth_bytes_per_s, max_downtime_ms, deadline_s };
+            let options = Options {
+                bandwidth_bytes_per_s,
+                max_downtime_ms,
+                deadline_s,
+                disk_bandwidth_bytes_per_s,
+            };
             let asked = migrate::Asked { vm, to, wait, options, id };
             value(migrate::migrate(node, asked, events).await?)
         }

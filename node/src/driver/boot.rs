@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use serde_json::json;
 
 use super::copies::Copy;
 use super::node::{Input, Node, random};
-use super::{wires, worker};
+use super::{images, wires, worker};
 use crate::api::types::{ApiError, Console, Done, VmInfo};
 use crate::vmm::{
     GuestMemory, Mode, Qemu, Resolution, ResolvedSpec, StartParams, VmSpec, probe::MemoryBudget,
@@ -113,7 +114,12 @@ pub(super) async fn run(node: &Arc<Node>, text: &str) -> Result<VmInfo, ApiError
         mtu: node.links.mtu(),
         macs,
     };
-    let resolved = tokio::task::spawn_blocking(move || ResolvedSpec::resolve(&spec, with))
+    let images = Arc::clone(&node.images);
+    let resolve = move || {
+        let digest = |path: &Path| images.digest_of(path).map_err(std::io::Error::other);
+        ResolvedSpec::resolve_with(&spec, with, &digest)
+    };
+    let resolved = tokio::task::spawn_blocking(resolve)
         .await
         .map_err(ApiError::plain)?
         .map_err(ApiError::plain)?;
@@ -135,6 +141,7 @@ async fn start_guest(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError>
     copy.will_run();
     copy.qemu().cont().await.map_err(ApiError::plain)?;
     wires::runs_here(node, copy).await;
+    images::attach(node, copy);
     Ok(())
 }
 
@@ -262,6 +269,13 @@ pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done,
         }
     }
     worker::discard(node, copy.id).await;
+    node.images.detach_disks(copy.id);
     node.with_core(move |core, now| core.delete(now, id)).await?.map_err(ApiError::plain)?;
-    Ok(Done { done: format!("{vm} is stopped and removed") })
+    let disks: Vec<_> = copy.spec.moving().map(|d| d.path.display().to_string()).collect();
+    let disks = if disks.is_empty() {
+        String::new()
+    } else {
+        format!("; its disks stay: {}", disks.join(", "))
+    };
+    Ok(Done { done: format!("{vm} is stopped and removed{disks}") })
 }

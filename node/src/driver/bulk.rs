@@ -168,8 +168,8 @@ impl RelayCorpus for Known {
         self.0.read(id, page)
     }
 
-    fn read_extent(&self, _: &ChunkId, _: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]> {
-        None
+    fn read_extent(&self, id: &ChunkId, extent: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]> {
+        self.0.read_extent(id, extent)
     }
 }
 
@@ -185,7 +185,8 @@ pub(super) fn index_memory(node: &Node, copy: &Copy) {
     }
 }
 
-struct Readable(Arc<GuestMemory>);
+/// Guest memory as the store reads it.
+pub(super) struct Readable(pub Arc<GuestMemory>);
 
 impl crate::store::ReadAt for Readable {
     fn len(&self) -> u64 {

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
-use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::id::{CopyId, HostId};
 use godwit_protocol::migrate::Happened;
 
 use super::boot;
 use super::copies::Copy;
+use super::images::{self, Room};
 use super::node::random;
 use super::worker::Worker;
 use super::{bulk, hold};
 use crate::relay::dest::feed_blob;
 use crate::relay::{DestHandle, DestParams, DestinationSession};
-use crate::vmm::{Mode, ResolvedSpec};
+use crate::vmm::{Mode, ResolvedSpec, image};
 
 /// The stored device state of a copy that was loaded and not started yet.
 const BLOB: &str = "device.state";
@@ -47,23 +47,36 @@ impl Worker {
         }
         let budget = boot::budget(&self.node);
         self.node.caps.check_accepts(&spec, budget).await.map_err(|e| e.to_string())?;
-        self.index();
+        self.index_memory();
         let id = CopyId(random().map_err(|e| e.to_string())?);
-        let copy = boot::start_copy(&self.node, &spec, id, Mode::Incoming)
-            .await
-            .map_err(|e| e.to_string())?;
-        let started = self.open_session(&copy).await;
-        if let Err(cause) = started {
+        let (node, dir) = (Arc::clone(&self.node), self.node.options.image_dir.clone());
+        let make = {
+            let spec = spec.clone();
+            move || images::make(&node, &spec, id)
+        };
+        let made = tokio::task::spawn_blocking(make).await.map_err(|e| e.to_string());
+        let started = match made.and_then(|made| made) {
+            Ok(room) => self.start(room, id).await,
+            Err(cause) => Err(cause),
+        };
+        if started.is_err() {
             super::worker::discard(&self.node, id).await;
-            return Err(cause);
+            if let Err(error) = image::remove(&spec, &dir, id) {
+                tracing::warn!(%error, "an image of a migration that did not begin stays");
+            }
         }
-        Ok(())
+        started
     }
 
-    /// Memory of the VMs on this host is content that need not cross, and so are files.
-    fn index(&self) {
-        let images = Arc::clone(&self.node.images);
-        tokio::task::spawn_blocking(move || images.hurry());
+    async fn start(&mut self, room: Room, id: CopyId) -> Result<(), String> {
+        let copy = boot::start_copy(&self.node, &room.spec, id, Mode::Incoming)
+            .await
+            .map_err(|e| e.to_string())?;
+        self.open_session(&copy, room).await
+    }
+
+    /// Memory of the VMs on this host is content that need not cross.
+    fn index_memory(&self) {
         for copy in self.node.copies.all() {
             if copy.ran() {
                 let node = Arc::clone(&self.node);
@@ -72,17 +85,18 @@ impl Worker {
         }
     }
 
-    async fn open_session(&mut self, copy: &Arc<Copy>) -> Result<(), String> {
+    async fn open_session(&mut self, copy: &Arc<Copy>, room: Room) -> Result<(), String> {
         let socket = copy.dir.join("in.sock");
         let qemu = copy.qemu();
         qemu.incoming_start(&socket, true).await.map_err(|e| e.to_string())?;
+        let filling = images::open(copy, room.reserved).await?;
         let session = DestinationSession::spawn(DestParams {
             qemu_socket: socket,
-            sink: bulk::sink(copy),
+            sink: filling.sink,
             corpus: bulk::corpus(&self.node),
             key: ChunkKey(self.node.chunk_key),
-            layout: Layout::new(copy.spec.memory, &[]).ok_or("memory of an impossible size")?,
-            settle: None,
+            layout: filling.layout,
+            settle: filling.settle,
             migration: self.id,
             silence_deadline: SILENCE,
             load_deadline: LOAD,
@@ -120,7 +134,9 @@ impl Worker {
         }
         let blob = tokio::fs::read(copy.dir.join(BLOB)).await.map_err(|e| e.to_string())?;
         // What the dead QEMU left; its record is written anew.
-        for name in ["copy.json", "qmp.sock", "console.sock", "serial1.sock", "in.sock"] {
+        for name in
+            ["copy.json", "qmp.sock", "console.sock", "serial1.sock", "in.sock", "images.sock"]
+        {
             let _ = std::fs::remove_file(copy.dir.join(name));
         }
         let memory = Arc::clone(&copy.memory);

@@ -1,27 +1,31 @@
-//! The source's work of a migration: QEMU streams into the relay, the relay crosses the WAN.
+//! The source's work of a migration: QEMU's mirrors and stream go into the relay, the relay crosses
+//! the WAN.
 //!
 //! Owns the sessions of one outgoing migration. Decides nothing: it measures and obeys.
 
 use std::future::pending;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::id::HostId;
-use godwit_protocol::migrate::{Happened, Progress};
+use godwit_protocol::migrate::{Happened, Progress, wait};
 use godwit_protocol::wire::migrate::Options;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
 use super::bulk;
 use super::copies::Copy;
+use super::mirrors::{self, Images, Mirrors};
 use super::node::wall_us;
+use super::throttle::Throttle;
 use super::worker::Worker;
 use crate::relay::{
     RelayError, SourceEnd, SourceHandle, SourceParams, SourceProgress, SourceSession,
 };
 use crate::vmm::commands::RamInfo;
-use crate::vmm::{Outgoing, Qemu, RAM_BLOCK};
+use crate::vmm::{Outgoing, RAM_BLOCK};
 
 /// How often the core hears figures.
 const FIGURES: Duration = Duration::from_millis(100);
@@ -33,24 +37,27 @@ const RECONNECT: Duration = Duration::from_secs(60);
 /// How long QEMU may take to end a migration that was cancelled.
 const CANCEL: Duration = Duration::from_secs(5);
 
+/// How long QEMU may take from the stop to where its disks can be taken over.
+const SWITCHOVER: Duration = Duration::from_secs(10);
+
 /// One outgoing migration.
 pub(super) struct Sending {
     copy: Arc<Copy>,
     session: Arc<SourceHandle>,
-    figures: JoinHandle<()>,
-    end: JoinHandle<()>,
+    images: Images,
+    mirrors: Arc<Mirrors>,
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        self.figures.abort();
-        self.end.abort();
+        self.tasks.iter().for_each(JoinHandle::abort);
         self.session.abort();
     }
 }
 
 impl Worker {
-    /// Lets QEMU stream and dials the destination.
+    /// Dials the destination, copies the disks, then lets QEMU stream.
     pub(super) async fn transfer(&mut self, to: HostId, options: Options) -> Result<(), String> {
         let copy = self.node.copies.running(self.vm).ok_or("the VM does not run here")?;
         let socket = copy.dir.join("out.sock");
@@ -58,32 +65,68 @@ impl Worker {
         let listener =
             UnixListener::bind(&socket).map_err(|e| format!("{}: {e}", socket.display()))?;
         let connect = bulk::connector(&self.node, to, self.id);
+        let images = Images::export(&copy).await?;
         let params = SourceParams {
             listener,
             connect,
             key: ChunkKey(self.node.chunk_key),
             ram_block: RAM_BLOCK.into(),
             ram_bytes: copy.spec.memory,
-            disks: Vec::new(),
+            disks: images.readers().await?,
             migration: self.id,
             bandwidth: options.bandwidth_bytes_per_s,
-            accept_deadline: ACCEPT,
+            accept_deadline: Duration::from_millis(wait::TRANSFER_MS) + ACCEPT,
             reconnect_deadline: RECONNECT,
         };
         let mut session = SourceSession::spawn(params).map_err(|e| e.to_string())?;
         let finished = std::mem::replace(&mut session.finished, tokio::spawn(pending()));
         let session = Arc::new(session);
-        let qemu = copy.qemu();
-        let started = qemu.outgoing_start(&socket, Outgoing::default()).await;
-        let figures = self.watch_figures(&session, qemu);
-        let end = self.watch_end(finished);
-        self.sending = Some(Sending { copy, session, figures, end });
-        started.map_err(|e| e.to_string())
+        let speed = options.disk_bandwidth_bytes_per_s;
+        let mirrors = Arc::new(Mirrors::start(&copy, &images, session.inlets(), speed).await?);
+        let tasks = vec![
+            self.watch_figures(&session, &copy, &mirrors),
+            self.watch_end(finished),
+            self.stream_when_copied(&copy, socket, &mirrors),
+        ];
+        self.sending = Some(Sending { copy, session, images, mirrors, tasks });
+        Ok(())
+    }
+
+    /// Memory follows once the disks are copied: what they brought need not cross again, and the
+    /// guest changes its memory faster than its disks.
+    fn stream_when_copied(
+        &self,
+        copy: &Arc<Copy>,
+        socket: PathBuf,
+        mirrors: &Arc<Mirrors>,
+    ) -> JoinHandle<()> {
+        let (node, id, qemu) = (Arc::clone(&self.node), self.id, copy.qemu());
+        let (mirrors, disks) = (Arc::clone(mirrors), copy.spec.moving().next().is_some());
+        tokio::spawn(async move {
+            if disks {
+                let copied = mirrors.wait_copied().await;
+                if let Err(cause) = copied {
+                    return node.happened(id, Happened::TransferFailed(cause)).await;
+                }
+                node.moment(id, "the disks are copied, memory begins");
+            }
+            let how = Outgoing { pause_before_switchover: disks, ..Outgoing::default() };
+            if let Err(error) = qemu.outgoing_start(&socket, how).await {
+                node.happened(id, Happened::TransferFailed(error.to_string())).await;
+            }
+        })
     }
 
     /// Tells the core figures until the guest is stopped.
-    fn watch_figures(&self, session: &Arc<SourceHandle>, qemu: Qemu) -> JoinHandle<()> {
+    fn watch_figures(
+        &self,
+        session: &Arc<SourceHandle>,
+        copy: &Arc<Copy>,
+        mirrors: &Arc<Mirrors>,
+    ) -> JoinHandle<()> {
         let (node, id, session) = (Arc::clone(&self.node), self.id, Arc::clone(session));
+        let (qemu, mirrors) = (copy.qemu(), Arc::clone(mirrors));
+        let mut throttle = Throttle::new(Arc::clone(copy));
         tokio::spawn(async move {
             let mut tick = tokio::time::interval(FIGURES);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -94,7 +137,19 @@ impl Worker {
                 let now = *progress.borrow();
                 cost.learn(&now);
                 let Ok(info) = qemu.query_migrate().await else { continue };
-                let figures = figures(&now, &cost, &info.ram.unwrap_or_default());
+                let copied = match mirrors.copied().await {
+                    Ok(copied) => copied,
+                    Err(cause) => {
+                        return node.happened(id, Happened::TransferFailed(cause)).await;
+                    }
+                };
+                throttle.follow(&now, &copied, cost.ppm()).await;
+                let mut figures = figures(&now, &cost, &info.ram.unwrap_or_default());
+                figures.disk_bytes = copied.bytes;
+                figures.disk_left_bytes = copied.left;
+                figures.disks_ready = copied.ready;
+                figures.disk_throttle_bytes_per_s = throttle.limit();
+                figures.disk_throttled_ms = throttle.spent_ms();
                 node.happened(id, Happened::Progress(figures)).await;
             }
         })
@@ -113,16 +168,24 @@ impl Worker {
         })
     }
 
-    /// QMP `stop` is the gate: what follows is the last of the stream.
+    /// QMP `stop` is the gate: what follows is the last of the disks and of the stream.
     pub(super) async fn stop(&mut self) -> Result<u64, String> {
         let sending = self.sending.as_ref().ok_or("there is no transfer")?;
-        sending.figures.abort();
+        sending.tasks.iter().for_each(JoinHandle::abort);
+        // Before the stop: QEMU waits in it for what its mirrors have under way.
         sending.session.begin_cutover();
-        let at = sending.copy.qemu().stop().await.map_err(|e| e.to_string())?;
+        let qemu = sending.copy.qemu();
+        let at = qemu.stop().await.map_err(|e| e.to_string())?;
+        if sending.copy.spec.moving().next().is_some() {
+            qemu.wait_pre_switchover(SWITCHOVER).await.map_err(|e| e.to_string())?;
+            sending.mirrors.finish(&sending.images).await?;
+            qemu.migrate_continue().await.map_err(|e| e.to_string())?;
+        }
         Ok(at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0)))
     }
 
-    /// Ends the transfer; QEMU's migration with it. Whether the guest runs is not touched.
+    /// Ends the transfer; QEMU's migration and its mirrors with it. Whether the guest runs is not
+    /// touched.
     pub(super) async fn cancel_transfer(&mut self) {
         let copy = match self.sending.take() {
             Some(sending) => Arc::clone(&sending.copy),
@@ -136,6 +199,7 @@ impl Worker {
         if let Err(error) = qemu.migrate_cancel().await {
             tracing::debug!(%error, "no transfer to cancel");
         }
+        mirrors::clear(&copy).await;
         if let Err(error) = qemu.wait_outgoing(CANCEL).await {
             tracing::debug!(%error, "the cancelled transfer");
         }
@@ -182,20 +246,24 @@ impl Cost {
 
 fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
     let handled = p.pages.zero + p.pages.known + p.pages.literal;
+    let disks = p.disk_blocks.zero + p.disk_blocks.known + p.disk_blocks.literal;
     Progress {
         passes: u64::from(p.passes),
         remaining_bytes: ram.remaining,
         backlog_bytes: cost.of(p.unplaced_bytes),
+        silent_ms: p.silent_ms,
+        disk_wire_bytes: p.disk_wire_bytes,
         link_bytes_per_s: p.link_bytes_per_s as u64,
         rtt_ms: p.rtt_us / 1000,
         dirty_bytes_per_s: ram.dirty_pages_rate.saturating_mul(4096),
         wire_per_guest_ppm: cost.ppm(),
         bulk_bytes: p.wire_bytes_out + p.wire_bytes_in,
         nonzero_bytes: p.first_pass_nonzero_pages * 4096,
-        first_pass_bytes: if p.passes > 0 { u64::MAX } else { handled * 4096 },
+        first_pass_bytes: if p.passes > 0 { u64::MAX } else { (handled - disks) * 4096 },
         zero: p.pages.zero,
         known: p.pages.known,
         literal: p.pages.literal,
+        ..Progress::default()
     }
 }
 

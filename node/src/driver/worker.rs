@@ -12,7 +12,7 @@ use super::copies::Copy;
 use super::destination::Receiving;
 use super::node::{Node, wall_us};
 use super::source::Sending;
-use super::{hold, wires};
+use super::{hold, images, wires};
 
 /// Effects that may wait at one worker. A migration has few at a time.
 const EFFECTS: usize = 32;
@@ -75,13 +75,15 @@ impl Worker {
             Effect::Discard(copy) => {
                 self.sending = None;
                 self.receiving = None;
-                discard(&self.node, copy).await;
+                retire(&self.node, copy).await;
             }
             Effect::DropReceived => {
                 if let Some(receiving) = self.receiving.take() {
                     self.node.receiving().remove(&self.id);
-                    self.node.moment(self.id, "what was received is dropped");
-                    discard(&self.node, receiving.copy).await;
+                    self.node.moment(self.id, "what was received is of no use now");
+                    let copy = receiving.copy;
+                    drop(receiving);
+                    retire(&self.node, copy).await;
                 }
             }
             Effect::Rebuild(copy) => {
@@ -116,6 +118,7 @@ impl Worker {
             Ok(at) => {
                 let at_us = at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0));
                 wires::runs_here(&self.node, &copy).await;
+                images::attach(&self.node, &copy);
                 if self.receiving.is_some() {
                     hold::at("running").await;
                 }
@@ -149,6 +152,7 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
             if let Ok(at) = qemu.cont().await {
                 let at_us = at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0));
                 wires::runs_here(&node, &copy).await;
+                images::attach(&node, &copy);
                 return node.happened(id, Happened::Running(at_us)).await;
             }
         }
@@ -158,9 +162,19 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
     });
 }
 
-/// Ends a copy's QEMU and removes what it held. The guest must not be needed here any more.
-pub(super) async fn discard(node: &Arc<Node>, id: CopyId) {
-    let Some(copy) = node.copies.remove(id) else { return };
+/// Ends a copy that has moved away or was received in vain. Its disks and its memory stay for a time,
+/// as content: what comes back need not cross again.
+async fn retire(node: &Arc<Node>, id: CopyId) {
+    let Some(copy) = discard(node, id).await else { return };
+    let node = Arc::clone(node);
+    // Not waited for: nobody needs it before the next migration.
+    tokio::task::spawn_blocking(move || images::keep(&node, &copy));
+}
+
+/// Ends a copy's QEMU and removes what it held; its disks' images stay. The guest must not be needed
+/// here any more.
+pub(super) async fn discard(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
+    let copy = node.copies.remove(id)?;
     node.corpus.forget_memory(id);
     if let Err(error) = copy.qemu().quit(QUIT).await {
         tracing::error!(copy = %id, %error, "its QEMU does not end");
@@ -173,4 +187,5 @@ pub(super) async fn discard(node: &Arc<Node>, id: CopyId) {
     }
     let vm = copy.vm();
     let _ = node.with_core(move |core, _| core.runs_no_more(vm, id)).await;
+    Some(copy)
 }

@@ -88,6 +88,8 @@ pub struct SourceProgress {
     pub link_bytes_per_s: f64,
     /// Shortest round trip seen, microseconds; 0: none yet.
     pub rtt_us: u64,
+    /// Milliseconds since the destination was last heard.
+    pub silent_ms: u64,
     /// How often QEMU started over (0: first pass).
     pub passes: u32,
     /// Present compression level (0: raw, without asking).

@@ -30,6 +30,8 @@ pub struct Source {
     started: Time,
     last: Progress,
     refusals: Vec<String>,
+    /// How often a destination forgot the transfer.
+    forgotten: u32,
     stopped_us: Option<u64>,
 }
 
@@ -67,6 +69,7 @@ impl Source {
             started: now,
             last: Progress::default(),
             refusals: Vec::new(),
+            forgotten: 0,
             stopped_us: None,
         };
         this.ask_next(now, out);
@@ -96,6 +99,7 @@ impl Source {
             started: now,
             last: Progress::default(),
             refusals: Vec::new(),
+            forgotten: 0,
             stopped_us: None,
         };
         out.push(Action::Resolve("the source node restarted while the guest stood still".into()));
@@ -120,6 +124,20 @@ impl Source {
         };
         out.push(Action::Send(next, self.prepare()));
         out.push(Action::Report);
+    }
+
+    /// The destination node restarted: what it received serves the next try.
+    fn ask_again(&mut self, now: Time, out: &mut Vec<Action>) {
+        let cause = "the destination node restarted during the transfer";
+        if self.forgotten == wait::AGAIN {
+            return self.give_up(format!("{cause}, again and again"), out);
+        }
+        self.forgotten += 1;
+        self.last = Progress::default();
+        self.refusals.push(cause.into());
+        self.candidates.push(self.peer);
+        out.push(Action::Effect(Effect::CancelTransfer));
+        self.ask_next(now, out);
     }
 
     fn prepare(&self) -> Body {
@@ -159,6 +177,10 @@ impl Source {
         self.status.ram_nonzero_bytes = self.status.ram_nonzero_bytes.max(p.nonzero_bytes);
         self.status.bulk_bytes = p.bulk_bytes;
         self.status.dirty_bytes_per_s = p.dirty_bytes_per_s;
+        self.status.disk_bytes = p.disk_bytes;
+        self.status.disk_wan_bytes = p.disk_wire_bytes;
+        self.status.disk_throttle_bytes_per_s = p.disk_throttle_bytes_per_s;
+        self.status.disk_throttled_ms = p.disk_throttled_ms;
         self.status.chunks_zero = p.zero;
         self.status.chunks_known = p.known;
         self.status.chunks_literal = p.literal;
@@ -270,7 +292,7 @@ impl Source {
             s => s.saturating_mul(1000),
         };
         self.state = State::Transfer {
-            until: now.plus_ms(limit_ms),
+            until: self.started.plus_ms(limit_ms),
             ask_at: now.plus_ms(wait::SILENCE_MS),
             heard: now,
             ballot: Ballot::None,
@@ -318,9 +340,7 @@ impl Source {
             (Body::Running { .. } | Body::Lost(_), State::Stopped { .. }) => {
                 out.push(Action::Resolve("the destination runs, the decision was missed".into()));
             }
-            (Body::Unknown, State::Transfer { .. }) => {
-                self.give_up("the destination node restarted during the transfer".into(), out);
-            }
+            (Body::Unknown, State::Transfer { .. }) => self.ask_again(now, out),
             (Body::Unknown, State::Stopped { .. }) => {
                 // It may have been about to bind, so the epoch is decided, not read.
                 out.push(Action::Resolve("the destination forgot the move".into()));

@@ -25,6 +25,8 @@ pub struct Options {
     pub max_downtime_ms: u64,
     /// Give up (stay) if the guest was not stopped by then; 0: one hour.
     pub deadline_s: u64,
+    /// Most bytes per second that are read of each disk to be copied; 0: as fast as they are taken.
+    pub disk_bandwidth_bytes_per_s: u64,
 }
 
 /// The message and what it is about.
@@ -163,6 +165,15 @@ pub struct Status {
     pub left_ms: Option<u64>,
     /// What the guest dirties, bytes per second.
     pub dirty_bytes_per_s: u64,
+    /// Size of the disks that move, bytes.
+    pub disk_bytes: u64,
+    /// Bytes that left for the disks: ids and compressed content.
+    pub disk_wan_bytes: u64,
+    /// What the guest may write to its disks at most, bytes per second, because it wrote faster than
+    /// the path takes; 0: as it likes.
+    pub disk_throttle_bytes_per_s: u64,
+    /// How long it was held to that, milliseconds.
+    pub disk_throttled_ms: u64,
     /// Pages by how they crossed: all zero.
     pub chunks_zero: u64,
     /// Pages by how they crossed: the destination had them.
@@ -212,6 +223,10 @@ impl Status {
             done_ppm: 0,
             left_ms: None,
             dirty_bytes_per_s: 0,
+            disk_bytes: 0,
+            disk_wan_bytes: 0,
+            disk_throttle_bytes_per_s: 0,
+            disk_throttled_ms: 0,
             chunks_zero: 0,
             chunks_known: 0,
             chunks_literal: 0,

@@ -249,6 +249,9 @@ pub struct MigrateOptions {
     /// Most bytes per second, such as 10M or 80Mbit; without it, what the path gives
     #[arg(long, value_name = "RATE", value_parser = human::rate)]
     pub bandwidth: Option<u64>,
+    /// Most bytes per second that are read of each disk to copy it; without it, what the path takes
+    #[arg(long, value_name = "RATE", value_parser = human::rate)]
+    pub disk_bandwidth: Option<u64>,
     /// Longest planned pause, such as 300ms
     #[arg(long, value_name = "TIME", value_parser = human::duration)]
     pub max_downtime: Option<Duration>,

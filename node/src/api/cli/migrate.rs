@@ -26,6 +26,7 @@ pub async fn run(state: &Path, options: &MigrateOptions) -> Result<Answer, ApiEr
         max_downtime_ms: options.max_downtime.map_or(0, ms),
         // A part of a second counts as a whole one: 0 would mean the default.
         deadline_s: options.deadline.map_or(0, |d| ms(d).div_ceil(1000)),
+        disk_bandwidth_bytes_per_s: options.disk_bandwidth.unwrap_or(0),
         id: Some(id),
     };
     if options.wait { follow(state, &request, id).await } else { start(state, &request).await }

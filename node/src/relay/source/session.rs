@@ -29,7 +29,7 @@ use crate::relay::pool::Pool;
 
 const TICK: Duration = Duration::from_millis(20);
 /// A PING every so many ticks.
-const PING_TICKS: u64 = 25;
+const PING_TICKS: u64 = 5;
 /// Touched regions of the digest are closed every so many ticks.
 const CLOSE_TICKS: u64 = 5;
 /// Round trip up to which a link that took bytes quickly is believed at once, microseconds.
@@ -118,6 +118,7 @@ pub(super) struct Session {
     exchange: Exchange,
     meter: Arc<Meter>,
     began: Instant,
+    best_rtt_us: u64,
 }
 
 impl Session {
@@ -129,7 +130,16 @@ impl Session {
     ) -> Self {
         let exchange = Exchange::new(Arc::clone(&shared), Arc::clone(&pool), params.disks);
         let meter = Arc::new(Meter::default());
-        Self { shared, pool, channels, params, exchange, meter, began: Instant::now() }
+        Self {
+            shared,
+            pool,
+            channels,
+            params,
+            exchange,
+            meter,
+            began: Instant::now(),
+            best_rtt_us: u64::MAX,
+        }
     }
 
     /// Relays until the end or until `aborted` says something.
@@ -244,7 +254,9 @@ impl Session {
         }
         match conn.incoming.recv().await {
             Some(Ok(Frame { head: Head::Welcome { placed, opaque }, .. })) => {
-                self.exchange.progress.rtt_us = said.elapsed().as_micros() as u64;
+                let rtt = said.elapsed().as_micros() as u64;
+                self.exchange.progress.rtt_us = rtt;
+                self.best_rtt_us = self.best_rtt_us.min(rtt);
                 self.exchange.resume(placed, opaque);
                 Ok(Some(conn))
             }
@@ -296,6 +308,7 @@ impl Session {
                     if heard.elapsed() > SILENCE {
                         return Ok(Served::Lost);
                     }
+                    self.exchange.progress.silent_ms = heard.elapsed().as_millis() as u64;
                     self.tick(&mut window);
                 }
             }
@@ -305,16 +318,17 @@ impl Session {
     fn hear(&mut self, frame: Frame) -> Result<bool, RelayError> {
         if let Head::Pong { stamp } = frame.head {
             let now = self.began.elapsed().as_micros() as u64;
+            // The newest, not the best: it says how long what is sent now waits on its way.
             let rtt = now.saturating_sub(stamp).max(1);
-            let best = &mut self.exchange.progress.rtt_us;
-            *best = if *best == 0 { rtt } else { rtt.min(*best) };
+            self.exchange.progress.rtt_us = rtt;
+            self.best_rtt_us = self.best_rtt_us.min(rtt);
             return Ok(false);
         }
         self.exchange.heard(frame)
     }
 
     fn tick(&mut self, window: &mut Window) {
-        let rtt = self.exchange.progress.rtt_us;
+        let rtt = self.best_rtt_us;
         let sent = self.meter.bytes_out.load(Ordering::Relaxed);
         let work = self.exchange.is_packing() && (rtt <= NEAR_US || sent > BELIEVE_BYTES);
         window.close(&self.meter, |bytes, over, busy| {

@@ -52,6 +52,7 @@ impl Follow {
             wait: true,
             bandwidth_bytes_per_s: bandwidth,
             max_downtime_ms: 0,
+            disk_bandwidth_bytes_per_s: 0,
             deadline_s: 0,
             id: Some(MigrationId(id)),
         };

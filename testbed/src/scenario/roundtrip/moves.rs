@@ -42,6 +42,7 @@ impl Moving {
             wait: true,
             bandwidth_bytes_per_s: wish.bandwidth,
             max_downtime_ms: 0,
+            disk_bandwidth_bytes_per_s: 0,
             deadline_s: wish.deadline_s,
             id: None,
         };
