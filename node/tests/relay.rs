@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use godwit::relay::corpus::{EmptyCorpus, MemoryCorpus};
 use godwit::relay::{
-    Corpus, DestEnd, DestParams, DestinationSession, PageSink, RelayError, SourceEnd, SourceParams,
-    SourceSession, Stream,
+    Corpus, DestEnd, DestParams, DestinationSession, ImageReader, Inlet, PageSink, RelayError,
+    SourceEnd, SourceParams, SourceSession, Stream,
 };
 use godwit_protocol::chunk::ChunkKey;
-use godwit_protocol::chunk::layout::Layout;
+use godwit_protocol::chunk::layout::{DiskSpace, Layout};
 use godwit_protocol::chunk::qemu::tail::Tail;
 use godwit_protocol::id::MigrationId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -82,10 +82,17 @@ struct Setup {
     cuts: Vec<u64>,
     hurry: bool,
     bandwidth: u64,
+    /// What a disk held at first, and how many writes follow.
+    disk: Option<(Vec<u8>, u32)>,
+    /// The image turns out to hold something else than what its mirror wrote.
+    forged: bool,
 }
 
 struct Outcome {
     memory: Arc<Memory>,
+    layout: Layout,
+    /// The disk at the source.
+    image: Vec<u8>,
     source: Result<SourceEnd, RelayError>,
     dest: Result<DestEnd, RelayError>,
     took: Duration,
@@ -96,7 +103,17 @@ struct Outcome {
 impl Setup {
     fn new(pages: u32, passes: Vec<Vec<sample::Record>>) -> Self {
         let (fault, corpus) = (Fault::None, Arc::new(EmptyCorpus));
-        Self { pages, passes, fault, corpus, cuts: vec![], hurry: false, bandwidth: 0 }
+        Self {
+            pages,
+            passes,
+            fault,
+            corpus,
+            cuts: vec![],
+            hurry: false,
+            bandwidth: 0,
+            disk: None,
+            forged: false,
+        }
     }
 
     fn expected(&self) -> Vec<u8> {
@@ -111,14 +128,17 @@ impl Setup {
         let dir = tempfile::tempdir().unwrap();
         let (inward, outward) = (dir.path().join("in"), dir.path().join("out"));
         let (ram_bytes, migration) = (u64::from(self.pages) * 4096, MigrationId([3; 16]));
-        let memory = Memory::new(self.pages, self.fault);
+        let spaces: Vec<_> = self.disk.iter().map(|(image, _)| space(image)).collect();
+        let layout = Layout::new(ram_bytes, &spaces).unwrap();
+        let memory = Memory::new(layout.pages(), self.fault);
+        let image = Arc::new(Mutex::new(self.disk.clone().map_or(vec![], |(image, _)| image)));
         let fake_dest = tokio::spawn(load(UnixListener::bind(&inward).unwrap()));
         let mut dest = DestinationSession::spawn(DestParams {
             qemu_socket: inward,
             sink: memory.clone(),
             corpus: self.corpus.clone(),
             key: KEY,
-            layout: Layout::new(ram_bytes, &[]).unwrap(),
+            layout: layout.clone(),
             settle: None,
             migration,
             silence_deadline: WAIT,
@@ -139,7 +159,7 @@ impl Setup {
             key: KEY,
             ram_block: "pc.ram".to_owned(),
             ram_bytes,
-            disks: Vec::new(),
+            disks: spaces.into_iter().map(|s| (s, reader(&image))).collect(),
             migration,
             bandwidth: self.bandwidth,
             accept_deadline: WAIT,
@@ -150,6 +170,12 @@ impl Setup {
             source.begin_cutover();
         }
         let began = Instant::now();
+        if let Some((_, writes)) = &self.disk {
+            let (inlet, image) = (Arc::clone(&source.inlets()[0]), Arc::clone(&image));
+            let (writes, forged) = (*writes, self.forged);
+            let mirror = move || mirror(&inlet, &image, writes, forged);
+            tokio::task::spawn_blocking(mirror).await.unwrap();
+        }
         let (mut back, mut qemu) = UnixStream::connect(&outward).await.unwrap().into_split();
         let input = sample::stream(self.pages, &self.passes);
         let feeding = tokio::spawn(async move {
@@ -167,8 +193,57 @@ impl Setup {
         drop(source);
         timeout(WAIT, back.read_to_end(&mut heard)).await.unwrap().unwrap();
         drop((feeding.await, fake_dest.abort()));
-        Outcome { memory, source: source_end, dest: dest_end, took, heard }
+        let image = image.lock().unwrap().clone();
+        Outcome { memory, layout, image, source: source_end, dest: dest_end, took, heard }
     }
+}
+
+fn space(image: &[u8]) -> DiskSpace {
+    DiskSpace { bytes: image.len() as u64, backed: false }
+}
+
+type Image = Arc<Mutex<Vec<u8>>>;
+
+struct Reader(Image);
+
+impl ImageReader for Reader {
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..into.len()]);
+        Ok(())
+    }
+}
+
+fn reader(image: &Image) -> Box<dyn ImageReader> {
+    Box::new(Reader(Arc::clone(image)))
+}
+
+/// A mirror: the whole disk once, as QEMU does it, then what a guest writes and discards.
+fn mirror(inlet: &Inlet, image: &Image, writes: u32, forged: bool) {
+    let whole = image.lock().unwrap().clone();
+    inlet.zero(0, inlet.bytes()).unwrap();
+    inlet.holds(0, inlet.bytes()).unwrap();
+    for (at, content) in (0..).step_by(128 << 10).zip(whole.chunks(128 << 10)) {
+        inlet.write(at, content).unwrap();
+    }
+    let blocks = inlet.bytes() / 4096;
+    for n in 0..u64::from(writes) {
+        let (block, len) = (n * 7919 % (blocks - 8), 1 + n % 8);
+        let range = (block * 4096) as usize..((block + len) * 4096) as usize;
+        let content: Vec<u8> =
+            (0..len).flat_map(|i| sample::page(0xd15c << 32 | n << 4 | i)).collect();
+        let content = if n % 5 == 0 { vec![0; range.len()] } else { content };
+        image.lock().unwrap()[range].copy_from_slice(&content);
+        if n % 10 == 0 {
+            inlet.zero(block * 4096, len * 4096).unwrap();
+        } else {
+            inlet.write(block * 4096, &content).unwrap();
+        }
+    }
+    if forged {
+        image.lock().unwrap()[77 * 4096 + 5] ^= 1;
+        inlet.holds(77 * 4096, 4096).unwrap();
+    }
+    inlet.finish(WAIT).unwrap();
 }
 
 /// QEMU at the destination: takes the stream, says PONG, and SHUT at its end.
@@ -232,7 +307,14 @@ fn versions(pages: u32, version: u64) -> Vec<sample::Record> {
 
 fn check(setup: &Setup, outcome: &Outcome) {
     let (dest, source) = (outcome.dest.as_ref().unwrap(), outcome.source.as_ref().unwrap());
-    assert!(*outcome.memory.bytes.lock().unwrap() == setup.expected(), "memory differs");
+    let line = outcome.memory.bytes.lock().unwrap();
+    let (ram, rest) = line.split_at(setup.pages as usize * 4096);
+    assert!(ram == setup.expected(), "memory differs");
+    if let Some(disk) = outcome.layout.disk(0) {
+        let from = (disk.start - setup.pages) as usize * 4096;
+        assert!(rest[from..] == outcome.image, "the disk differs");
+    }
+    drop(line);
     assert_eq!(dest.ram_digest, source.ram_digest);
     assert_eq!(dest.blob.len() as u64, source.opaque_bytes);
     assert_eq!(dest.progress.altered_pages, 0);
@@ -282,6 +364,49 @@ async fn what_the_destination_has_does_not_cross() {
     assert!(alone.pages.known > 600, "{alone:?}");
     assert!(known_figures.wire_bytes_out < alone.wire_bytes_out * 6 / 10, "{known_figures:?}");
     assert!(known.dest.unwrap().progress.stale_copies >= 200);
+}
+
+/// 12 MiB: the first third known by extents, every other page of the second; holes between.
+fn disk() -> (Vec<u8>, MemoryCorpus) {
+    let mut corpus = MemoryCorpus::default();
+    let mut image = vec![0; 12 << 20];
+    for (n, page) in (0_u64..).zip(image.as_chunks_mut::<4096>().0) {
+        if n % 100 < 90 {
+            *page = sample::page(0xd15c_0000_0000 | n);
+        }
+        if (1024..2048).contains(&n) && n % 2 == 0 {
+            corpus.add(&KEY, page);
+        }
+    }
+    image[..4 << 20].as_chunks::<65536>().0.iter().for_each(|e| corpus.add_extent(&KEY, e));
+    (image, corpus)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_arrive_with_memory_whatever_is_cut() {
+    for seed in 0..4_u64 {
+        let (image, corpus) = disk();
+        let mut setup = Setup::new(1000, vec![versions(1000, 1), vec![]]);
+        setup.disk = Some((image, 400));
+        setup.corpus = Arc::new(corpus);
+        let cut = |i: u64| (seed * 7919 + i * 104_729) % 900_000 + 300;
+        setup.cuts = (0..seed * 3).map(cut).collect();
+        let outcome = setup.run().await;
+        check(&setup, &outcome);
+        let figures = outcome.source.unwrap().progress;
+        assert!(figures.disk_blocks.known >= 900 + 450, "{figures:?}");
+        assert!(figures.disk_blocks.literal >= 900, "{figures:?}");
+        assert!(figures.disk_wire_bytes > 0 && figures.disk_wire_bytes < figures.wire_bytes_out);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_not_what_its_mirror_wrote_is_caught() {
+    let mut setup = Setup::new(100, vec![versions(100, 1), vec![]]);
+    setup.disk = Some((disk().0, 10));
+    setup.forged = true;
+    let outcome = setup.run().await;
+    assert!(matches!(outcome.source, Err(RelayError::DigestMismatch)), "{:?}", outcome.source);
 }
 
 #[tokio::test(flavor = "multi_thread")]
