@@ -214,11 +214,6 @@ impl SourceHandle {
         self.shared.hold(false);
     }
 
-    /// Stops (or goes on) reading QEMU's stream: between passes QEMU would spin.
-    pub fn hold_reading(&self, on: bool) {
-        self.shared.hold(on);
-    }
-
     /// Tells the source's QEMU that the destination has loaded (it ends `postmigrate`) or not
     /// (it ends `failed`, paused if it was stopped before).
     ///

@@ -197,7 +197,6 @@ impl Exchange {
                     Some(extents) => extents.clone(),
                     None => entry.ids.clone(),
                 };
-                self.count_wire(entry.disk, payload.len());
                 self.urgent.push_back(Frame { head, payload });
             }
             Stage::Wanted => self.wants.push_back(seq),
@@ -219,15 +218,14 @@ impl Exchange {
     }
 
     fn packed(&mut self, parcel: Parcel, coding: Coding, payload: Bytes) {
-        let (head, disk) = match parcel {
-            Parcel::Literals { segments, disk } => (Head::Literals { segments, coding }, disk),
+        let head = match parcel {
+            Parcel::Literals(segments) => Head::Literals { segments, coding },
             Parcel::Push(seq) => {
                 let Some(entry) = self.entries.get(&seq) else { return };
                 let (pages, zeros) = (entry.pages.clone(), entry.zeros.clone());
-                (Head::Push { seq, pages, zeros, sum: entry.sum, coding }, entry.disk)
+                Head::Push { seq, pages, zeros, sum: entry.sum, coding }
             }
         };
-        self.count_wire(disk, payload.len());
         self.bulk_push(Frame { head, payload });
     }
 
@@ -268,8 +266,6 @@ impl Exchange {
                 ids.extend_from_slice(id);
             }
         }
-        let disk = entry.disk;
-        self.count_wire(disk, ids.len());
         self.urgent.push_back(Frame { head: Head::Ids { seq }, payload: ids.into() });
         Ok(())
     }
@@ -379,7 +375,7 @@ impl Exchange {
                 continue;
             }
             self.packing += 1;
-            let parcel = Parcel::Literals { segments, disk };
+            let parcel = Parcel::Literals(segments);
             self.pool.put(Job::Pack { parcel, parts, level }, false);
         }
     }
@@ -403,11 +399,15 @@ impl Exchange {
 
     /// The next message.
     pub(super) fn next(&mut self) -> Option<Frame> {
-        if let Some(frame) = self.urgent.pop_front() {
-            return Some(frame);
-        }
-        let frame = self.bulk.pop_front()?;
-        self.bulk_bytes -= frame.payload.len();
+        let frame = match self.urgent.pop_front() {
+            Some(frame) => frame,
+            None => {
+                let frame = self.bulk.pop_front()?;
+                self.bulk_bytes -= frame.payload.len();
+                frame
+            }
+        };
+        self.count_wire(&frame);
         Some(frame)
     }
 
@@ -424,9 +424,15 @@ impl Exchange {
         }
     }
 
-    fn count_wire(&mut self, disk: bool, bytes: usize) {
-        if disk {
-            self.progress.disk_wire_bytes += bytes as u64;
+    /// Counts what leaves for disks; a message is of one kind.
+    fn count_wire(&mut self, frame: &Frame) {
+        let seq = match &frame.head {
+            Head::Offer { seq, .. } | Head::Ids { seq } | Head::Push { seq, .. } => Some(seq),
+            Head::Literals { segments, .. } => segments.first().map(|segment| &segment.0),
+            _ => None,
+        };
+        if seq.and_then(|seq| self.entries.get(seq)).is_some_and(|entry| entry.disk) {
+            self.progress.disk_wire_bytes += frame.payload.len() as u64;
         }
     }
 

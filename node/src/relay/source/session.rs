@@ -40,6 +40,9 @@ const BELIEVE_BYTES: u64 = 16 << 20;
 const SILENCE: Duration = Duration::from_secs(8);
 /// How long connecting and the first answer may take together.
 const CONNECT: Duration = Duration::from_secs(10);
+/// What is read from QEMU after its first pass, in time of the link beyond a round trip, and at least.
+const READ_AHEAD: Duration = Duration::from_millis(100);
+const READ_AHEAD_BYTES: f64 = 1e6;
 const BACKOFF: [u64; 5] = [50, 100, 250, 500, 1000];
 
 /// What threads tell the session.
@@ -343,6 +346,17 @@ impl Session {
             self.exchange.soon(Head::Ping { stamp });
         }
         self.publish(true);
+        self.pace_reading();
+    }
+
+    /// After the first pass QEMU sends whatever was dirtied as fast as it is read, hot pages again
+    /// and again: it is read only when the link is about to have nothing to do.
+    fn pace_reading(&self) {
+        let p = &self.exchange.progress;
+        let ahead = Duration::from_micros(p.rtt_us) + READ_AHEAD;
+        let enough = (p.link_bytes_per_s * ahead.as_secs_f64()).max(READ_AHEAD_BYTES);
+        let hurried = self.shared.hurried.load(Ordering::Relaxed);
+        self.shared.hold(p.passes > 0 && !hurried && p.unplaced_bytes as f64 > enough);
     }
 
     fn publish(&mut self, connected: bool) {
