@@ -82,7 +82,7 @@ pub(super) enum Event {
 /// What a compressed message will be.
 pub(super) enum Parcel {
     /// (batch, pages) of several batches.
-    Literals { segments: Vec<(u32, u32)>, disk: bool },
+    Literals(Vec<(u32, u32)>),
     /// One batch without asking.
     Push(u32),
 }
