@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use godwit::relay::corpus::{EmptyCorpus, MemoryCorpus};
 use godwit::relay::{
-    Corpus, DestEnd, DestParams, DestinationSession, ImageReader, Inlet, PageSink, RelayError,
-    SourceEnd, SourceParams, SourceSession, Stream,
+    Connector, Corpus, DestEnd, DestParams, DestinationSession, ImageReader, Inlet, PageSink,
+    RelayError, SourceEnd, SourceParams, SourceSession, Stream,
 };
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::chunk::layout::{DiskSpace, Layout};
@@ -124,6 +124,17 @@ impl Setup {
         memory
     }
 
+    /// Connections that break as planned.
+    fn connector(&self, streams: mpsc::Sender<Stream>) -> Connector {
+        let (mut count, cuts) = (0, self.cuts.clone());
+        Box::new(move || {
+            let budget = cuts.get(count).copied().unwrap_or(u64::MAX);
+            count += 1;
+            let stream = cut_after(budget, streams.clone());
+            Box::pin(async { Ok(stream.await) })
+        })
+    }
+
     async fn run(&self) -> Outcome {
         let dir = tempfile::tempdir().unwrap();
         let (inward, outward) = (dir.path().join("in"), dir.path().join("out"));
@@ -145,17 +156,10 @@ impl Setup {
             load_deadline: WAIT,
         })
         .unwrap();
-        let (streams, cuts) = (dest.streams(), self.cuts.clone());
-        let mut count = 0;
-        let connect = move || {
-            let budget = cuts.get(count).copied().unwrap_or(u64::MAX);
-            count += 1;
-            let stream = cut_after(budget, streams.clone());
-            Box::pin(async { Ok(stream.await) }) as std::pin::Pin<Box<_>>
-        };
+        let connect = self.connector(dest.streams());
         let mut source = SourceSession::spawn(SourceParams {
             listener: UnixListener::bind(&outward).unwrap(),
-            connect: Box::new(connect),
+            connect,
             key: KEY,
             ram_block: "pc.ram".to_owned(),
             ram_bytes,

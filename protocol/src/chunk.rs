@@ -9,11 +9,11 @@ pub mod layout;
 pub mod pages;
 pub mod qemu;
 
-use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::id::ChunkId;
 use crate::limits::CHUNK_BYTES;
+pub use crate::wire::bulk::Sum;
 
 /// The bytes of one page.
 pub type Page = [u8; CHUNK_BYTES];
@@ -23,16 +23,6 @@ pub const EXTENT_CHUNKS: usize = 16;
 
 /// A page of zeros.
 pub const ZERO_PAGE: Page = [0; CHUNK_BYTES];
-
-/// How the checksum of a page in the digest's table is made. Both ends use what the batch says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Sum {
-    /// The chunk's id, which has to be made anyway to ask for it.
-    Id,
-    /// XXH3 of 128 bits, for what crosses without being asked for: it finds what a faulty machine
-    /// does to a page; what an attacker could do is the link's business.
-    Quick,
-}
 
 /// The swarm's secret for naming chunks: an outsider cannot test whether a host holds a content.
 #[derive(Clone, PartialEq, Eq)]

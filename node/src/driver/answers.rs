@@ -38,6 +38,26 @@ fn value<T: serde::Serialize>(answer: T) -> Result<Value, ApiError> {
     serde_json::to_value(answer).map_err(ApiError::plain)
 }
 
+/// What a request to move a VM asks for.
+fn asked(request: Request) -> Result<migrate::Asked, ApiError> {
+    let Request::Migrate {
+        vm,
+        to,
+        wait,
+        bandwidth_bytes_per_s,
+        max_downtime_ms,
+        deadline_s,
+        disk_bandwidth_bytes_per_s,
+        id,
+    } = request
+    else {
+        return Err(ApiError::plain("no request to move a VM"));
+    };
+    let options =
+        Options { bandwidth_bytes_per_s, max_downtime_ms, deadline_s, disk_bandwidth_bytes_per_s };
+    Ok(migrate::Asked { vm, to, wait, options, id })
+}
+
 async fn answer(
     node: &Arc<Node>,
     request: Request,
@@ -49,25 +69,7 @@ async fn answer(
         Request::VmShow { vm } => value(boot::show(node, &vm).await?),
         Request::VmStop { vm, kill } => value(boot::stop(node, &vm, kill).await?),
         Request::VmConsole { vm } => value(boot::console(node, &vm).await?),
-        Request::Migrate {
-            vm,
-            to,
-            wait,
-            bandwidth_bytes_per_s,
-            max_downtime_ms,
-            deadline_s,
-            disk_bandwidth_bytes_per_s,
-            id,
-        } => {
-            let options = Options {
-                bandwidth_bytes_per_s,
-                max_downtime_ms,
-                deadline_s,
-                disk_bandwidth_bytes_per_s,
-            };
-            let asked = migrate::Asked { vm, to, wait, options, id };
-            value(migrate::migrate(node, asked, events).await?)
-        }
+        Request::Migrate { .. } => value(migrate::migrate(node, asked(request)?, events).await?),
         Request::Migrations { id } => value(migrate::list(node, id).await?),
         Request::Abort { id } => value(migrate::abort(node, id).await?),
         Request::Routes {} => value(routes(node).await?),

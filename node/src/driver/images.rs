@@ -28,6 +28,8 @@ const WRITE: Duration = Duration::from_secs(60);
 const CLIENTS: usize = 2;
 /// How often what was written is flushed: little is left for the stop.
 const FLUSH: Duration = Duration::from_secs(1);
+/// Free share of a file system below which nothing is kept there that was received in vain.
+const LEAST_FREE: f64 = 0.05;
 /// How long indexing what this host has may hold up a migration.
 const INDEX: Duration = Duration::from_secs(20);
 
@@ -45,6 +47,8 @@ pub(super) fn make(node: &Node, spec: &ResolvedSpec, copy: CopyId) -> Result<Roo
     let spec = spec.place(dir, copy, find).map_err(|e| e.to_string())?;
     let reserved = reserve::reserve(&spec, dir).map_err(|e| e.to_string())?;
     image::create(&spec).map_err(|e| e.to_string())?;
+    // What is being kept this moment may be this VM's.
+    drop(lock(&node.keeping));
     // What is here is worth waiting for; what is not indexed by then crosses.
     node.images.hurry();
     if !node.images.wait_indexed(Instant::now() + INDEX) {
@@ -243,7 +247,15 @@ pub(super) fn attach(node: &Node, copy: &Copy) {
 /// What a copy leaves behind when it has moved away, or was received in vain: content for the next
 /// move. Its QEMU has ended. Blocks.
 pub(super) fn keep(node: &Node, copy: &Copy) {
+    let _keeping = lock(&node.keeping);
     node.images.detach_disks(copy.id);
+    if let Some(path) = short_of_space(node, copy) {
+        tracing::warn!(path = %path.display(), "removed, not kept: its file system is nearly full");
+        if let Err(error) = image::remove(&copy.spec, &node.options.image_dir, copy.id) {
+            tracing::warn!(%error, "an image that is of no use stays");
+        }
+        return;
+    }
     for disk in copy.spec.moving() {
         let owned = disk.path.starts_with(&node.options.image_dir);
         let kept = retire(&disk.path, copy.id, owned)
@@ -257,6 +269,14 @@ pub(super) fn keep(node: &Node, copy: &Copy) {
     if let Err(error) = node.images.keep_memory(&memory, copy.vm(), copy.id) {
         tracing::warn!(copy = %copy.id, %error, "its memory is not kept");
     }
+}
+
+/// The image directory, if what was received there in vain would keep it full.
+fn short_of_space<'a>(node: &'a Node, copy: &Copy) -> Option<&'a Path> {
+    let dir = node.options.image_dir.as_path();
+    let owned = copy.spec.moving().any(|disk| disk.path.starts_with(dir));
+    let free = reserve::free_share(dir).unwrap_or(1.0);
+    (owned && !copy.ran() && free < LEAST_FREE).then_some(dir)
 }
 
 fn keep_file(node: &Node, path: &Path, vm: VmId, owned: bool) -> Result<(), String> {

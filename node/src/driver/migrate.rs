@@ -30,6 +30,10 @@ pub(super) struct Wanted {
 /// How long the end of a VM's last move may be waited for.
 const SETTLE: Duration = Duration::from_secs(3);
 
+/// How often the lead is asked for the figures of a move that has ended, and the pause between.
+const FIGURES_TRIES: u32 = 10;
+const FIGURES_AGAIN: Duration = Duration::from_millis(100);
+
 /// How often a watcher asks the lead, should its word not come by itself.
 const ASK_AGAIN: Duration = Duration::from_secs(3);
 
@@ -147,7 +151,10 @@ pub(super) async fn migrate(
         if let Some(status) = status {
             let status = forward(&mut shown, status);
             let end = status.phase.is_end();
-            if end || !asked.wait {
+            if end {
+                return Ok(named(with_figures(node, route.host, &mut shown, status).await));
+            }
+            if !asked.wait {
                 return Ok(named(status));
             }
             // Progress that a slow client does not take is dropped.
@@ -172,6 +179,29 @@ pub(super) async fn settled(node: &Arc<Node>, vm: VmId) {
     };
     // If the word does not come, the request is refused as one for a VM that moves.
     let _ = tokio::time::timeout(SETTLE, wait).await;
+}
+
+/// The destination may be the first to tell the end; when the guest was stopped, and what crossed,
+/// is the lead's to tell, a moment later.
+async fn with_figures(
+    node: &Arc<Node>,
+    lead: HostId,
+    shown: &mut Option<Status>,
+    mut status: Status,
+) -> Status {
+    for _ in 0..FIGURES_TRIES {
+        if status.phase != Phase::Moved || status.downtime_us.is_some() || lead == node.me {
+            break;
+        }
+        if let Ok(Answer::Migrations(told)) = node.ask(lead, Ask::Migrations(Some(status.id))).await
+            && let Some(told) = told.into_iter().find(|told| told.id == status.id)
+        {
+            status = forward(shown, told);
+        }
+        // The lead has not heard yet that the guest runs: its round trip is all there is to wait for.
+        tokio::time::sleep(FIGURES_AGAIN).await;
+    }
+    status
 }
 
 /// Both ends tell what they know: figures never shrink, and a phase that is over does not come back.

@@ -88,6 +88,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         links,
         corpus,
         images,
+        keeping: Mutex::default(),
         chunk_key,
         copies: Copies::default(),
         asks: Asks::default(),

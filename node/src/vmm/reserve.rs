@@ -102,6 +102,15 @@ fn free_bytes(dir: &Path) -> io::Result<u64> {
     Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }
 
+/// What share of its file system is free at `dir`, 0 to 1.
+///
+/// # Errors
+/// The file system's.
+pub fn free_share(dir: &Path) -> io::Result<f64> {
+    let stat = statvfs(dir)?;
+    Ok(stat.blocks_available() as f64 / stat.blocks().max(1) as f64)
+}
+
 fn hold(disk: String, path: PathBuf, bytes: u64) -> io::Result<Reservation> {
     let mut options = OpenOptions::new();
     let file = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;

@@ -32,6 +32,8 @@ pub struct Source {
     refusals: Vec<String>,
     /// How often a destination forgot the transfer.
     forgotten: u32,
+    /// When the transfer is given up; set when it first begins.
+    deadline: Option<Time>,
     stopped_us: Option<u64>,
 }
 
@@ -70,6 +72,7 @@ impl Source {
             last: Progress::default(),
             refusals: Vec::new(),
             forgotten: 0,
+            deadline: None,
             stopped_us: None,
         };
         this.ask_next(now, out);
@@ -100,6 +103,7 @@ impl Source {
             last: Progress::default(),
             refusals: Vec::new(),
             forgotten: 0,
+            deadline: None,
             stopped_us: None,
         };
         out.push(Action::Resolve("the source node restarted while the guest stood still".into()));
@@ -174,16 +178,7 @@ impl Source {
         let (ppm, left) = plan::work_done(&p, self.status.ram_bytes);
         self.status.done_ppm = self.status.done_ppm.max(ppm);
         self.status.left_ms = left;
-        self.status.ram_nonzero_bytes = self.status.ram_nonzero_bytes.max(p.nonzero_bytes);
-        self.status.bulk_bytes = p.bulk_bytes;
-        self.status.dirty_bytes_per_s = p.dirty_bytes_per_s;
-        self.status.disk_bytes = p.disk_bytes;
-        self.status.disk_wan_bytes = p.disk_wire_bytes;
-        self.status.disk_throttle_bytes_per_s = p.disk_throttle_bytes_per_s;
-        self.status.disk_throttled_ms = p.disk_throttled_ms;
-        self.status.chunks_zero = p.zero;
-        self.status.chunks_known = p.known;
-        self.status.chunks_literal = p.literal;
+        state::show(&mut self.status, &p);
         self.status.total_ms = now.ms_since(self.started);
         out.push(Action::Report);
         let converged = plan::is_converged(&p, self.options.max_downtime_ms);
@@ -292,7 +287,7 @@ impl Source {
             s => s.saturating_mul(1000),
         };
         self.state = State::Transfer {
-            until: self.started.plus_ms(limit_ms),
+            until: *self.deadline.get_or_insert(now.plus_ms(limit_ms)),
             ask_at: now.plus_ms(wait::SILENCE_MS),
             heard: now,
             ballot: Ballot::None,

@@ -7,7 +7,6 @@
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, CodecError};
-use crate::chunk::Sum;
 use crate::id::MigrationId;
 use crate::limits::BULK_MESSAGE_BYTES;
 
@@ -23,6 +22,16 @@ pub enum Coding {
     Raw,
     /// One zstd frame of this many bytes of content.
     Zstd(u32),
+}
+
+/// How the checksum of a page in the digest's table is made. Both ends use what the batch says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sum {
+    /// The chunk's id, which has to be made anyway to ask for it.
+    Id,
+    /// XXH3 of 128 bits, for what crosses without being asked for: it finds what a faulty machine
+    /// does to a page; what an attacker could do is the link's business.
+    Quick,
 }
 
 /// What is said. `seq` numbers batches from 1.

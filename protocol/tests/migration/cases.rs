@@ -186,18 +186,16 @@ fn the_lead_dies_in_the_transfer_and_the_guest_stays() {
 }
 
 #[test]
-fn the_destination_dies_in_the_transfer_and_the_guest_stays() {
+fn the_destination_dies_in_the_transfer_and_is_asked_again() {
     let mut world = asked(3);
     world.hold = |m| says(m, |b| matches!(b, Body::BallotReady));
     assert!(world.run_until(60_000, |w| !w.held.is_empty()));
     world.crash(3, 2000);
     world.held.clear();
-    assert!(
-        world.run_until(15_000, |w| phase(w, 0) == Phase::Stayed),
-        "told at once, not after hours"
-    );
+    world.hold = |_| false;
+    assert!(world.run_until(30_000, |w| is(w, 3, Qemu::Running)), "once it is back");
     settle(&mut world);
-    assert_eq!(world.running().unwrap().1, 0);
+    assert_eq!(world.running().unwrap().1, 3);
 }
 
 #[test]

@@ -1,6 +1,8 @@
-//! Where the source of a migration stands. Owns the states; the transitions are the parent's.
+//! Where the source of a migration stands. Owns the states and what is shown; the transitions are the parent's.
 
+use crate::migrate::Progress;
 use crate::time::Time;
+use crate::wire::migrate::Status;
 
 /// Where the source stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,4 +27,18 @@ pub(super) enum Ballot {
     None,
     Asked(Time),
     Ready(Time),
+}
+
+/// Puts what was measured into what is shown.
+pub(super) fn show(status: &mut Status, p: &Progress) {
+    status.ram_nonzero_bytes = status.ram_nonzero_bytes.max(p.nonzero_bytes);
+    status.bulk_bytes = p.bulk_bytes;
+    status.dirty_bytes_per_s = p.dirty_bytes_per_s;
+    status.disk_bytes = p.disk_bytes;
+    status.disk_wan_bytes = p.disk_wire_bytes;
+    status.disk_throttle_bytes_per_s = p.disk_throttle_bytes_per_s;
+    status.disk_throttled_ms = p.disk_throttled_ms;
+    status.chunks_zero = p.zero;
+    status.chunks_known = p.known;
+    status.chunks_literal = p.literal;
 }

@@ -40,7 +40,7 @@ fn said(source: &mut Source, body: Body) -> Vec<Action> {
 }
 
 #[test]
-fn a_destination_that_comes_back_without_the_move_ends_it_at_once() {
+fn a_destination_that_comes_back_without_the_move_is_asked_again_a_few_times() {
     let mut out = Vec::new();
     let mut source = begun(&mut out);
     source.handle(Time(1), Happened::Connected(host(2)), &mut out);
@@ -52,6 +52,14 @@ fn a_destination_that_comes_back_without_the_move_ends_it_at_once() {
     assert_eq!(out, []);
     source.handle(Time(2), Happened::Connected(host(2)), &mut out);
     assert_eq!(out, [asked]);
+    for _ in 0..wait::AGAIN {
+        let out = said(&mut source, Body::Unknown);
+        assert!(out.contains(&Action::Effect(Effect::CancelTransfer)), "{out:?}");
+        let prepare =
+            |a: &Action| matches!(a, Action::Send(h, Body::Prepare { .. }) if *h == host(2));
+        assert!(out.iter().any(prepare), "{out:?}");
+        said(&mut source, Body::Ready);
+    }
     let out = said(&mut source, Body::Unknown);
     assert!(out.contains(&Action::Effect(Effect::CancelTransfer)), "{out:?}");
     assert!(source.is_over() && source.status().phase == Phase::Stayed);
