@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use godwit_testbed::guest::disk::DiskForm;
 use godwit_testbed::guest::pattern::{PAGE_BYTES, page_bytes};
 use godwit_testbed::guest::wire::{
     CONTROL_PORT, Corrupt, READY, Reply, TCP_ECHO_PORT, UDP_ECHO_PORT,
@@ -48,7 +49,8 @@ impl Running {
         let files = GuestFiles::prepare(kind, &Cache::open()?)?;
         let dir = tempfile::tempdir()?;
         let mut spec = QemuSpec::new(dir.path(), memory_mib, accel);
-        spec.disk = files.make_disk(&dir.path().join("vm.img"))?;
+        let disk = dir.path().join("vm.img");
+        spec.disk = files.make_disk(&disk, DiskForm::Raw)?.then_some(disk);
         spec.address = address;
         let started = Instant::now();
         let qemu = qemu_command(&files, &spec)?

@@ -99,6 +99,34 @@ impl GuestControl {
         reply.verified.context("Guest answered without a result")
     }
 
+    /// Fills the first `mb` MiB of a file or device of the guest and then rewrites pages there at `rate_kbps` thousands of
+    /// bytes a second (0: only fills, or stops).
+    ///
+    /// # Errors
+    /// If the guest refuses, its disk fails, or it does not answer in time.
+    pub async fn disk(&mut self, path: &str, mb: u32, rate_kbps: u32) -> Result<()> {
+        let request = Request::Disk { path: path.to_owned(), mb, rate_kbps };
+        self.request(&request).await.map(drop)
+    }
+
+    /// Has the guest check every page that it ever wrote by [`GuestControl::disk`], as its disks have them.
+    ///
+    /// # Errors
+    /// As [`GuestControl::verify`], and if a disk failed the guest.
+    pub async fn verify_disks(&mut self) -> Result<Verified> {
+        let reply = self.request(&Request::VerifyDisks).await?;
+        reply.verified.context("Guest answered without a result")
+    }
+
+    /// Runs a line of shell in the guest; its output (of a long one the end).
+    ///
+    /// # Errors
+    /// If it fails, or does not end in time.
+    pub async fn shell(&mut self, line: &str) -> Result<String> {
+        let reply = self.request(&Request::Shell { line: line.to_owned() }).await?;
+        Ok(reply.output.unwrap_or_default())
+    }
+
     /// The guest's counters; `reset` starts its longest gaps again from zero afterwards.
     ///
     /// # Errors

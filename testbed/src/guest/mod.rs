@@ -16,6 +16,7 @@ mod cache;
 mod control;
 mod cpio;
 mod debian;
+pub mod disk;
 mod initrd;
 mod oldqemu;
 pub mod pattern;
@@ -23,12 +24,12 @@ mod spec;
 pub mod wire;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 pub use cache::{CACHE_VARIABLE, Cache};
 pub use control::GuestControl;
+use disk::DiskForm;
 pub use oldqemu::old_qemu;
 pub use spec::{
     Accel, GuestAddress, QemuNic, QemuSpec, SpecNic, VmSpec, cmdline, qemu_command, vm_spec,
@@ -84,25 +85,15 @@ impl GuestFiles {
         })
     }
 
-    /// Makes a VM's own writable disk at `path` as a sparse copy of the pristine image; does nothing for guests without one.
+    /// Makes a VM's own writable disk at `path` from the pristine image; false, and nothing is made, for guests without one.
     ///
     /// # Errors
-    /// If the copy cannot be made; then there is no file at `path`.
-    pub fn make_disk(&self, path: &Path) -> Result<Option<PathBuf>> {
+    /// If it cannot be made; then there is no file at `path`.
+    pub fn make_disk(&self, path: &Path, form: DiskForm) -> Result<bool> {
         let Some(base) = &self.base_image else {
-            return Ok(None);
+            return Ok(false);
         };
-        let copied = cache::run(
-            Command::new("cp")
-                .args(["--sparse=always", "--reflink=auto", "--"])
-                .arg(base)
-                .arg(path),
-        );
-        if copied.is_err() {
-            // Half a disk would boot, and fail later.
-            let _ = std::fs::remove_file(path);
-        }
-        copied.with_context(|| format!("Cannot make {}", path.display()))?;
-        Ok(Some(path.to_owned()))
+        disk::from_base(base, path, form)?;
+        Ok(true)
     }
 }

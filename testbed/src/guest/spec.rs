@@ -10,6 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::disk::SpecDisk;
 use super::{GuestFiles, GuestKind};
 
 /// A NIC of a guest under `godwit`.
@@ -41,8 +42,8 @@ pub struct VmSpec {
     pub memory_mib: u32,
     /// Virtual CPUs.
     pub vcpus: u32,
-    /// The VM's own writable disk (raw), made by [`GuestFiles::make_disk`]; `None` for guests without one.
-    pub disk: Option<PathBuf>,
+    /// Disks in order; the first is the root of guests that start from one.
+    pub disks: Vec<SpecDisk>,
     /// NICs in order.
     pub nics: Vec<SpecNic>,
     /// Address of the first NIC.
@@ -64,7 +65,7 @@ impl VmSpec {
             name: name.into(),
             memory_mib,
             vcpus: 1,
-            disk: None,
+            disks: Vec::new(),
             nics: Vec::new(),
             address: None,
             seed: None,
@@ -80,7 +81,7 @@ impl VmSpec {
 /// # Errors
 /// If a path is not UTF-8, or the guest needs a disk and has none.
 pub fn vm_spec(files: &GuestFiles, spec: &VmSpec) -> Result<String> {
-    check_disk(files, spec.disk.as_deref())?;
+    check_disk(files, !spec.disks.is_empty())?;
     let mut top = toml_table(&[
         ("name", Some(quote(&spec.name))),
         ("memory", Some(quote(&format!("{}M", spec.memory_mib)))),
@@ -93,12 +94,12 @@ pub fn vm_spec(files: &GuestFiles, spec: &VmSpec) -> Result<String> {
         ("cmdline", Some(quote(&cmdline(files.kind, spec.address, spec.seed)))),
         ("serial1", Some("true".to_owned())),
     ]);
-    if let Some(disk) = &spec.disk {
+    for disk in &spec.disks {
         top += "\n[[disk]]\n";
         top += &toml_table(&[
-            ("path", Some(quote(utf8(disk)?))),
-            ("format", Some(quote("raw"))),
-            ("shared", Some("true".to_owned())),
+            ("path", Some(quote(utf8(&disk.path)?))),
+            ("format", Some(quote(disk.form.format()))),
+            ("shared", disk.shared.then(|| "true".to_owned())),
         ]);
     }
     for nic in &spec.nics {
@@ -237,7 +238,7 @@ impl QemuSpec {
 /// # Errors
 /// If a path is not UTF-8, or the guest needs a disk and has none.
 pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
-    check_disk(files, spec.disk.as_deref())?;
+    check_disk(files, spec.disk.is_some())?;
     let mut command = Command::new("qemu-system-x86_64");
     let memory = spec.memory_mib;
     command
@@ -282,9 +283,9 @@ pub fn qemu_command(files: &GuestFiles, spec: &QemuSpec) -> Result<Command> {
     Ok(command)
 }
 
-fn check_disk(files: &GuestFiles, disk: Option<&Path>) -> Result<()> {
+fn check_disk(files: &GuestFiles, has_one: bool) -> Result<()> {
     ensure!(
-        files.base_image.is_none() || disk.is_some(),
+        files.base_image.is_none() || has_one,
         "This guest starts from a disk; make one with make_disk"
     );
     Ok(())
@@ -320,6 +321,7 @@ fn toml_table(entries: &[(&str, Option<String>)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::disk::DiskForm;
 
     fn files(kind: GuestKind) -> GuestFiles {
         GuestFiles {
@@ -333,7 +335,8 @@ mod tests {
     #[test]
     fn the_spec_is_what_vm_run_reads() {
         let mut spec = VmSpec::new("web", 512);
-        spec.disk = Some("/v/vm.img".into());
+        spec.disks.push(SpecDisk::shared("/v/vm.img"));
+        spec.disks.push(SpecDisk::own("/v/data.qcow2", DiskForm::Qcow2));
         spec.nics.push(SpecNic { wire: "lan".into(), mac: Some("52:54:00:00:00:01".into()) });
         spec.address =
             Some(GuestAddress { ip: Ipv4Addr::new(10, 9, 0, 5), prefix: 24, mtu: Some(1400) });
@@ -349,6 +352,10 @@ serial1 = true
 path = "/v/vm.img"
 format = "raw"
 shared = true
+
+[[disk]]
+path = "/v/data.qcow2"
+format = "qcow2"
 
 [[nic]]
 wire = "lan"
@@ -371,10 +378,11 @@ mac = "52:54:00:00:00:01"
         assert_eq!(read.accel, godwit::vmm::AccelChoice::Kvm);
         assert_eq!(read.nic.len(), 1);
         assert!(read.cmdline.ends_with("godwit.seed=7"), "{}", read.cmdline);
-        spec.disk = Some("/v/vm.img".into());
+        spec.disks.push(SpecDisk::shared("/v/vm.img"));
+        spec.disks.push(SpecDisk::own("/v/own.img", DiskForm::Raw));
         let text = vm_spec(&files(GuestKind::Debian), &spec).unwrap();
         let read: godwit::vmm::VmSpec = text.parse().unwrap();
-        assert!(read.disk[0].shared);
+        assert!(read.disk[0].shared && !read.disk[1].shared);
     }
 
     #[test]

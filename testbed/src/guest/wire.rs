@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Longest line in bytes that either side accepts.
 pub const MAX_LINE: usize = 4096;
+/// Most bytes of a command's output in a reply.
+pub const MAX_OUTPUT: usize = 1024;
 /// The UDP port that echoes every datagram.
 pub const UDP_ECHO_PORT: u16 = 7007;
 /// The TCP port that echoes every byte.
@@ -48,6 +50,22 @@ pub enum Request {
     Stop,
     /// Check every page ever written against its expected version.
     Verify,
+    /// Fill the first part of a file or a device and then keep rewriting pages of it, flushed once a second.
+    Disk {
+        /// The file, which is made, or the device.
+        path: String,
+        /// How much of it, in MiB; the first request for a path decides.
+        mb: u32,
+        /// Pages are rewritten at this many thousands of bytes per second; 0 only fills it, or stops.
+        rate_kbps: u32,
+    },
+    /// Flush, and check every page of [`Request::Disk`] as the disk has it.
+    VerifyDisks,
+    /// Run a line of shell to its end.
+    Shell {
+        /// The line.
+        line: String,
+    },
     /// Counters.
     Stats {
         /// Start the longest gaps again from zero after reporting them.
@@ -117,18 +135,21 @@ pub struct Reply {
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// For [`Request::Verify`].
+    /// For [`Request::Verify`] and [`Request::VerifyDisks`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verified: Option<Verified>,
     /// For [`Request::Stats`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stats: Option<Stats>,
+    /// For [`Request::Shell`]: the end of what it wrote, at most [`MAX_OUTPUT`] bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
 }
 
 impl Reply {
     /// A bare yes.
     pub fn ok(id: u32) -> Self {
-        Reply { id, ok: true, error: None, verified: None, stats: None }
+        Reply { id, ok: true, error: None, verified: None, stats: None, output: None }
     }
 
     /// A refusal with its cause.

@@ -14,6 +14,7 @@ use godwit_protocol::wire::migrate::Phase;
 use serde_json::{Value, json};
 
 use super::swarm::{Guest, GuestPlan, Swarm, run};
+use crate::guest::disk::SpecDisk;
 use crate::guest::{Cache, GuestFiles, GuestKind};
 use crate::lab::LabConfig;
 use crate::lab::cleanup::run_dir;
@@ -50,7 +51,7 @@ pub fn roundtrip() -> Result<Value> {
     let qemus = qemus.context("a lab without hosts")??;
     let disk = swarm.lab.dir().join("shared.img");
     std::fs::File::create(&disk)?.set_len(16 << 20)?;
-    let plan = GuestPlan { disk: Some(disk), ..GuestPlan::new("web", 5, 256) };
+    let plan = GuestPlan { disks: vec![SpecDisk::shared(disk)], ..GuestPlan::new("web", 5, 256) };
     let web = swarm.start_guest("h1", &files, &plan)?;
     let db = swarm.start_guest("h2", &files, &GuestPlan::new("db", 6, 192))?;
     run(async { swarm.control("h1", &web)?.churn(16, 250, false).await })?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::guest::disk::{DiskForm, SpecDisk};
 use crate::guest::{
     Accel, GuestAddress, GuestControl, GuestFiles, GuestKind, SpecNic, VmSpec, vm_spec,
 };
@@ -122,15 +123,16 @@ impl Swarm {
     /// Starts a guest on a host, with one NIC on [`WIRE`] if it can use one, and waits until its agent answers and as many
     /// voters decide on it as there are hosts (at most three).
     pub fn start_guest(&self, host: &str, files: &GuestFiles, plan: &GuestPlan) -> Result<Guest> {
-        let disk = match files.base_image {
-            Some(_) => files.make_disk(&self.lab.dir().join(format!("{}.img", plan.name)))?,
-            None => plan.disk.clone(),
-        };
+        let root = self.lab.dir().join(format!("{}.img", plan.name));
+        let mut disks = plan.disks.clone();
+        if files.make_disk(&root, plan.root)? {
+            disks.insert(0, SpecDisk { path: root, form: plan.root, shared: plan.root_shared });
+        }
         let nic = SpecNic { wire: WIRE.into(), mac: Some(plan.mac()) };
         let address = GuestAddress { ip: plan.ip(), prefix: 24, mtu: Some(MTU) };
         let network = files.kind != GuestKind::Bare;
         let spec = VmSpec {
-            disk,
+            disks,
             nics: network.then_some(nic).into_iter().collect(),
             address: network.then_some(address),
             accel: plan.accel,
@@ -199,12 +201,16 @@ pub struct GuestPlan {
     pub machine: Option<String>,
     /// Accelerator; `None` leaves it to the node.
     pub accel: Option<Accel>,
-    /// A raw disk, for guests that do not start from one of their own.
-    pub disk: Option<PathBuf>,
+    /// Form of the disk that it starts from, if it does.
+    pub root: DiskForm,
+    /// Every host reaches that disk; otherwise it moves with the VM.
+    pub root_shared: bool,
+    /// Further disks, which exist.
+    pub disks: Vec<SpecDisk>,
 }
 
 impl GuestPlan {
-    /// A guest that leaves everything to the node.
+    /// A guest that leaves everything to the node; a disk that it starts from is raw and its own.
     #[must_use]
     pub fn new(name: &str, number: u8, memory_mib: u32) -> Self {
         Self {
@@ -214,7 +220,9 @@ impl GuestPlan {
             cpu: None,
             machine: None,
             accel: None,
-            disk: None,
+            root: DiskForm::Raw,
+            root_shared: false,
+            disks: Vec::new(),
         }
     }
 

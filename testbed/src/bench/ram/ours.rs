@@ -20,7 +20,7 @@ const PROBES: u32 = 100;
 
 pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let swarm = swarm(case, files)?;
-    let plan = GuestPlan::new("web", 5, MEMORY_MIB);
+    let plan = GuestPlan { root_shared: true, ..GuestPlan::new("web", 5, MEMORY_MIB) };
     let guest = swarm.start_guest("h1", files, &plan)?;
     block_on(async {
         swarm.control("h1", &guest)?.churn(case.churn.0, case.churn.1, false).await

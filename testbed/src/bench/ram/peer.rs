@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::figures::{Guest, Run};
 use super::sampler::Sampler;
 use super::{Case, MEMORY_MIB, MOVE, SETTLE, Vm, content, ours};
+use crate::guest::disk::DiskForm;
 use crate::guest::{Accel, GuestControl, GuestFiles, QemuNic, QemuSpec, qemu_command};
 use crate::lab::wan::LinkStats;
 use crate::lab::{Host, Lab, ns};
@@ -96,7 +97,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) ->
     for host in [&source_host, &target_host] {
         host.ns.batch(&[format!("tuntap add {TAP} mode tap"), format!("link set {TAP} up")])?;
     }
-    files.make_disk(&disk(&lab))?;
+    files.make_disk(&disk(&lab), DiskForm::Raw)?;
     let source = Process::start(&lab, &source_host, files, vm, false)?;
     let serial = source.spec.serial1();
     block_on(async {

@@ -5,6 +5,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
+mod disks;
 mod net;
 mod serve;
 mod ticker;
@@ -16,9 +17,10 @@ use std::sync::Arc;
 use std::thread;
 
 use godwit_testbed::guest::wire::{
-    CONTROL_PORT, Envelope, READY, Reply, Request, Stats, TCP_ECHO_PORT, UDP_ECHO_PORT,
+    CONTROL_PORT, Envelope, MAX_OUTPUT, READY, Reply, Request, Stats, TCP_ECHO_PORT, UDP_ECHO_PORT,
 };
 
+use disks::Disks;
 use ticker::Ticker;
 use workload::Workload;
 
@@ -37,13 +39,16 @@ fn main() {
 
 fn start() -> Result<(), String> {
     let cmdline = fs::read_to_string("/proc/cmdline").map_err(|e| format!("/proc/cmdline: {e}"))?;
-    let workload = Workload::start(seed(&cmdline)?).map_err(|e| format!("writer: {e}"))?;
+    let seed = seed(&cmdline)?;
+    let workload = Workload::start(seed).map_err(|e| format!("writer: {e}"))?;
+    let disks = Disks::start(seed).map_err(|e| format!("disk writer: {e}"))?;
     let ticker = Ticker::start().map_err(|e| format!("ticker: {e}"))?;
     net::loopback_up().map_err(|e| format!("lo: {e}"))?;
     if let Some(address) = net::Address::from_cmdline(&cmdline)? {
         net::configure("eth0", address).map_err(|e| format!("eth0: {e}"))?;
     }
-    let handler: serve::Handler = Arc::new(move |envelope| answer(&workload, &ticker, envelope));
+    let handler: serve::Handler =
+        Arc::new(move |envelope| answer(&workload, &disks, &ticker, envelope));
     serve::udp_echo(UDP_ECHO_PORT).map_err(|e| format!("UDP {UDP_ECHO_PORT}: {e}"))?;
     serve::tcp_echo(TCP_ECHO_PORT).map_err(|e| format!("TCP {TCP_ECHO_PORT}: {e}"))?;
     serve::tcp_control(CONTROL_PORT, Arc::clone(&handler))
@@ -56,16 +61,23 @@ fn start() -> Result<(), String> {
     Ok(())
 }
 
-fn answer(workload: &Workload, ticker: &Ticker, envelope: Envelope) -> Reply {
+fn answer(workload: &Workload, disks: &Disks, ticker: &Ticker, envelope: Envelope) -> Reply {
     let id = envelope.id;
+    let refuse = |cause: String| Reply::refuse(id, cause);
     match envelope.request {
         Request::Ping => Reply::ok(id),
         Request::Churn { mb, rate_kbps, hot_quarter } => {
-            match workload.churn(mb, rate_kbps, hot_quarter) {
-                Ok(()) => Reply::ok(id),
-                Err(cause) => Reply::refuse(id, cause),
-            }
+            let done = workload.churn(mb, rate_kbps, hot_quarter);
+            done.map_or_else(refuse, |()| Reply::ok(id))
         }
+        Request::Disk { path, mb, rate_kbps } => {
+            disks.churn(&path, mb, rate_kbps).map_or_else(refuse, |()| Reply::ok(id))
+        }
+        Request::VerifyDisks => disks
+            .verify()
+            .map_or_else(refuse, |seen| Reply { verified: Some(seen), ..Reply::ok(id) }),
+        Request::Shell { line } => disks::shell(&line, MAX_OUTPUT)
+            .map_or_else(refuse, |said| Reply { output: Some(said), ..Reply::ok(id) }),
         Request::Stop => {
             workload.stop();
             Reply::ok(id)

@@ -1,0 +1,97 @@
+//! Disks of guests: their forms, and how their images are made.
+//!
+//! Owns the making of image files. Never knows which guest uses one. Invariant: half an image is never left behind.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::cache::run;
+
+/// What an image file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskForm {
+    /// The bytes of the disk, sparse.
+    Raw,
+    /// A qcow2 that holds everything.
+    Qcow2,
+    /// A qcow2 that holds what differs from the pristine image.
+    Overlay,
+}
+
+impl DiskForm {
+    /// QEMU's name of the format.
+    #[must_use]
+    pub fn format(self) -> &'static str {
+        match self {
+            DiskForm::Raw => "raw",
+            DiskForm::Qcow2 | DiskForm::Overlay => "qcow2",
+        }
+    }
+}
+
+/// A disk of a guest under `godwit`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpecDisk {
+    /// Its image.
+    pub path: PathBuf,
+    /// What that is.
+    pub form: DiskForm,
+    /// Every host reaches the same image at this path; otherwise it moves with the VM.
+    pub shared: bool,
+}
+
+impl SpecDisk {
+    /// A raw image that every host reaches.
+    pub fn shared(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), form: DiskForm::Raw, shared: true }
+    }
+
+    /// An image of the VM's own.
+    pub fn own(path: impl Into<PathBuf>, form: DiskForm) -> Self {
+        Self { path: path.into(), form, shared: false }
+    }
+
+    /// Makes an empty image of `bytes`, a multiple of 4096, for a disk of the VM's own.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn blank(path: impl Into<PathBuf>, form: DiskForm, bytes: u64) -> Result<Self> {
+        let disk = Self::own(path, form);
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", form.format(), "--"]).arg(&disk.path);
+        whole(&disk.path, create.arg(bytes.to_string()))?;
+        Ok(disk)
+    }
+}
+
+/// Makes an image at `path` that reads as the raw image `base`.
+pub(super) fn from_base(base: &Path, path: &Path, form: DiskForm) -> Result<()> {
+    match form {
+        DiskForm::Raw => {
+            let mut copy = Command::new("cp");
+            copy.args(["--sparse=always", "--reflink=auto", "--"]).arg(base).arg(path);
+            whole(path, &mut copy)
+        }
+        DiskForm::Qcow2 => {
+            let mut convert = Command::new("qemu-img");
+            convert.args(["convert", "-q", "-f", "raw", "-O", "qcow2", "--"]);
+            whole(path, convert.arg(base).arg(path))
+        }
+        DiskForm::Overlay => {
+            let mut create = Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
+            whole(path, create.arg(base).arg("--").arg(path))
+        }
+    }
+}
+
+/// Runs a command that makes `path`; half a disk would boot, and fail later.
+fn whole(path: &Path, command: &mut Command) -> Result<()> {
+    let made = run(command);
+    if made.is_err() {
+        let _ = std::fs::remove_file(path);
+    }
+    made.with_context(|| format!("Cannot make {}", path.display())).map(drop)
+}
