@@ -205,6 +205,7 @@ pub fn sweep(labid: &str) -> Result<Leftovers> {
         }
     }
     if let Some(dir) = &now.dir {
+        unmount_below(dir);
         fs::remove_dir_all(dir).with_context(|| format!("removing {}", dir.display()))?;
     }
     let left = leftovers(labid)?;
@@ -212,6 +213,17 @@ pub fn sweep(labid: &str) -> Result<Leftovers> {
         bail!("lab {labid}: still there after cleaning: {left:?}");
     }
     Ok(first)
+}
+
+/// What is mounted in the lab's directory hides what is to be removed.
+fn unmount_below(dir: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for path in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)) {
+        if Path::new(path).starts_with(dir) {
+            // What stays mounted is told by the removal that fails.
+            let _ = nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
 }
 
 /// [`sweep`] under the lock; refuses while the lab is running.

@@ -11,6 +11,7 @@
 pub mod check;
 pub mod cleanup;
 pub mod frames;
+pub mod images;
 pub mod node;
 pub mod ns;
 pub mod prober;

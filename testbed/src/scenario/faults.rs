@@ -3,16 +3,16 @@
 //! Owns the matrix and the report. Invariant: what is judged was seen from outside the nodes (the events of every QEMU,
 //! the taps, the guest's own check); of the nodes' words only the shown outcome is, and it must agree.
 
-mod case;
+pub(super) mod case;
 mod checks;
-mod follow;
-mod world;
+pub(super) mod follow;
+pub(super) mod world;
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
 pub use case::{Case, Fault, Phase};
-use world::World;
+use world::{Cast, World};
 
 /// The whole matrix.
 #[must_use]
@@ -98,7 +98,7 @@ pub fn run(labid: &str, cases: &[Case], skipped: Vec<Value>) -> Result<Value> {
 fn one(labid: &str, world: &mut Option<World>, case: &Case) -> Result<Value> {
     let ready = match world.take() {
         Some(ready) => ready,
-        None => World::up(labid)?,
+        None => World::up(labid, Cast::plain())?,
     };
     case.run(world.insert(ready))
 }

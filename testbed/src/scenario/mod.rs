@@ -4,6 +4,7 @@
 //! guest's own check), not told by a node.
 
 pub mod demo;
+pub mod disks;
 pub mod faults;
 pub mod kvm;
 pub mod refusals;
@@ -32,6 +33,11 @@ pub const ALL: &[Scenario] = &[
         name: "faults",
         about: "kill -9, a cut WAN and late accepts in every phase of a move (about 20 minutes)",
         run: faults::full,
+    },
+    Scenario {
+        name: "disks",
+        about: "a small guest's own disks move with it, or stay when they cannot (about two minutes)",
+        run: disks::small,
     },
     Scenario {
         name: "refusals",

@@ -41,7 +41,8 @@ struct Region {
 
 impl Region {
     fn open(path: &str, mb: u32, seed: u64) -> io::Result<Self> {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         let pages = (u64::from(mb) << 20) / PAGE_BYTES as u64;
         let versions = vec![0; usize::try_from(pages).map_err(io::Error::other)?];
         let mut region = Region {

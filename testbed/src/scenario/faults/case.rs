@@ -215,8 +215,8 @@ impl Case {
 
     /// Where the guest runs and stands, by the QEMUs' events; an error if that is not this phase.
     fn seen_phase(&self, world: &World, scene: &Scene) -> Result<Value> {
-        let (source, destination) = (receiver(world, &scene.vm, &scene.source)?, {
-            receiver(world, &scene.vm, &scene.destination)?
+        let (source, destination) = (world.copy_on(&scene.vm, &scene.source)?, {
+            world.copy_on(&scene.vm, &scene.destination)?
         });
         let ran = !destination.ran().is_empty();
         let fits = match self.phase {
@@ -255,7 +255,7 @@ impl Case {
     fn act(&self, world: &mut World, scene: &Scene) -> Result<Value> {
         match self.fault {
             Fault::DestinationQemu => {
-                let qemu = receiver(world, &scene.vm, &scene.destination)?;
+                let qemu = world.copy_on(&scene.vm, &scene.destination)?;
                 kill(Pid::from_raw(qemu.pid), Signal::SIGKILL).context("kill -9 of QEMU")?;
                 let gone = |world: &World| {
                     let all = world.copies(&scene.vm);
@@ -301,7 +301,7 @@ impl Case {
         if self.back_first {
             node.start_ready(READY)?;
             // It may decide with the other voter while the destination stands still; the destination's word comes later.
-            let decided = || receiver(world, &scene.vm, &scene.source).is_ok_and(|q| q.runs());
+            let decided = || world.copy_on(&scene.vm, &scene.source).is_ok_and(|q| q.runs());
             until(BACK, decided).context("the source did not run again")?;
             release(&scene.point)?;
         } else {
@@ -328,19 +328,9 @@ impl Case {
 
     /// Waits for the end as shown where it was asked for, then for what must come true soon after.
     fn facts(&self, world: &World, scene: &Scene) -> Result<Facts> {
-        let id = scene.follow.id.to_string();
         let left = checks::END.saturating_sub(scene.started.elapsed());
-        let mut shown = Value::Null;
-        let ended = world.swarm.wait("the migration ends", left, |swarm| {
-            let all = swarm.ask(REQUESTER, &["migrations"])?;
-            let found = all.as_array().and_then(|all| all.iter().find(|m| m["id"] == id.as_str()));
-            shown = found.cloned().unwrap_or(Value::Null);
-            Ok(["moved", "stayed", "lost"].iter().any(|end| shown["phase"] == *end))
-        });
+        let shown = world.ended(&scene.follow, left)?;
         let ended_ms = scene.started.elapsed().as_millis() as u64;
-        if let Err(error) = ended {
-            bail!("{error:#}\nshown at {REQUESTER}: {shown}");
-        }
         let lost = shown["phase"] == "lost";
         // The superseded copy goes soon after the end is known.
         let _ = until(checks::TIDY, || {
@@ -370,13 +360,6 @@ fn verify(mut control: GuestControl) -> Result<crate::guest::wire::Verified> {
         control.wait_ready(Duration::from_secs(30)).await?;
         control.verify().await
     })
-}
-
-/// The newest QEMU of the VM on a host.
-fn receiver(world: &World, vm: &str, host: &str) -> Result<SeenQemu> {
-    let mut copies = world.copies(vm);
-    copies.retain(|qemu| world.host_of(qemu).as_deref() == Some(host));
-    copies.pop().with_context(|| format!("{host} has no QEMU of {vm}"))
 }
 
 fn release(point: &Path) -> Result<()> {

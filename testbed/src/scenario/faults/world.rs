@@ -7,11 +7,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
+use super::follow::Follow;
+use crate::guest::disk::{DiskForm, SpecDisk};
 use crate::guest::{Cache, GuestControl, GuestFiles, GuestKind};
 use crate::lab::frames::FrameWatch;
+use crate::lab::node::Node;
+use crate::lab::ns::NetNs;
 use crate::lab::prober::{ProbeConfig, Prober, Station};
 use crate::lab::qemus::{QemuWatch, SeenQemu};
+use crate::lab::wan::{LinkParams, WanMode};
 use crate::lab::{LabConfig, cleanup};
 use crate::scenario::swarm::{Guest, GuestPlan, Swarm, run};
 
@@ -21,12 +27,46 @@ pub const REQUESTER: &str = "h3";
 const SETTLE: Duration = Duration::from_secs(60);
 /// How long after that the guest may take to be reached from the other hosts.
 const ECHO: Duration = Duration::from_secs(10);
-/// MiB of guest memory.
-const MEMORY_MIB: u32 = 256;
-/// MiB that the guest rewrites, and thousands of bytes of it per second.
-const CHURN: (u32, u32) = (16, 1000);
 /// Datagrams per second that the guest echoes: each makes it send a frame.
 const PROBES: u32 = 50;
+
+/// What the guest of a world is and does.
+#[derive(Clone)]
+pub struct Cast {
+    /// Which guest.
+    pub kind: GuestKind,
+    /// MiB of its memory.
+    pub memory_mib: u32,
+    /// MiB of its memory that it rewrites, and thousands of bytes of it per second.
+    pub churn: (u32, u32),
+    /// Form of the disk that it starts from, if it does.
+    pub root: DiskForm,
+    /// Further disks of its own and their MiB.
+    pub disks: Vec<(DiskForm, u32)>,
+    /// What it rewrites on its disks: path in the guest, MiB, thousands of bytes per second.
+    pub disk_churn: Vec<(&'static str, u32, u32)>,
+    /// The links between the sites.
+    pub link: LinkParams,
+    /// More arguments of a node, by its host.
+    pub dress: fn(&mut Node),
+}
+
+impl Cast {
+    /// The busybox guest without disks, between sites 80 ms apart.
+    #[must_use]
+    pub fn plain() -> Self {
+        Self {
+            kind: GuestKind::Busybox,
+            memory_mib: 256,
+            churn: (16, 1000),
+            root: DiskForm::Raw,
+            disks: Vec::new(),
+            disk_churn: Vec::new(),
+            link: LinkParams::new(100, 80),
+            dress: |_| {},
+        }
+    }
+}
 
 /// See the module.
 pub struct World {
@@ -36,7 +76,9 @@ pub struct World {
     pub qemus: QemuWatch,
     /// Every frame of a guest.
     pub frames: FrameWatch,
-    files: GuestFiles,
+    /// What the guest starts from.
+    pub files: GuestFiles,
+    cast: Cast,
     guest: Option<Guest>,
     guests: u8,
     talk: Option<Talk>,
@@ -50,11 +92,12 @@ struct Talk {
 
 impl World {
     /// Builds the lab and the swarm; no guest yet.
-    pub fn up(labid: &str) -> Result<Self> {
-        let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
+    pub fn up(labid: &str, cast: Cast) -> Result<Self> {
+        let files = GuestFiles::prepare(cast.kind, &Cache::open()?)?;
         let dir = cleanup::run_dir(labid);
         let mut qemus = None;
-        let swarm = Swarm::up(&LabConfig::demo(labid), |node| {
+        let wan = WanMode::Shaped(cast.link.clone());
+        let swarm = Swarm::up(&LabConfig { wan, ..LabConfig::demo(labid) }, |node| {
             // The lab's directory is there now, which it was not before.
             let watch = qemus.get_or_insert_with(|| QemuWatch::start(&dir.join("qemus")));
             if let Ok(watch) = watch {
@@ -64,10 +107,11 @@ impl World {
             // If this fails, no point is ever reached, which each case notices.
             let _ = cleanup::make_private_dir(&hold);
             node.env("GODWIT_LAB_HOLD", &hold.display().to_string());
+            (cast.dress)(node);
         })?;
         let qemus = qemus.context("a lab without hosts")??;
         let frames = FrameWatch::start(swarm.lab.hosts())?;
-        Ok(Self { swarm, qemus, frames, files, guest: None, guests: 0, talk: None })
+        Ok(Self { swarm, qemus, frames, files, cast, guest: None, guests: 0, talk: None })
     }
 
     /// The guest: the one that lives, else a new one on h1; and the host that it runs on.
@@ -79,9 +123,15 @@ impl World {
         }
         self.talk = None;
         self.guests += 1;
-        let plan = GuestPlan::new(&format!("vm{}", self.guests), self.guests, MEMORY_MIB);
+        let plan = self.plan()?;
         let guest = self.swarm.start_guest("h1", &self.files, &plan)?;
-        run(async { self.swarm.control("h1", &guest)?.churn(CHURN.0, CHURN.1, false).await })?;
+        run(async {
+            let mut control = self.swarm.control("h1", &guest)?;
+            for (path, mb, rate_kbps) in &self.cast.disk_churn {
+                control.disk(path, *mb, *rate_kbps).await?;
+            }
+            control.churn(self.cast.churn.0, self.cast.churn.1, false).await
+        })?;
         self.guest = Some(guest.clone());
         let station = self.swarm.station(REQUESTER, 1)?;
         let target = std::net::SocketAddr::from((plan.ip(), crate::lab::prober::ECHO_PORT));
@@ -92,11 +142,48 @@ impl World {
         Ok((guest, "h1".to_owned()))
     }
 
+    fn plan(&self) -> Result<GuestPlan> {
+        let name = format!("vm{}", self.guests);
+        let mut plan = GuestPlan::new(&name, self.guests, self.cast.memory_mib);
+        plan.root = self.cast.root;
+        for (at, (form, mib)) in self.cast.disks.iter().enumerate() {
+            let path = self.swarm.lab.dir().join(format!("{name}-{at}.{}", form.format()));
+            plan.disks.push(SpecDisk::blank(path, *form, u64::from(*mib) << 20)?);
+        }
+        Ok(plan)
+    }
+
+    /// The namespace of somebody on the guest's wire, once there is a guest.
+    pub fn outside(&self) -> Result<&NetNs> {
+        self.talk.as_ref().map(|talk| talk.station.ns()).context("nobody talks to a guest yet")
+    }
+
     /// All QEMUs of a VM, oldest first.
     pub fn copies(&self, vm: &str) -> Vec<SeenQemu> {
         let mut seen = self.qemus.seen();
         seen.retain(|qemu| qemu.vm == vm);
         seen
+    }
+
+    /// The newest QEMU of a VM on a host.
+    pub fn copy_on(&self, vm: &str, host: &str) -> Result<SeenQemu> {
+        let mut copies = self.copies(vm);
+        copies.retain(|qemu| self.host_of(qemu).as_deref() == Some(host));
+        copies.pop().with_context(|| format!("{host} has no QEMU of {vm}"))
+    }
+
+    /// What is shown of a migration where it was asked for, once that is an end.
+    pub fn ended(&self, follow: &Follow, limit: Duration) -> Result<Value> {
+        let id = follow.id.to_string();
+        let mut shown = Value::Null;
+        let ended = self.swarm.wait("the migration ends", limit, |swarm| {
+            let all = swarm.ask(REQUESTER, &["migrations"])?;
+            let found = all.as_array().and_then(|all| all.iter().find(|m| m["id"] == id.as_str()));
+            shown = found.cloned().unwrap_or(Value::Null);
+            Ok(["moved", "stayed", "lost"].iter().any(|end| shown["phase"] == *end))
+        });
+        ended.with_context(|| format!("shown at {REQUESTER}: {shown}"))?;
+        Ok(shown)
     }
 
     /// The host whose QEMU runs the VM's guest now, by its events.
@@ -129,7 +216,7 @@ impl World {
         self.swarm.wait("the swarm is whole again", SETTLE, |swarm| {
             for node in swarm.nodes() {
                 let hosts = swarm.ask(&node.host().name, &["hosts"])?;
-                let alive = |h: &serde_json::Value| h["state"] == "alive";
+                let alive = |h: &Value| h["state"] == "alive";
                 if !hosts.as_array().is_some_and(|h| h.len() == 3 && h.iter().all(alive)) {
                     return Ok(false);
                 }
