@@ -65,9 +65,20 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
     }
     let mut status = Status::new(w.id, w.vm, name.clone(), node.me, w.from, record.epoch);
     status.ram_bytes = copy.spec.memory;
-    let spec = copy.spec.encode().map_err(|e| e.to_string())?;
+    let spec = spec_now(copy).encode().map_err(|e| e.to_string())?;
     let begin = Begin { status, record, copy: copy.id, spec, options: w.options, candidates };
     core.request(now, begin)
+}
+
+/// The spec with what its disks take by now: they were empty when the VM was made.
+fn spec_now(copy: &Copy) -> ResolvedSpec {
+    let mut spec = copy.spec.clone();
+    for disk in spec.disks.iter_mut().filter(|disk| disk.moves()) {
+        if let Err(error) = disk.measure() {
+            tracing::warn!(disk = disk.id, %error, "an image cannot be measured");
+        }
+    }
+    spec
 }
 
 /// What this node tells others of itself.

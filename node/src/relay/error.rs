@@ -35,10 +35,10 @@ pub enum RelayError {
     #[error("no connection to the destination node for {0} s")]
     Unreachable(u64),
     /// Guest memory or a disk could not be written or read.
-    #[error("cannot place pages in the guest's memory or disks")]
+    #[error("cannot place pages in the guest's memory or disks: {0}")]
     Memory(#[source] std::io::Error),
     /// A disk's image at the source could not be read.
-    #[error("cannot read a disk's image at the source")]
+    #[error("cannot read a disk's image at the source: {0}")]
     SourceImage(#[source] std::io::Error),
     /// What was placed could not be made durable, or QEMU could not be given it.
     #[error("cannot close the disks at the destination: {0}")]
