@@ -14,9 +14,11 @@ use godwit_protocol::wire::migrate::{Options, Phase, Status, Target};
 use serde_json::json;
 use tokio::sync::{broadcast, mpsc};
 
+use super::copies::Copy;
 use super::node::{Node, random};
 use super::{boot, timeline};
 use crate::api::types::{ApiError, Done, Event, Migration};
+use crate::vmm::ResolvedSpec;
 
 /// A request as it reached the lead.
 pub(super) struct Wanted {
@@ -65,7 +67,7 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
     }
     let mut status = Status::new(w.id, w.vm, name.clone(), node.me, w.from, record.epoch);
     status.ram_bytes = copy.spec.memory;
-    let spec = spec_now(copy).encode().map_err(|e| e.to_string())?;
+    let spec = spec_now(&copy).encode().map_err(|e| e.to_string())?;
     let begin = Begin { status, record, copy: copy.id, spec, options: w.options, candidates };
     core.request(now, begin)
 }

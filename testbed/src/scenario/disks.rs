@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 
 use super::faults::case::{Case, Fault, Phase};
 use super::faults::follow::Follow;
-use super::faults::world::{Cast, REQUESTER, World};
-use super::swarm::run;
+use super::faults::world::{self, Cast, REQUESTER, World};
+use super::swarm::{Swarm, run};
 use crate::guest::disk::DiskForm;
 use crate::lab::node::Node;
-use crate::lab::qemus::double_runs;
+use crate::lab::qemus::{QemuWatch, double_runs};
 use crate::lab::{cleanup, images};
 
 /// How long a move may take until it is decided, and until it has ended.
@@ -38,33 +38,45 @@ pub struct Compared {
 /// Moves the world's guest to the other site and compares its images before it runs there.
 ///
 /// # Errors
-/// If it did not move, or runs elsewhere than it should.
+/// As [`held_move`].
 pub fn move_compared(world: &mut World) -> Result<Compared> {
     let (guest, source) = world.guest()?;
     let destination = if source == "h1" { "h2" } else { "h1" };
     world.settled(&guest.name, &source)?;
     world.clear_holds()?;
-    let point = world.hold_dir(destination)?.join("decided");
-    fs::write(&point, "")?;
-    let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
-    let follow = Follow::start(&state, &guest.name, destination, 0)?;
+    held_move(&world.swarm, &world.qemus, &guest.name, (&source, destination))
+}
+
+/// Moves a VM from one host to another, and compares its images while both stand still. The nodes must be such as
+/// [`world::let_hold`] makes them.
+///
+/// # Errors
+/// If it did not move, or runs elsewhere than it should.
+pub fn held_move(
+    swarm: &Swarm,
+    qemus: &QemuWatch,
+    vm: &str,
+    (source, destination): (&str, &str),
+) -> Result<Compared> {
+    let point = world::hold_dir(swarm, destination)?.join("decided");
     let reached = point.with_extension("reached");
-    let decided = follow.wait(MOVE, |_| reached.exists());
-    let equal = decided.and_then(|_| {
-        let from = world.copy_on(&guest.name, &source)?;
-        let to = world.copy_on(&guest.name, destination)?;
+    fs::write(&point, "")?;
+    let copy = |host| world::copy_on(swarm, qemus, vm, host);
+    let state = swarm.node(REQUESTER)?.state_dir().to_owned();
+    let follow = Follow::start(&state, vm, destination, 0)?;
+    let equal = follow.wait(MOVE, |_| reached.exists()).and_then(|_| {
+        let (from, to) = (copy(source)?, copy(destination)?);
         ensure!(!from.runs() && to.ran().is_empty(), "a guest runs: {from:?}, {to:?}");
         let equal = images::equal(from.pid, to.pid)?;
-        ensure!(point.exists() && world.copy_on(&guest.name, destination)?.ran().is_empty());
+        ensure!(point.exists() && copy(destination)?.ran().is_empty(), "it was not held");
         Ok(equal)
     });
     fs::remove_file(&point)?;
-    let status = world.ended(&follow, MOVE)?;
+    let status = world::ended(swarm, &follow, MOVE)?;
     ensure!(status["phase"] == "moved", "{}: {}", status["phase"], status["cause"]);
     let equal = equal?;
-    world.clear_holds()?;
-    let on = world.runs_on(&guest.name);
-    ensure!(on.as_deref() == Some(destination), "moved, but the guest runs on {on:?}");
+    fs::remove_file(&reached)?;
+    ensure!(copy(destination)?.runs() && !copy(source)?.runs(), "moved, but runs elsewhere");
     Ok(Compared { equal, status })
 }
 
@@ -176,7 +188,7 @@ fn altered(world: &mut World) -> Result<Value> {
     let to = other_site(world)?;
     let fault = world.hold_dir(to)?.join("alter-disk");
     fs::write(&fault, "")?;
-    let seen = stays(world, to, "");
+    let seen = stays(world, to, "differ from the source");
     fs::remove_file(&fault)?;
     seen
 }
@@ -184,7 +196,7 @@ fn altered(world: &mut World) -> Result<Value> {
 fn no_room(world: &mut World) -> Result<Value> {
     let dir = small_dir(world.swarm.node(REQUESTER)?);
     let _mounted = Mounted::tmpfs(&dir, TOO_SMALL)?;
-    let seen = stays(world, REQUESTER, "")?;
+    let seen = stays(world, REQUESTER, "MiB")?;
     ensure!(seen["images_after"] == seen["images_before"], "an image is left: {seen}");
     Ok(seen)
 }

@@ -103,10 +103,7 @@ impl World {
             if let Ok(watch) = watch {
                 node.arg("--qemu").arg(&watch.program().display().to_string());
             }
-            let hold = node.host().work_dir.join("hold");
-            // If this fails, no point is ever reached, which each case notices.
-            let _ = cleanup::make_private_dir(&hold);
-            node.env("GODWIT_LAB_HOLD", &hold.display().to_string());
+            let_hold(node);
             (cast.dress)(node);
         })?;
         let qemus = qemus.context("a lab without hosts")??;
@@ -167,23 +164,12 @@ impl World {
 
     /// The newest QEMU of a VM on a host.
     pub fn copy_on(&self, vm: &str, host: &str) -> Result<SeenQemu> {
-        let mut copies = self.copies(vm);
-        copies.retain(|qemu| self.host_of(qemu).as_deref() == Some(host));
-        copies.pop().with_context(|| format!("{host} has no QEMU of {vm}"))
+        copy_on(&self.swarm, &self.qemus, vm, host)
     }
 
     /// What is shown of a migration where it was asked for, once that is an end.
     pub fn ended(&self, follow: &Follow, limit: Duration) -> Result<Value> {
-        let id = follow.id.to_string();
-        let mut shown = Value::Null;
-        let ended = self.swarm.wait("the migration ends", limit, |swarm| {
-            let all = swarm.ask(REQUESTER, &["migrations"])?;
-            let found = all.as_array().and_then(|all| all.iter().find(|m| m["id"] == id.as_str()));
-            shown = found.cloned().unwrap_or(Value::Null);
-            Ok(["moved", "stayed", "lost"].iter().any(|end| shown["phase"] == *end))
-        });
-        ended.with_context(|| format!("shown at {REQUESTER}: {shown}"))?;
-        Ok(shown)
+        ended(&self.swarm, follow, limit)
     }
 
     /// The host whose QEMU runs the VM's guest now, by its events.
@@ -194,8 +180,7 @@ impl World {
 
     /// The host whose node started this QEMU.
     pub fn host_of(&self, qemu: &SeenQemu) -> Option<String> {
-        let on = self.swarm.lab.hosts().iter().find(|host| qemu.on(&host.state_dir));
-        on.map(|host| host.name.clone())
+        host_of(&self.swarm, qemu)
     }
 
     /// The guest's control channel, wherever it runs.
@@ -232,7 +217,7 @@ impl World {
 
     /// Where a host's node looks for points to stand still at.
     pub fn hold_dir(&self, host: &str) -> Result<PathBuf> {
-        Ok(self.swarm.lab.host(host)?.work_dir.join("hold"))
+        hold_dir(&self.swarm, host)
     }
 
     /// Removes every point and every word of one.
@@ -267,6 +252,46 @@ impl World {
         self.talk = None;
         self.swarm.down()
     }
+}
+
+/// Lets a node stand still where a file says so.
+pub fn let_hold(node: &mut Node) {
+    let hold = node.host().work_dir.join("hold");
+    // If this fails, no point is ever reached, which whoever waits for one notices.
+    let _ = cleanup::make_private_dir(&hold);
+    node.env("GODWIT_LAB_HOLD", &hold.display().to_string());
+}
+
+/// Where a host's node looks for points to stand still at.
+pub fn hold_dir(swarm: &Swarm, host: &str) -> Result<PathBuf> {
+    Ok(swarm.lab.host(host)?.work_dir.join("hold"))
+}
+
+/// The newest QEMU of a VM on a host.
+pub fn copy_on(swarm: &Swarm, qemus: &QemuWatch, vm: &str, host: &str) -> Result<SeenQemu> {
+    let mut copies = qemus.seen();
+    copies.retain(|qemu| qemu.vm == vm && host_of(swarm, qemu).as_deref() == Some(host));
+    copies.pop().with_context(|| format!("{host} has no QEMU of {vm}"))
+}
+
+/// The host whose node started this QEMU.
+pub fn host_of(swarm: &Swarm, qemu: &SeenQemu) -> Option<String> {
+    let on = swarm.lab.hosts().iter().find(|host| qemu.on(&host.state_dir));
+    on.map(|host| host.name.clone())
+}
+
+/// What is shown of a migration where it was asked for, once that is an end.
+pub fn ended(swarm: &Swarm, follow: &Follow, limit: Duration) -> Result<Value> {
+    let id = follow.id.to_string();
+    let mut shown = Value::Null;
+    let ended = swarm.wait("the migration ends", limit, |swarm| {
+        let all = swarm.ask(REQUESTER, &["migrations"])?;
+        let found = all.as_array().and_then(|all| all.iter().find(|m| m["id"] == id.as_str()));
+        shown = found.cloned().unwrap_or(Value::Null);
+        Ok(["moved", "stayed", "lost"].iter().any(|end| shown["phase"] == *end))
+    });
+    ended.with_context(|| format!("shown at {REQUESTER}: {shown}"))?;
+    Ok(shown)
 }
 
 /// The station's address on the wire.
