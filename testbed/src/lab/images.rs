@@ -59,22 +59,23 @@ pub fn equal(one: i32, other: i32) -> Result<bool> {
     ensure!(one.len() == other.len() && !one.is_empty(), "{one:?} and {other:?}");
     for (a, b) in one.iter().zip(&other) {
         ensure!(a.id == b.id && a.path != b.path, "{a:?} and {b:?}");
-        let mut compare = Command::new("qemu-img");
-        compare.args(["compare", "-q", "-U", "-f", &a.format, "-F", &b.format, "--"]);
-        let out = run_with_deadline(
-            {
-                compare.arg(&a.path).arg(&b.path);
-                compare
-            },
-            COMPARE,
-        )?;
-        match out.code {
-            0 => {}
-            1 => return Ok(false),
-            _ => bail!("qemu-img compare of {}: {}", a.id, out.stderr.trim()),
+        if !reads_as(a, b)? {
+            return Ok(false);
         }
     }
     Ok(true)
+}
+
+fn reads_as(a: &DiskImage, b: &DiskImage) -> Result<bool> {
+    let mut compare = Command::new("qemu-img");
+    compare.args(["compare", "-q", "-U", "-f", &a.format, "-F", &b.format, "--"]);
+    compare.arg(&a.path).arg(&b.path);
+    let out = run_with_deadline(compare, COMPARE)?;
+    match out.code {
+        0 => Ok(true),
+        1 => Ok(false),
+        _ => bail!("qemu-img compare of {}: {}", a.id, out.stderr.trim()),
+    }
 }
 
 /// Has `e2fsck -fn` look at the file system that is the whole of an image, which nobody has open.
@@ -92,4 +93,32 @@ pub fn file_system_is_clean(image: &DiskImage) -> Result<bool> {
         println!("e2fsck: {}{}", out.stdout, out.stderr);
     }
     Ok(out.ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn one_byte_makes_images_differ_and_holes_do_not() {
+        let image = |bytes: &[u8], size: u64| {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(bytes).unwrap();
+            file.as_file().set_len(size).unwrap();
+            file
+        };
+        let of = |file: &tempfile::NamedTempFile| DiskImage {
+            id: "disk0".into(),
+            path: file.path().into(),
+            format: "raw".into(),
+        };
+        let (holes, zeros) = (image(&[], 1 << 20), image(&[0; 1 << 20], 1 << 20));
+        let other = image(&[&[0; 70_000][..], &[1]].concat(), 1 << 20);
+        assert!(reads_as(&of(&holes), &of(&zeros)).unwrap());
+        assert!(!reads_as(&of(&holes), &of(&other)).unwrap());
+        assert!(
+            reads_as(&of(&holes), &DiskImage { path: "/nowhere".into(), ..of(&zeros) }).is_err()
+        );
+    }
 }

@@ -4,6 +4,8 @@
 //! scenario of a guest without a system of its own. Invariant: images are compared by `qemu-img`, what a guest wrote is
 //! checked by the guest past its page cache.
 
+pub mod roundtrips;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

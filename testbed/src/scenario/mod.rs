@@ -3,6 +3,7 @@
 //! Owns the runs and what they call passed. Invariant: what is judged was seen by the lab (its link, its prober, the
 //! guest's own check), not told by a node.
 
+pub mod acked;
 pub mod demo;
 pub mod disks;
 pub mod faults;
@@ -38,6 +39,11 @@ pub const ALL: &[Scenario] = &[
         name: "disks",
         about: "a small guest's own disks move with it, or stay when they cannot (about two minutes)",
         run: disks::small,
+    },
+    Scenario {
+        name: "disk-roundtrips",
+        about: "twenty moves of a Debian guest with its disks: no acknowledged write is lost (about seven minutes)",
+        run: disks::roundtrips::run_all,
     },
     Scenario {
         name: "refusals",
