@@ -83,6 +83,18 @@ enum Bench {
         #[arg(long, default_value_t = 1)]
         runs: u32,
     },
+    /// Move a Debian guest with its disk, in turns with QEMU alone (about eight minutes a case and run)
+    Disk {
+        /// Write the figures to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Only this case: known, empty, back or sparse
+        #[arg(long)]
+        case: Option<String>,
+        /// Runs of each side and case
+        #[arg(long, default_value_t = 1)]
+        runs: u32,
+    },
     /// Compare transports for one bulk stream over emulated links and a veth (about five minutes)
     Transport {
         /// Write the figures to this file, too
@@ -135,7 +147,12 @@ fn run(command: Command) -> anyhow::Result<bool> {
         }
         Command::Bench { what: Bench::Ram { json, case, runs } } => {
             let (json, case) = (json.as_deref(), case.as_deref());
-            bench::ram::run(&bench::ram::Options { case, runs, json })?;
+            bench::ram::run(&bench::versus::Options { case, runs, json })?;
+            Ok(true)
+        }
+        Command::Bench { what: Bench::Disk { json, case, runs } } => {
+            let (json, case) = (json.as_deref(), case.as_deref());
+            bench::disk::run(&bench::versus::Options { case, runs, json })?;
             Ok(true)
         }
         Command::Bench { what: Bench::Transport { json } } => {

@@ -1,5 +1,7 @@
 //! Benchmarks: figures that decide something, measured in the lab.
 
+pub mod disk;
 pub mod endpoints;
 pub mod ram;
 pub mod transport;
+pub mod versus;

@@ -1,13 +1,15 @@
-//! How fast a guest's memory crosses, against QEMU alone on the same link: cases, turns, limits.
+//! A guest that crosses, against QEMU alone on the same link: the skeleton of `bench ram` and `bench disk`.
 //!
-//! Owns the cases and what they promise. Both sides have a fresh lab and a fresh guest in every run and take turns.
-//! Invariant: what is compared was counted by the link, by QEMU's events and by the guest's own check.
+//! Owns the turns and the comparing; a bench owns its cases and what they promise. Both sides have a fresh lab and a fresh
+//! guest in every run and take turns. Invariant: what is compared was counted by the link, by QEMU's events and by the
+//! guest's own check.
 
 mod content;
 mod figures;
+mod mirror;
 mod ours;
 mod peer;
-mod report;
+pub(super) mod report;
 mod sampler;
 
 use std::path::Path;
@@ -16,16 +18,18 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::guest::{Cache, GuestFiles, GuestKind};
+use crate::guest::GuestFiles;
 use crate::lab::LabConfig;
 use crate::lab::wan::{LinkParams, WanMode};
 use figures::{Run, medians};
-use report::{Limit, limits};
+use report::Limit;
 
 /// Guest memory, MiB.
 const MEMORY_MIB: u32 = 512;
 /// Between *the guest's agent answers* and the request, on both sides.
 const SETTLE: Duration = Duration::from_secs(20);
+/// Between the way there and the way back.
+const AWAY: Duration = Duration::from_secs(120);
 /// Longest move on either side.
 const MOVE: Duration = Duration::from_secs(300);
 /// Least share of the link that a peer must use while it transfers.
@@ -33,28 +37,28 @@ const LINK_USE_MIN: f64 = 0.7;
 
 /// One comparison.
 #[derive(Clone, Debug)]
-struct Case {
-    name: &'static str,
+pub(super) struct Case {
+    pub name: &'static str,
     /// The destination knows the pristine base image.
-    base_known: bool,
-    /// MiB that the guest's workload fills, and thousands of bytes a second that it rewrites.
-    churn: (u32, u32),
+    pub base_known: bool,
+    /// MiB of memory that the guest's workload fills, and thousands of bytes a second that it rewrites.
+    pub churn: (u32, u32),
+    /// The guest's disk moves with it, and this file on it is rewritten: path, MiB, thousands of bytes a second.
+    pub disk: Option<(&'static str, u32, u32)>,
+    /// What is measured is the way back, [`AWAY`] after the way there.
+    pub back: bool,
     /// 100 Mbit/s and 80 ms, or a plain veth.
-    shaped: bool,
+    pub shaped: bool,
+    /// The figure by which the better peer is chosen.
+    pub judged_by: &'static str,
 }
-
-const CASES: [Case; 4] = [
-    Case { name: "idle-known", base_known: true, churn: (2, 0), shaped: true },
-    Case { name: "idle-empty", base_known: false, churn: (2, 0), shaped: true },
-    Case { name: "churn", base_known: false, churn: (16, 1000), shaped: true },
-    Case { name: "unshaped", base_known: false, churn: (2, 0), shaped: false },
-];
 
 impl Case {
     fn lab(&self) -> LabConfig {
         let wan =
             if self.shaped { WanMode::Shaped(LinkParams::new(100, 80)) } else { WanMode::Unshaped };
-        LabConfig { wan, ..LabConfig::demo("benchram") }
+        let labid = if self.disk.is_some() { "benchdsk" } else { "benchram" };
+        LabConfig { wan, ..LabConfig::demo(labid) }
     }
 }
 
@@ -68,27 +72,30 @@ pub struct Options<'a> {
     pub json: Option<&'a Path>,
 }
 
-/// Runs the benchmark and prints a table. A missed limit is a figure (`passed` is false); a run that proves nothing is an error, after
-/// the figures were written.
-///
-/// # Errors
-/// If a side cannot be run, or a run was invalid: the peer left the link idle, or a guest did not verify.
-pub fn run(options: &Options<'_>) -> Result<()> {
+/// The names that `--case` may choose from, of those in `names`.
+pub(super) fn chosen<'a>(options: &Options<'_>, names: &[&'a str]) -> Result<Vec<&'a str>> {
     ensure!((1..=99).contains(&options.runs), "--runs is 1 to 99");
-    let wanted: Vec<&Case> =
-        CASES.iter().filter(|c| options.case.is_none_or(|name| name == c.name)).collect();
+    let wanted: Vec<&str> =
+        names.iter().copied().filter(|n| options.case.is_none_or(|name| name == *n)).collect();
     ensure!(
         !wanted.is_empty(),
         "no case is called {}: there are {}",
         options.case.unwrap_or_default(),
-        CASES.map(|c| c.name).join(", ")
+        names.join(", ")
     );
-    let files = GuestFiles::prepare(GuestKind::Debian, &Cache::open()?)?;
-    let mut cases = Vec::new();
+    Ok(wanted)
+}
+
+/// Prints a table of the cases and writes the figures. A missed limit is a figure (`passed` is false); a run that proves
+/// nothing is an error, after the figures were written.
+///
+/// # Errors
+/// If a run was invalid: the peer left the link idle, or a guest did not verify.
+pub(super) fn conclude(bench: &str, all: Vec<Compared>, options: &Options<'_>) -> Result<()> {
     let mut invalid = Vec::new();
     let mut machine = Value::Null;
-    for case in wanted {
-        let done = compare(case, &files, options.runs)?;
+    let mut cases = Vec::new();
+    for done in all {
         invalid.extend(done.invalid);
         machine = report::machine(&done.vm)?;
         cases.push(done.json);
@@ -96,7 +103,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     let passed = invalid.is_empty()
         && cases.iter().flat_map(|c| c["limits"].as_array()).flatten().all(|l| l["passed"] == true);
     let all = json!({
-        "bench": "ram", "machine": machine, "cases": cases, "passed": passed, "invalid": invalid,
+        "bench": bench, "machine": machine, "cases": cases, "passed": passed, "invalid": invalid,
     });
     if let Some(path) = options.json {
         std::fs::write(path, serde_json::to_string_pretty(&all)?)
@@ -115,13 +122,20 @@ struct Vm {
     accel: String,
 }
 
-struct Compared {
+/// A case with all its runs.
+pub(super) struct Compared {
     json: Value,
     invalid: Vec<String>,
     vm: Vm,
 }
 
-fn compare(case: &Case, files: &GuestFiles, runs: u32) -> Result<Compared> {
+/// godwit and the peer in turns; `limits` are the case's promises on godwit's and the better peer's figures.
+pub(super) fn compare(
+    case: &Case,
+    files: &GuestFiles,
+    runs: u32,
+    limits: impl Fn(&Value, &Value) -> Vec<Limit>,
+) -> Result<Compared> {
     let mut godwit = Vec::new();
     let mut peers: Vec<(&str, Vec<Run>)> = vec![("cubic", Vec::new()), ("bbr", Vec::new())];
     let mut vm = None;
@@ -142,10 +156,7 @@ fn compare(case: &Case, files: &GuestFiles, runs: u32) -> Result<Compared> {
     }
     let vm = vm.context("no run")?;
     // The better of both, by what the case limits; an invalid one is never the better one.
-    let judged = |runs: &[Run]| {
-        let key = if case.name == "churn" { "downtime_ms" } else { "total_ms" };
-        medians(runs)[key].as_f64().unwrap_or(f64::INFINITY)
-    };
+    let judged = |runs: &[Run]| medians(runs)[case.judged_by].as_f64().unwrap_or(f64::INFINITY);
     peers.sort_by(|a, b| {
         let bad = |runs: &[Run]| !faults(runs).is_empty();
         (bad(&a.1), judged(&a.1))
@@ -153,14 +164,6 @@ fn compare(case: &Case, files: &GuestFiles, runs: u32) -> Result<Compared> {
             .unwrap_or(std::cmp::Ordering::Equal)
     });
     let (congestion, best) = &peers[0];
-    let side = |runs: &[Run], tool: Option<String>| -> Result<Value> {
-        let mut side = medians(runs);
-        if let Some(tool) = tool {
-            side["tool"] = tool.into();
-        }
-        side["runs"] = serde_json::to_value(runs)?;
-        Ok(side)
-    };
     let ours = side(&godwit, None)?;
     let mut theirs = side(best, Some(peer::tool(case, congestion, best)))?;
     if let Some((other, runs)) = peers.get(1) {
@@ -171,7 +174,7 @@ fn compare(case: &Case, files: &GuestFiles, runs: u32) -> Result<Compared> {
         faults(&godwit).into_iter().map(|f| name(format!("godwit: {f}"))).collect();
     invalid
         .extend(faults(best).into_iter().map(|f| name(format!("QEMU alone, {congestion}: {f}"))));
-    let limits: Vec<Limit> = limits(case.name, &ours, &theirs);
+    let limits = limits(&ours, &theirs);
     let json = json!({
         "case": case.name,
         "godwit": ours,
@@ -180,6 +183,45 @@ fn compare(case: &Case, files: &GuestFiles, runs: u32) -> Result<Compared> {
         "limits": limits,
     });
     Ok(Compared { json, invalid, vm })
+}
+
+/// godwit alone with two disks, the second one larger: the same figures, `peer` being those with the smaller one.
+pub(super) fn compare_disks(
+    case: &Case,
+    (small, large): (&GuestFiles, &GuestFiles),
+    runs: u32,
+    limits: impl Fn(&Value, &Value) -> Vec<Limit>,
+) -> Result<Compared> {
+    let (mut all, mut vm) = ([Vec::new(), Vec::new()], None);
+    for turn in 1..=runs {
+        for (runs_of_it, files) in all.iter_mut().zip([small, large]) {
+            report::say(case.name, &format!("run {turn} of {runs}: {}", ours::image(files)));
+            let (run, its_vm) = ours::run(case, files)?;
+            report::say(case.name, &run.line());
+            runs_of_it.push(run);
+            vm = Some(its_vm);
+        }
+    }
+    let invalid: Vec<String> = all.iter().flat_map(|runs| faults(runs)).collect();
+    let tool = format!("godwit, {}", ours::image(small));
+    let (theirs, ours) = (side(&all[0], Some(tool))?, side(&all[1], None)?);
+    let json = json!({
+        "case": case.name,
+        "ratio": report::ratios(&ours, &theirs),
+        "limits": limits(&ours, &theirs),
+        "godwit": ours,
+        "peer": theirs,
+    });
+    Ok(Compared { json, invalid, vm: vm.context("no run")? })
+}
+
+fn side(runs: &[Run], tool: Option<String>) -> Result<Value> {
+    let mut side = medians(runs);
+    if let Some(tool) = tool {
+        side["tool"] = tool.into();
+    }
+    side["runs"] = serde_json::to_value(runs)?;
+    Ok(side)
 }
 
 /// Why these runs prove nothing; empty: they do.

@@ -2,12 +2,15 @@
 //!
 //! Owns the making of image files. Never knows which guest uses one. Invariant: half an image is never left behind.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::cache::run;
+use super::cache::{Cache, run};
 
 /// What an image file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +88,29 @@ pub(super) fn from_base(base: &Path, path: &Path, form: DiskForm) -> Result<()> 
             whole(path, create.arg(base).arg("--").arg(path))
         }
     }
+}
+
+/// The system of the image `base` on a file system of `gib` GiB, of which about `used` bytes hold something.
+pub(super) fn larger(cache: &Cache, base: &Path, gib: u64, used: u64) -> Result<PathBuf> {
+    let key = base.as_os_str().as_encoded_bytes();
+    let recipe: [&[u8]; 4] = [b"1", key, &gib.to_le_bytes(), &used.to_le_bytes()];
+    let name = format!("debian{gib}g");
+    let dir = cache.get(&name, &recipe, |dir| {
+        let image = dir.join("root.img");
+        from_base(base, &image, DiskForm::Raw)?;
+        File::options().write(true).open(&image)?.set_len(gib << 30)?;
+        run(Command::new("e2fsck").args(["-f", "-p"]).arg(&image))?;
+        run(Command::new("resize2fs").arg(&image))?;
+        let more = used.saturating_sub(std::fs::metadata(&image)?.blocks() * 512);
+        let random = dir.join("random");
+        let mut bytes = blake3::Hasher::new().update(&gib.to_le_bytes()).finalize_xof();
+        std::io::copy(&mut (&mut bytes).take(more), &mut File::create(&random)?)?;
+        let write = format!("write {} /var/random", random.display());
+        run(Command::new("debugfs").args(["-w", "-R", &write]).arg(&image))?;
+        std::fs::remove_file(&random)?;
+        Ok(())
+    })?;
+    Ok(dir.join("root.img"))
 }
 
 /// Runs a command that makes `path`; half a disk would boot, and fail later.

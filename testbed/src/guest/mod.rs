@@ -25,7 +25,7 @@ pub mod wire;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 pub use cache::{CACHE_VARIABLE, Cache};
 pub use control::GuestControl;
@@ -95,5 +95,15 @@ impl GuestFiles {
         };
         disk::from_base(base, path, form)?;
         Ok(true)
+    }
+
+    /// The same guest with a pristine image of `gib` GiB, of which about `used` bytes hold something: the system, and a file
+    /// of random bytes. Built once; it blocks.
+    ///
+    /// # Errors
+    /// If this guest has no disk, or the image cannot be built.
+    pub fn on_larger_disk(&self, cache: &Cache, gib: u64, used: u64) -> Result<Self> {
+        let base = self.base_image.as_ref().context("this guest has no disk")?;
+        Ok(GuestFiles { base_image: Some(disk::larger(cache, base, gib, used)?), ..self.clone() })
     }
 }

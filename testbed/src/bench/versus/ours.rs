@@ -10,8 +10,9 @@ use serde_json::Value;
 
 use super::figures::{Guest, Run};
 use super::sampler::Sampler;
-use super::{Case, MEMORY_MIB, MOVE, SETTLE, Vm, content};
-use crate::guest::{GuestFiles, GuestKind};
+use super::{AWAY, Case, MEMORY_MIB, MOVE, SETTLE, Vm, content};
+use crate::guest::wire::Verified;
+use crate::guest::{GuestControl, GuestFiles, GuestKind};
 use crate::lab::prober::{ProbeConfig, Prober};
 use crate::scenario::swarm::{GuestPlan, Swarm, run as block_on};
 
@@ -20,10 +21,15 @@ const PROBES: u32 = 100;
 
 pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let swarm = swarm(case, files)?;
-    let plan = GuestPlan { root_shared: true, ..GuestPlan::new("web", 5, MEMORY_MIB) };
+    let plan =
+        GuestPlan { root_shared: case.disk.is_none(), ..GuestPlan::new("web", 5, MEMORY_MIB) };
     let guest = swarm.start_guest("h1", files, &plan)?;
     block_on(async {
-        swarm.control("h1", &guest)?.churn(case.churn.0, case.churn.1, false).await
+        let mut control = swarm.control("h1", &guest)?;
+        if let Some((path, mb, rate_kbps)) = case.disk {
+            control.disk(path, mb, rate_kbps).await?;
+        }
+        control.churn(case.churn.0, case.churn.1, false).await
     })?;
     let station = swarm.station("h3", 1)?;
     let probes =
@@ -34,7 +40,12 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
         "the guest does not answer on its wire"
     );
     std::thread::sleep(SETTLE);
-    let info = swarm.ask("h1", &["vm", "show", "web"])?;
+    let (from, to) = if case.back { ("h2", "h1") } else { ("h1", "h2") };
+    if case.back {
+        swarm.node("h1")?.cli_json(&["migrate", "web", "--to", "h2", "--wait"], MOVE)?;
+        std::thread::sleep(AWAY);
+    }
+    let info = swarm.ask(from, &["vm", "show", "web"])?;
     let vm = Vm {
         machine: info["machine"].as_str().context("machine")?.to_owned(),
         cpu: info["detail"]["cpu"].as_str().context("cpu")?.to_owned(),
@@ -48,19 +59,19 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let sampler = Sampler::start(&swarm.lab, nodes)?;
     let before = swarm.lab.wan()?.stats()?;
     let requested_us = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as f64;
-    swarm.node("h1")?.cli_json(&["migrate", "web", "--to", "h2", "--wait"], MOVE)?;
+    swarm.node(from)?.cli_json(&["migrate", "web", "--to", to, "--wait"], MOVE)?;
     let wan = swarm.lab.wan()?.stats()?.since(&before);
     let usage = sampler.finish()?;
 
-    let all = swarm.ask("h1", &["migrations"])?;
-    let status = all.as_array().and_then(|m| m.last()).context("no migration is known")?;
+    let all = swarm.ask(from, &["migrations"])?;
+    let status = newest(&all).context("no migration is known")?;
     ensure!(status["phase"] == "moved", "the guest did not move: {status}");
     let id = status["id"].as_str().context("id")?;
-    let with_timeline = swarm.ask("h1", &["migrations", "show", id])?;
+    let with_timeline = swarm.ask(from, &["migrations", "show", id])?;
     let resumed_us = at_us(&with_timeline, "resume:")?;
     prober.wait_unique(prober.snapshot().unique + 100, Duration::from_secs(30));
     let probe = prober.stop(Duration::from_secs(1));
-    let verified = block_on(async { swarm.control("h2", &guest)?.verify().await })?;
+    let verified = block_on(verify(case, swarm.control(to, &guest)?))?;
     drop(station);
     let figures = Run {
         is_peer: false,
@@ -84,6 +95,25 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     keep_logs(case, &swarm)?;
     swarm.down()?;
     Ok((figures, vm))
+}
+
+/// The one that was asked for last.
+fn newest(all: &Value) -> Option<&Value> {
+    let begun = |m: &&Value| {
+        m["timeline"].as_array()?.iter().filter_map(|moment| moment["at_us"].as_u64()).min()
+    };
+    all.as_array()?.iter().max_by_key(begun)
+}
+
+/// The guest's check of its memory and, if it wrote to a disk, of that.
+pub(super) async fn verify(case: &Case, mut control: GuestControl) -> Result<Verified> {
+    let mut verified = control.verify().await?;
+    if case.disk.is_some() {
+        let disks = control.verify_disks().await?;
+        verified.pages_verified += disks.pages_verified;
+        verified.pages_corrupt += disks.pages_corrupt;
+    }
+    Ok(verified)
 }
 
 /// Three nodes; the destination knows the base image if the case says so.

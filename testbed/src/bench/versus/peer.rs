@@ -1,7 +1,8 @@
 //! The peer: QEMU alone moves the same guest over the same link.
 //!
 //! Owns both QEMUs of one run, which run in the hosts' namespaces as godwit's do. Shaped: multifd over two connections with zstd at its default
-//! level; unshaped: plain pre-copy. In both cases no cap on the bandwidth, and 300 ms of downtime allowed.
+//! level; unshaped: plain pre-copy. In both cases no cap on the bandwidth, and 300 ms of downtime allowed. A disk that moves is
+//! `super::mirror`'s.
 
 use std::path::PathBuf;
 use std::process::Child;
@@ -12,18 +13,19 @@ use godwit::vmm::qmp::Qmp;
 use serde_json::{Value, json};
 
 use super::figures::{Guest, Run};
+use super::mirror::{self, Mirroring};
 use super::sampler::Sampler;
-use super::{Case, MEMORY_MIB, MOVE, SETTLE, Vm, content, ours};
+use super::{AWAY, Case, MEMORY_MIB, MOVE, SETTLE, Vm, content, ours};
 use crate::guest::disk::DiskForm;
 use crate::guest::{Accel, GuestControl, GuestFiles, QemuNic, QemuSpec, qemu_command};
 use crate::lab::wan::LinkStats;
-use crate::lab::{Host, Lab, ns};
+use crate::lab::{Host, Lab, cleanup, ns};
 use crate::scenario::swarm::{GuestPlan, MTU, run as block_on};
 
 /// Where the destination listens.
 const PORT: u16 = 4444;
 const TAP: &str = "peer0";
-const COMMAND: Duration = Duration::from_secs(10);
+pub(super) const COMMAND: Duration = Duration::from_secs(10);
 const BOOT: Duration = Duration::from_secs(180);
 /// Pause that QEMU may plan with, milliseconds.
 const DOWNTIME_LIMIT_MS: u64 = 300;
@@ -33,7 +35,8 @@ pub(super) fn tool(case: &Case, congestion: &str, runs: &[Run]) -> String {
     let version =
         runs.first().and_then(|run| run.timeline.first()).map_or("qemu", |t| t.1.as_str());
     let how = if case.shaped { "multifd x2 zstd" } else { "plain pre-copy" };
-    format!("{version} {how}, {congestion}")
+    let disk = if case.disk.is_some() { "blockdev-mirror + " } else { "" };
+    format!("{version} {disk}{how}, {congestion}")
 }
 
 /// A QEMU of the peer; killed when dropped.
@@ -42,14 +45,27 @@ struct Process {
     spec: QemuSpec,
 }
 
+/// What both ends of a move are started with.
+struct Setting<'a> {
+    case: &'a Case,
+    lab: &'a Lab,
+    files: &'a GuestFiles,
+    vm: &'a Vm,
+}
+
 impl Process {
-    fn start(lab: &Lab, host: &Host, files: &GuestFiles, vm: &Vm, incoming: bool) -> Result<Self> {
+    /// With the disk image `disk`; one that waits for a disk, too, does not run by itself when it has arrived.
+    fn start(setting: &Setting<'_>, host: &Host, disk: PathBuf, incoming: bool) -> Result<Self> {
+        let Setting { case, files, vm, .. } = setting;
         let plan = GuestPlan::new("web", 5, MEMORY_MIB);
         let accel = if vm.accel == "kvm" { Accel::Kvm } else { Accel::Tcg };
-        let mut spec = QemuSpec::new(host.work_dir.clone(), MEMORY_MIB, accel);
+        // A directory of its own: on the way back the host has had a QEMU before.
+        let dir = host.work_dir.join(if incoming { "incoming" } else { "first" });
+        cleanup::make_private_dir(&dir)?;
+        let mut spec = QemuSpec::new(dir, MEMORY_MIB, accel);
         spec.machine.clone_from(&vm.machine);
         spec.cpu.clone_from(&vm.cpu);
-        spec.disk = Some(disk(lab));
+        spec.disk = Some(disk);
         spec.nics.push(QemuNic { tap: TAP.into(), mac: plan.mac() });
         spec.address =
             Some(crate::guest::GuestAddress { ip: plan.ip(), prefix: 24, mtu: Some(MTU) });
@@ -57,6 +73,9 @@ impl Process {
         let wanted = qemu_command(files, &spec)?;
         let mut command = host.command("qemu-system-x86_64");
         command.args(wanted.get_args()).stdin(std::process::Stdio::null());
+        if incoming && case.disk.is_some() {
+            command.arg("-S");
+        }
         let child = ns::spawn(command).context("qemu-system-x86_64")?;
         Ok(Self { child, spec })
     }
@@ -86,37 +105,41 @@ impl Drop for Process {
     }
 }
 
-fn disk(lab: &Lab) -> PathBuf {
-    lab.dir().join("web.img")
-}
-
 pub(super) fn run(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) -> Result<Run> {
     let lab = Lab::new(&case.lab())?;
     lab.set_congestion_control(congestion)?;
-    let (source_host, target_host) = (lab.host("h1")?.clone(), lab.host("h2")?.clone());
-    for host in [&source_host, &target_host] {
+    let hosts = [lab.host("h1")?.clone(), lab.host("h2")?.clone()];
+    for host in &hosts {
         host.ns.batch(&[format!("tuntap add {TAP} mode tap"), format!("link set {TAP} up")])?;
     }
-    files.make_disk(&disk(&lab), DiskForm::Raw)?;
-    let source = Process::start(&lab, &source_host, files, vm, false)?;
+    let setting = Setting { case, lab: &lab, files, vm };
+    let disk = lab.dir().join("web.img");
+    files.make_disk(&disk, DiskForm::Raw)?;
+    let mut source = Process::start(&setting, &hosts[0], disk, false)?;
     let serial = source.spec.serial1();
     block_on(async {
         let mut control = GuestControl::new(&serial).with_deadline(Duration::from_secs(60));
         control.wait_ready(BOOT).await?;
+        if let Some((path, mb, rate_kbps)) = case.disk {
+            control.disk(path, mb, rate_kbps).await?;
+        }
         control.churn(case.churn.0, case.churn.1, false).await
     })?;
     std::thread::sleep(SETTLE);
+    let mut target_host = &hosts[1];
+    if case.back {
+        (_, source) = block_on(migrate(&setting, source, target_host))?;
+        std::thread::sleep(AWAY);
+        target_host = &hosts[0];
+    }
     let ram_bytes = u64::from(MEMORY_MIB) << 20;
     let content = content::of_qemu(source.child.id(), ram_bytes)?;
 
     let sampler = Sampler::start(&lab, Vec::new())?;
-    let start = || Process::start(&lab, &target_host, files, vm, true);
-    let (moved, target) = block_on(migrate(case, &lab, source, start, &target_host))?;
+    let (moved, target) = block_on(migrate(&setting, source, target_host))?;
     let usage = sampler.finish()?;
-    let verified = block_on(async {
-        let control = GuestControl::new(target.spec.serial1());
-        control.with_deadline(Duration::from_secs(60)).verify().await
-    })?;
+    let control = GuestControl::new(target.spec.serial1()).with_deadline(Duration::from_secs(60));
+    let verified = block_on(ours::verify(case, control))?;
     drop(target);
     let figures = Run {
         is_peer: true,
@@ -145,11 +168,13 @@ pub(super) fn run(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) ->
 struct Moved {
     version: String,
     requested_us: i64,
+    /// When the first byte of disk or memory could leave.
+    copying_us: i64,
     migrate_us: i64,
     stopped_us: i64,
     resumed_us: i64,
     wan: LinkStats,
-    /// Bytes on the link, source to destination, from `migrate` to RESUME.
+    /// Bytes on the link, source to destination, from then to RESUME.
     transferred_bytes: u64,
     account: Value,
 }
@@ -161,7 +186,7 @@ impl Moved {
 
     fn link_use(&self, case: &Case) -> Option<f64> {
         let crate::lab::wan::WanMode::Shaped(link) = case.lab().wan else { return None };
-        let seconds = (self.resumed_us - self.migrate_us) as f64 / 1e6;
+        let seconds = (self.resumed_us - self.copying_us) as f64 / 1e6;
         Some(self.transferred_bytes as f64 * 8.0 / seconds / link.rate_bps as f64)
     }
 
@@ -181,16 +206,21 @@ fn now_us() -> Result<i64> {
 }
 
 async fn migrate(
-    case: &Case,
-    lab: &Lab,
+    setting: &Setting<'_>,
     mut source: Process,
-    start: impl FnOnce() -> Result<Process>,
     target_host: &Host,
 ) -> Result<(Moved, Process)> {
+    let Setting { case, lab, .. } = *setting;
     let from = source.monitor().await?;
+    let mut disk = lab.dir().join("web.img");
+    if case.disk.is_some() {
+        let old = source.spec.disk.as_ref().context("no disk")?;
+        disk = lab.dir().join(format!("web-{}.img", target_host.name));
+        mirror::blank_like(old, &disk)?;
+    }
     let before = lab.wan()?.stats()?;
     let requested_us = now_us()?;
-    let mut target = start()?;
+    let mut target = Process::start(setting, target_host, disk, true)?;
     let to = target.monitor().await?;
     for qmp in [&from, &to] {
         configure(case, qmp).await?;
@@ -198,10 +228,20 @@ async fn migrate(
     let uri = format!("tcp:{}:{PORT}", target_host.addr);
     to.execute("migrate-incoming", json!({ "uri": uri }), COMMAND).await?;
     let transfer = lab.wan()?.stats()?;
+    let copying_us = now_us()?;
+    let mirroring = match case.disk {
+        Some(_) => Some(Mirroring::until_ready(&from, &to, target_host, MOVE).await?),
+        None => None,
+    };
     let migrate_us = now_us()?;
     from.execute("migrate", json!({ "uri": uri }), COMMAND).await?;
-    let resumed_us = tokio::time::timeout(MOVE, time_of(&to, "RESUME")).await;
-    let resumed_us = match resumed_us {
+    let ended = tokio::time::timeout(MOVE, async {
+        if let Some(mirroring) = mirroring {
+            mirroring.hand_over().await?;
+        }
+        time_of(&to, "RESUME").await
+    });
+    let resumed_us = match ended.await {
         Ok(at) => at?,
         Err(_) => bail!("QEMU did not finish: {}", account(&from).await?),
     };
@@ -213,11 +253,15 @@ async fn migrate(
     let moved = Moved {
         version: format!("qemu {major}.{minor}.{micro}"),
         requested_us,
+        copying_us,
         migrate_us,
         stopped_us,
         resumed_us,
         wan,
-        transferred_bytes: transferred.forward.carried_bytes,
+        transferred_bytes: transferred
+            .forward
+            .carried_bytes
+            .max(transferred.backward.carried_bytes),
         account,
     };
     Ok((moved, target))
@@ -226,7 +270,11 @@ async fn migrate(
 /// The same at both ends.
 async fn configure(case: &Case, qmp: &Qmp) -> Result<()> {
     let on = |name: &str, state: bool| json!({ "capability": name, "state": state });
-    let capabilities = [on("events", true), on("multifd", case.shaped)];
+    let capabilities = [
+        on("events", true),
+        on("multifd", case.shaped),
+        on("pause-before-switchover", case.disk.is_some()),
+    ];
     let mut parameters = json!({ "max-bandwidth": 0, "downtime-limit": DOWNTIME_LIMIT_MS });
     if case.shaped {
         parameters["multifd-channels"] = 2.into();
@@ -239,7 +287,7 @@ async fn configure(case: &Case, qmp: &Qmp) -> Result<()> {
 }
 
 /// When QEMU emitted the event, waiting for it.
-async fn time_of(qmp: &Qmp, name: &str) -> Result<i64> {
+pub(super) async fn time_of(qmp: &Qmp, name: &str) -> Result<i64> {
     let event = qmp.events_after(0).find(|event| event.name == name).await;
     Ok(event.with_context(|| format!("waiting for {name}"))?.at.micros)
 }
