@@ -8,29 +8,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::figures::{Guest, Run};
+use super::figures::{self, Run};
 use super::sampler::Sampler;
 use super::{AWAY, Case, MEMORY_MIB, MOVE, SETTLE, Vm, content};
 use crate::guest::wire::Verified;
 use crate::guest::{GuestControl, GuestFiles, GuestKind};
 use crate::lab::prober::{ProbeConfig, Prober};
-use crate::scenario::swarm::{GuestPlan, Swarm, run as block_on};
+use crate::scenario::swarm::{Guest, GuestPlan, Swarm, run as block_on};
 
 /// Datagrams per second of the prober.
 const PROBES: u32 = 100;
 
 pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let swarm = swarm(case, files)?;
-    let plan =
-        GuestPlan { root_shared: case.disk.is_none(), ..GuestPlan::new("web", 5, MEMORY_MIB) };
-    let guest = swarm.start_guest("h1", files, &plan)?;
-    block_on(async {
-        let mut control = swarm.control("h1", &guest)?;
-        if let Some((path, mb, rate_kbps)) = case.disk {
-            control.disk(path, mb, rate_kbps).await?;
-        }
-        control.churn(case.churn.0, case.churn.1, false).await
-    })?;
+    let (plan, guest) = boot(case, files, &swarm)?;
     let station = swarm.station("h3", 1)?;
     let probes =
         ProbeConfig { target: SocketAddr::from((plan.ip(), 7007)), rate_pps: PROBES, size: 64 };
@@ -83,7 +74,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
         node_rss_anon_peak_bytes: usage.rss_anon_peak_bytes,
         node_rss_anon_above_idle_bytes: usage.rss_anon_growth_bytes,
         link_use: None,
-        guest: Guest {
+        guest: figures::Guest {
             image: image(files),
             ram_bytes,
             content,
@@ -95,6 +86,21 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     keep_logs(case, &swarm)?;
     swarm.down()?;
     Ok((figures, vm))
+}
+
+/// The guest at its work on h1.
+fn boot(case: &Case, files: &GuestFiles, swarm: &Swarm) -> Result<(GuestPlan, Guest)> {
+    let plan =
+        GuestPlan { root_shared: case.disk.is_none(), ..GuestPlan::new("web", 5, MEMORY_MIB) };
+    let guest = swarm.start_guest("h1", files, &plan)?;
+    block_on(async {
+        let mut control = swarm.control("h1", &guest)?;
+        if let Some((path, mb, rate_kbps)) = case.disk {
+            control.disk(path, mb, rate_kbps).await?;
+        }
+        control.churn(case.churn.0, case.churn.1, false).await
+    })?;
+    Ok((plan, guest))
 }
 
 /// The one that was asked for last.
