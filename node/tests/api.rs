@@ -23,6 +23,7 @@ fn status(id: MigrationId, phase: Phase, done_ppm: u32) -> Migration {
     let status = Status {
         id,
         vm: VmId([2; 16]),
+        cluster: VmId([2; 16]),
         name: "web".parse().unwrap(),
         from: HostId([3; 32]),
         to: Some(HostId([4; 32])),

@@ -10,6 +10,7 @@
 //!   clock ---- now ----> +--------------------------------------+ --Effect------> QEMU, kernel
 //! ```
 
+mod clusters;
 mod moves;
 mod voters;
 
@@ -142,9 +143,18 @@ pub struct Core {
     epochs: Epochs,
     membership: Membership,
     routes: Routes,
-    /// Connected members and the voter each says it is.
-    peers: BTreeMap<HostId, Option<Voter>>,
+    /// Connected members, the voter each says it is, and whether it will leave.
+    peers: BTreeMap<HostId, Option<(Voter, bool)>>,
     up: BTreeSet<HostId>,
+    /// Since when members are down.
+    down: BTreeMap<HostId, Time>,
+    /// Members that shall not vote.
+    unfit: BTreeSet<HostId>,
+    /// Whether this host will leave.
+    leaving: bool,
+    started: Time,
+    /// The cluster that each VM belongs to.
+    clusters: BTreeMap<VmId, VmId>,
     /// Copies that this host runs (not those that wait).
     local: BTreeMap<VmId, Local>,
     moves: BTreeMap<MigrationId, Move>,
@@ -174,6 +184,11 @@ impl Core {
             routes: Routes::new(config.me, config.seed, now),
             peers: BTreeMap::new(),
             up: BTreeSet::new(),
+            down: BTreeMap::new(),
+            unfit: BTreeSet::new(),
+            leaving: false,
+            started: now,
+            clusters: BTreeMap::new(),
             local: BTreeMap::new(),
             moves: BTreeMap::new(),
             order: config.statuses.iter().map(|s| s.id).collect(),
@@ -181,6 +196,9 @@ impl Core {
             out: VecDeque::new(),
             voters_at: now,
         };
+        for record in this.epochs.records().cloned().collect::<Vec<_>>() {
+            this.index(&record);
+        }
         for (moving, present) in config.moving {
             this.take_up(now, &moving, present);
         }
@@ -194,7 +212,7 @@ impl Core {
         if self.peers.len() < limits::MEMBERS {
             self.peers.entry(host).or_default();
         }
-        self.out.push_back(Command::Send(host, Control::Voter(self.me)));
+        self.tell_voter(host);
         self.membership.announce(now, host);
         self.routes.set_peers(self.peers.keys().copied());
         for id in self.moves.keys().copied().collect::<Vec<_>>() {
@@ -221,15 +239,15 @@ impl Core {
             Control::Route(m) => self.routes.handle(from, m),
             Control::Epoch(m) => self.epochs.handle(now, from, m),
             Control::Migrate(m) => self.said(now, from, m),
-            Control::Voter(voter) if voter.host == from => {
+            Control::Voter { voter, leaving } if voter.host == from => {
                 if let Some(known) = self.peers.get_mut(&from) {
-                    *known = Some(voter);
+                    *known = Some((voter, leaving));
                 }
             }
             Control::Progress(status) if status.from == from || status.to == Some(from) => {
                 self.note(*status);
             }
-            Control::Voter(_)
+            Control::Voter { .. }
             | Control::Progress(_)
             | Control::Ask { .. }
             | Control::Answer { .. }
@@ -249,7 +267,8 @@ impl Core {
         }
         if now >= self.voters_at {
             self.voters_at = now.plus_ms(voters::EVERY_MS);
-            self.top_up_voters(now);
+            self.finish_joins(now);
+            self.look_after_voters(now);
         }
         self.drain(now);
     }
@@ -318,10 +337,11 @@ impl Core {
     ) -> Result<(), epoch::ProposeError> {
         let record = Record {
             cluster: vm,
-            name,
+            name: name.clone(),
             epoch: Epoch(1),
             voters: vec![self.me],
-            placement: vec![Placement { vm, host: self.me.host, copy }],
+            placement: vec![Placement { vm, name, host: self.me.host, copy, off: false }],
+            departed: Vec::new(),
             cause: Cause::Create,
         };
         self.epochs.create(now, record)?;
@@ -354,21 +374,31 @@ impl Core {
         }
     }
 
-    /// Proposes the end of a VM: it will run nowhere.
+    /// Proposes the end of a VM: it will run nowhere, and leaves the cluster that it belongs to.
     ///
     /// # Errors
-    /// See [`Epochs::propose`].
-    pub fn delete(&mut self, now: Time, vm: VmId) -> Result<(), epoch::ProposeError> {
-        let record = self.epochs.newest(vm).ok_or(epoch::ProposeError::Unknown(vm))?;
+    /// One line for the user; nothing changed.
+    pub fn delete(&mut self, now: Time, vm: VmId) -> Result<(), String> {
+        let record = self.record_of(vm).cloned().ok_or("no record of the VM is known here")?;
+        if !record.is_lone() {
+            return self.release(now, record.cluster, &[vm], true);
+        }
         let record = Record {
             epoch: record.epoch.next(),
             placement: Vec::new(),
             cause: Cause::Delete,
-            ..record.clone()
+            ..record
         };
-        self.epochs.propose(now, record, now.plus_ms(voters::PROPOSE_MS))?;
+        let until = now.plus_ms(voters::PROPOSE_MS);
+        self.epochs.propose(now, record, until).map_err(|e| e.to_string())?;
         self.drain(now);
         Ok(())
+    }
+
+    /// Tells a member which voter this host is.
+    fn tell_voter(&mut self, host: HostId) {
+        let (voter, leaving) = (self.me, self.leaving);
+        self.out.push_back(Command::Send(host, Control::Voter { voter, leaving }));
     }
 
     /// Moves what the parts want to do into the queue of commands.
@@ -377,7 +407,7 @@ impl Core {
             if let Some(output) = self.epochs.poll_output() {
                 self.epoch_output(now, output);
             } else if let Some(output) = self.membership.poll_output() {
-                self.membership_output(output);
+                self.membership_output(now, output);
             } else if let Some(output) = self.routes.poll_output() {
                 self.out.push_back(match output {
                     route::Output::Send { to, message } => {
@@ -403,13 +433,17 @@ impl Core {
             }
             Output::Decided(record) => {
                 self.out.push_back(Command::Decided(record.clone()));
-                if record.cause == Cause::Delete {
-                    self.retire(record.cluster, record.epoch);
+                self.index(&record);
+                self.show_cluster(&record);
+                match record.cause {
+                    Cause::Delete => self.retire(record.cluster, record.epoch),
+                    Cause::Joined(_) => self.finish_join(now, record.cluster),
+                    _ => {}
                 }
-                self.tell_moves(now, record.cluster, &Happened::Decided(record.clone()));
+                self.tell_moves(now, &record);
             }
             Output::BallotReady { cluster, adopted: false, .. } => {
-                self.tell_moves(now, cluster, &Happened::BallotReady);
+                self.tell_ballot(now, cluster);
             }
             Output::BallotReady { .. } | Output::Preempted { .. } => {}
             Output::Failed { cluster, epoch } => {
@@ -425,7 +459,7 @@ impl Core {
         let _ = self.routes.put(Route { epoch, gone: true, ..route });
     }
 
-    fn membership_output(&mut self, output: membership::Output) {
+    fn membership_output(&mut self, now: Time, output: membership::Output) {
         use membership::Output;
         match output {
             Output::Send { to, bytes } => {
@@ -433,10 +467,14 @@ impl Core {
             }
             Output::Up(host) => {
                 self.up.insert(host);
+                self.down.remove(&host);
                 self.out.push_back(Command::Member(host, true));
             }
             Output::Down(host) => {
                 self.up.remove(&host);
+                if self.down.len() < limits::MEMBERS {
+                    self.down.insert(host, now);
+                }
                 self.out.push_back(Command::Member(host, false));
             }
         }

@@ -70,7 +70,7 @@ impl Epochs {
     /// pauses after lost ballots and should differ between nodes.
     #[must_use]
     pub fn new(me: Voter, seed: u64, hard: BTreeMap<VmId, Hard>) -> Self {
-        Self {
+        let mut this = Self {
             me,
             rng: StdRng::seed_from_u64(seed),
             hard,
@@ -78,7 +78,12 @@ impl Epochs {
             announcements: BTreeMap::new(),
             inbox: VecDeque::new(),
             outputs: VecDeque::new(),
+        };
+        // A crash may have come between a record and those that it brings about.
+        for record in this.hard.values().flat_map(|h| h.decided().derived()).collect::<Vec<_>>() {
+            this.learn(Time(0), record);
         }
+        this
     }
 
     /// The voter that this node is.
@@ -122,7 +127,7 @@ impl Epochs {
     /// # Errors
     /// [`ProposeError::Malformed`], [`ProposeError::Exists`], [`ProposeError::Full`].
     pub fn create(&mut self, now: Time, record: Record) -> Result<(), ProposeError> {
-        if !acceptor::is_admissible(&record) || record.epoch == Epoch(0) {
+        if !record.is_well_formed() || record.epoch == Epoch(0) {
             return Err(ProposeError::Malformed(record.epoch));
         }
         match self.newest(record.cluster) {
@@ -142,7 +147,7 @@ impl Epochs {
     /// trip. An attempt that is under way is kept, with the later of both deadlines.
     ///
     /// # Errors
-    /// [`ProposeError::Unknown`]; [`ProposeError::Malformed`] for a deleted cluster.
+    /// [`ProposeError::Unknown`]; [`ProposeError::Malformed`] for a record that nothing follows.
     pub fn prepare(
         &mut self,
         now: Time,
@@ -151,7 +156,7 @@ impl Epochs {
     ) -> Result<Epoch, ProposeError> {
         let base = self.newest(cluster).ok_or(ProposeError::Unknown(cluster))?;
         let epoch = base.epoch.next();
-        if base.cause == Cause::Delete {
+        if base.is_closed() {
             return Err(ProposeError::Malformed(epoch));
         }
         if let Some(attempt) = self.attempts.get_mut(&cluster) {
@@ -185,6 +190,28 @@ impl Epochs {
     /// [`ProposeError`] except `Exists` and `Full`. `NotNext` means that it is decided already.
     pub fn resolve(&mut self, now: Time, stay: Record) -> Result<(), ProposeError> {
         self.drive(now, stay, None)
+    }
+
+    /// Writes a record without its voters, because a majority of them is lost for ever: the one way in
+    /// which two records of a cluster can come to contradict each other, should they come back. Its
+    /// epoch is above all that they can decide meanwhile, and no other host forces the same one.
+    ///
+    /// # Errors
+    /// [`ProposeError::Unknown`]; [`ProposeError::Malformed`] if nothing may follow the record.
+    pub fn force(&mut self, now: Time, cluster: VmId, why: String) -> Result<Record, ProposeError> {
+        let base = self.newest(cluster).ok_or(ProposeError::Unknown(cluster))?.clone();
+        let host = self.me.host.0;
+        let low = u64::from(u32::from_be_bytes([host[0], host[1], host[2], host[3]]));
+        let epoch = Epoch(((base.epoch.0 >> 32) + 1) << 32 | low);
+        let (voters, cause) = (vec![self.me], Cause::Force(why));
+        let record = Record { epoch, voters, cause, ..base.clone() };
+        if base.is_closed() || !record.is_well_formed() {
+            return Err(ProposeError::Malformed(epoch));
+        }
+        self.announce(now, Some(&base), &record);
+        self.learn(now, record.clone());
+        self.drain(now);
+        Ok(record)
     }
 
     /// Stops the attempt for `cluster`. Its record may still be decided: what it sent is under way.
@@ -257,10 +284,11 @@ impl Epochs {
         let cluster = record.cluster;
         let hard = self.hard.get(&cluster).ok_or(ProposeError::Unknown(cluster))?;
         let newest = hard.decided().epoch;
-        if record.epoch != newest.next() {
+        let jumps = matches!(record.cause, Cause::Add { .. }) && record.epoch > newest;
+        if record.epoch != newest.next() && !jumps {
             return Err(ProposeError::NotNext { proposed: record.epoch, newest });
         }
-        if !hard.admits(&record) {
+        if !record.may_follow(hard.decided()) {
             return Err(ProposeError::Malformed(record.epoch));
         }
         let majority = hard.decided().majority();
@@ -430,7 +458,7 @@ impl Epochs {
     /// The one way in which a record becomes decided here.
     fn learn(&mut self, now: Time, record: Record) {
         let cluster = record.cluster;
-        if !acceptor::is_admissible(&record) {
+        if !record.is_well_formed() {
             return;
         }
         match self.hard.get(&cluster).map(Hard::decided) {
@@ -450,6 +478,10 @@ impl Epochs {
         }
         self.outputs.push_back(Output::Persist { cluster, hard });
         self.retarget(now, &record);
+        let derived = record.derived();
         self.outputs.push_back(Output::Decided(record));
+        for record in derived {
+            self.learn(now, record);
+        }
     }
 }

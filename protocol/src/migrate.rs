@@ -48,6 +48,8 @@ pub struct Moving {
     pub id: MigrationId,
     /// The VM.
     pub vm: VmId,
+    /// The cluster whose record decides.
+    pub cluster: VmId,
     /// It waits for the decision of the epoch after this one.
     pub base: Epoch,
     /// Which end this host is.

@@ -15,6 +15,7 @@ use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
 use godwit_protocol::migrate::{Moving, Role};
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::migrate::Status;
+use godwit_protocol::wire::record::{self, Record};
 use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
@@ -51,8 +52,17 @@ impl Saved {
 
     /// Whether the newest known record lets this copy run here.
     fn names(&self, node: &Node, copy: &Copy) -> bool {
-        let record = self.votes.get(&copy.vm()).map(Votes::decided);
+        let record = record::governing(self.records(), copy.vm());
         record.is_some_and(|r| r.names(copy.vm(), node.me, copy.id))
+    }
+
+    /// Whether the record that says is not known here yet.
+    fn has_missed(&self, copy: &Copy) -> bool {
+        record::has_missed(self.records(), copy.vm())
+    }
+
+    fn records(&self) -> impl Iterator<Item = &Record> + Clone {
+        self.votes.values().map(Votes::decided)
     }
 }
 
@@ -89,8 +99,11 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         moving.push((m.clone(), present));
     }
     let unbound: Vec<_> = living.values().filter(|c| !saved.binds(c.id)).cloned().collect();
-    let epochs: BTreeMap<VmId, _> =
-        saved.votes.iter().map(|(vm, v)| (*vm, v.decided().epoch)).collect();
+    let epoch = |c: &Copy| record::governing(saved.records(), c.vm()).map(|r| r.epoch);
+    let unbound: Vec<_> = unbound
+        .into_iter()
+        .map(|c| (epoch(&c).unwrap_or_default(), saved.names(node, &c), c))
+        .collect();
     let config = Config {
         me: node.me,
         store: node.hard.id(),
@@ -102,13 +115,15 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         statuses: saved.statuses,
     };
     let mut core = Core::new(node.now(), config);
-    for copy in unbound {
+    for (epoch, named, copy) in unbound {
+        if !named && !copy.qemu().run_state().await.is_ok_and(|s| s.running) {
+            continue; // Until the record is known that says whether it may.
+        }
         // A record names it and no move binds it: it runs, or was about to.
         copy.will_run();
         if let Err(error) = copy.qemu().cont().await {
             tracing::error!(vm = %copy.spec.name, %error, "cannot run it");
         }
-        let epoch = epochs.get(&copy.vm()).copied().unwrap_or_default();
         core.runs(node.now(), copy.vm(), copy.id, boot::route(node, &copy, epoch));
     }
     for copy in living.values() {
@@ -150,7 +165,7 @@ async fn end_superseded(
     saved: &Saved,
     living: &mut BTreeMap<CopyId, Arc<Copy>>,
 ) -> Result<(), DriverError> {
-    let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c);
+    let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c) && !saved.has_missed(c);
     for copy in living.values().filter(|c| superseded(c)) {
         tracing::info!(vm = %copy.spec.name, copy = %copy.id, "superseded: ending it");
         // Not by a signal: what it has of its disks is content for the next try.

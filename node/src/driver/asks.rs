@@ -120,6 +120,10 @@ pub(super) fn answer(
                 .collect(),
         ),
         Ask::Host => Answer::Json(migrate::host_json(node)),
+        Ask::Record(id) => Answer::Record(core.record_of(id).cloned().map(Box::new)),
+        Ask::Join { vm, cluster } => taken(core.join(now, vm, *cluster)),
+        Ask::Release { cluster, vms } => taken(core.release(now, cluster, &vms, false)),
+        Ask::Dissolve(cluster) => taken(core.dissolve(now, cluster)),
     };
     reply(node, from, number, answer);
 }

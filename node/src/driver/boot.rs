@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protocol::id::{CopyId, Mac, VmId};
-use godwit_protocol::wire::route::{Nic, Route};
+use godwit_protocol::wire::route::{Kind, Nic, Route};
 use serde_json::json;
 
 use super::copies::Copy;
@@ -155,6 +155,7 @@ pub(super) fn route(node: &Node, copy: &Copy, epoch: godwit_protocol::id::Epoch)
         copy: copy.id,
         epoch,
         nics,
+        kind: Kind::Vm,
         gone: false,
     }
 }
@@ -175,7 +176,10 @@ pub(super) async fn show(node: &Arc<Node>, vm: &str) -> Result<VmInfo, ApiError>
 /// `godwit vm list`.
 pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<VmInfo>, ApiError> {
     let routes = node
-        .with_core(|core, _| core.routes().iter().filter(|r| !r.gone).cloned().collect::<Vec<_>>())
+        .with_core(|core, _| {
+            let shown = |r: &&Route| !r.gone && r.kind != Kind::Cluster;
+            core.routes().iter().filter(shown).cloned().collect::<Vec<_>>()
+        })
         .await?;
     let mut vms = Vec::with_capacity(routes.len());
     for route in routes {
@@ -187,7 +191,7 @@ pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<VmInfo>, ApiError> {
 async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
     let vm = route.vm;
     let (record, moving) =
-        node.with_core(move |core, _| (core.newest(vm).cloned(), core.is_moving(vm))).await?;
+        node.with_core(move |core, _| (core.record_of(vm).cloned(), core.is_moving(vm))).await?;
     let mut info = VmInfo {
         name: route.name,
         vm,

@@ -42,7 +42,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(3);
 /// Starts a migration of a VM that runs here.
 pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> Result<(), String> {
     let copy = node.copies.running(w.vm).ok_or("the VM does not run on this host any more")?;
-    let record = core.newest(w.vm).cloned().ok_or("this host holds no record of the VM")?;
+    let record = core.record_of(w.vm).cloned().ok_or("this host holds no record of the VM")?;
     let name = &copy.spec.name;
     copy.spec.check_movable().map_err(|e| e.to_string())?;
     node.caps.check_migration().map_err(|e| e.to_string())?;
@@ -65,7 +65,7 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
     if candidates.is_empty() {
         return Err("no connected host fits the target: see godwit hosts".into());
     }
-    let mut status = Status::new(w.id, w.vm, name.clone(), node.me, w.from, record.epoch);
+    let mut status = Status::new(w.id, w.vm, name.clone(), node.me, w.from, &record);
     status.ram_bytes = copy.spec.memory;
     let spec = spec_now(&copy).encode().map_err(|e| e.to_string())?;
     let begin = Begin { status, record, copy: copy.id, spec, options: w.options, candidates };

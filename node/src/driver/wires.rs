@@ -9,7 +9,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use godwit_protocol::id::{CopyId, Epoch, HostId, Mac, Name, VmId};
-use godwit_protocol::wire::route::{Nic, Route};
+use godwit_protocol::wire::route::{Kind, Nic, Route};
 use tokio::sync::mpsc;
 
 use super::boot;
@@ -73,7 +73,7 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
         let (node_, copy_) = (Arc::clone(node), Arc::clone(copy));
         node.with_core(move |core, now| {
             let vm = copy_.vm();
-            let epoch = core.newest(vm).map_or(Epoch::default(), |r| r.epoch);
+            let epoch = core.record_of(vm).map_or(Epoch::default(), |r| r.epoch);
             core.runs(now, vm, copy_.id, boot::route(&node_, &copy_, epoch));
         })
         .await
@@ -262,7 +262,8 @@ pub(super) async fn port(node: &Arc<Node>, wire: &Name, mac: &str) -> Result<Wir
         let epoch = core.routes().get(VmId(id)).map_or(Epoch(1), |r| r.epoch.next());
         let nics = vec![nic];
         let copy = CopyId(id);
-        core.announce(now, Route { vm: VmId(id), name, host, copy, epoch, nics, gone: false });
+        let (vm, kind) = (VmId(id), Kind::Port);
+        core.announce(now, Route { vm, name, host, copy, epoch, nics, kind, gone: false });
     })
     .await?;
     Ok(status(node, wire).await)

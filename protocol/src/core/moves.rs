@@ -3,7 +3,7 @@
 //! Owns the table of moves and of statuses. Decides nothing of a move itself.
 
 use super::{Command, Core, Key, Move, Value};
-use crate::id::{CopyId, Epoch, HostId, MigrationId, Name, VmId};
+use crate::id::{CopyId, Epoch, HostId, MigrationId, VmId};
 use crate::limits;
 use crate::migrate::destination::Destination;
 use crate::migrate::source::{Begin, Source};
@@ -33,7 +33,7 @@ impl Core {
         let name = &begin.status.name;
         let runs =
             self.local.get(&vm).is_some_and(|l| begin.record.names(vm, self.me.host, l.copy));
-        if !runs || self.epochs.newest(vm) != Some(&begin.record) {
+        if !runs || self.record_of(vm) != Some(&begin.record) {
             return Err(format!("{name} does not run on this host any more: ask again"));
         }
         if self.is_moving(vm) {
@@ -41,7 +41,14 @@ impl Core {
                 "{name} is moving already: wait for it (godwit migrations) or abort it"
             ));
         }
-        if self.epochs.attempting(vm).is_some() {
+        if !begin.record.is_lone() {
+            let cluster = &begin.record.name;
+            return Err(format!("{name} belongs to {cluster}, which moves as one: migrate that"));
+        }
+        if begin.record.is_closed() {
+            return Err(format!("{name} is joining a cluster just now: ask again"));
+        }
+        if self.epochs.attempting(begin.record.cluster).is_some() {
             return Err(format!("the record of {name} is being changed just now: ask again"));
         }
         self.persist_status(&begin.status);
@@ -104,7 +111,7 @@ impl Core {
         }
         let answer = match body {
             Body::Prepare { record, spec, options: _, requested_on } => {
-                match self.receive(now, from, id, (vm, base), record, spec, requested_on) {
+                match self.receive(now, from, id, (vm, base), *record, spec, requested_on) {
                     Ok(()) => return,
                     Err(cause) => Body::Refused(cause),
                 }
@@ -121,7 +128,7 @@ impl Core {
     /// Where a migration stands that is not under way here (any more).
     fn stands(&self, from: HostId, id: MigrationId, vm: VmId, base: Epoch) -> Body {
         let placed = |r: &Record| r.placement_of(vm).map(|p| p.copy);
-        let newest = self.epochs.newest(vm).filter(|r| r.epoch > base);
+        let newest = self.record_of(vm).filter(|r| r.epoch > base);
         let ended = self.statuses.get(&id).filter(|s| s.from == from && s.to == Some(self.me.host));
         match ended.map(|s| s.phase) {
             Some(Phase::Lost) => return Body::Lost(ended.map_or("", |s| &s.cause).to_owned()),
@@ -154,7 +161,7 @@ impl Core {
             // A late copy of the question, or the answer was lost.
             return Err(over.cause.clone());
         }
-        if record.cluster != vm || record.epoch != base {
+        if record.epoch != base || record.is_closed() {
             return Err("the source's record is of something else: ask again".to_owned());
         }
         if !record.is_well_formed() || record.placement_of(vm).is_none_or(|p| p.host != from) {
@@ -164,7 +171,7 @@ impl Core {
             return Err("the destination is in another migration of this VM".to_owned());
         }
         self.epochs.learned(now, record.clone());
-        if self.epochs.newest(vm) != Some(&record) {
+        if self.epochs.newest(record.cluster) != Some(&record) {
             return Err("a newer record of this VM is decided: ask again".to_owned());
         }
         let status = blank(id, vm, &record, from, requested_on);
@@ -176,17 +183,26 @@ impl Core {
         Ok(())
     }
 
-    /// Tells every move of `vm`.
-    pub(super) fn tell_moves(&mut self, now: Time, vm: VmId, happened: &Happened) {
-        let ids: Vec<_> =
-            self.moves.iter().filter(|(_, m)| m.status().vm == vm).map(|(id, _)| *id).collect();
-        for id in ids {
+    /// Tells the moves that a decided record concerns. Who left a cluster hears the record of its own.
+    pub(super) fn tell_moves(&mut self, now: Time, record: &Record) {
+        let concerned = |s: &Status| record.placement_of(s.vm).is_some() || record.cluster == s.vm;
+        self.tell_all(now, &Happened::Decided(record.clone()), concerned);
+    }
+
+    /// Tells the moves of a cluster that its ballot is prepared.
+    pub(super) fn tell_ballot(&mut self, now: Time, cluster: VmId) {
+        self.tell_all(now, &Happened::BallotReady, |s| s.cluster == cluster);
+    }
+
+    fn tell_all(&mut self, now: Time, happened: &Happened, concerned: impl Fn(&Status) -> bool) {
+        let ids = self.moves.iter().filter(|(_, m)| concerned(m.status()));
+        for id in ids.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.happened(now, id, happened.clone());
         }
     }
 
     pub(super) fn take_up(&mut self, now: Time, moving: &Moving, present: bool) {
-        let Some(record) = self.epochs.newest(moving.vm).cloned() else { return };
+        let Some(record) = self.epochs.newest(moving.cluster).cloned() else { return };
         let peer = moving.peer;
         let from = if moving.role == Role::Source { self.me.host } else { peer };
         // What the end is bound to; the newest record may already be the decision.
@@ -216,7 +232,11 @@ impl Core {
                 _ => true,
             });
             self.perform(now, moving.id, out);
-            self.happened(now, moving.id, Happened::Decided(record));
+            // Who left the cluster since has a record of its own.
+            let record = self.record_of(moving.vm).filter(|r| r.epoch > moving.base).cloned();
+            if let Some(record) = record {
+                self.happened(now, moving.id, Happened::Decided(record));
+            }
         } else {
             self.perform(now, moving.id, out);
         }
@@ -299,7 +319,7 @@ impl Core {
     fn perform(&mut self, now: Time, id: MigrationId, actions: Vec<Action>) {
         let Some(m) = self.moves.get(&id) else { return };
         let (status, over) = (m.status().clone(), m.get().is_over());
-        let vm = status.vm;
+        let (vm, cluster) = (status.vm, status.cluster);
         for action in actions {
             match action {
                 Action::Persist(moving) => {
@@ -313,18 +333,18 @@ impl Core {
                     self.out.push_back(Command::Send(to, Control::Migrate(message)));
                 }
                 Action::PrepareBallot => {
-                    if self.epochs.is_prepared(vm) {
+                    if self.epochs.is_prepared(cluster) {
                         // The answer was lost.
                         self.happened(now, id, Happened::BallotReady);
                     } else {
                         // Refused only for a cluster without a record: the source asks again.
-                        let _ = self.epochs.prepare(now, vm, now.plus_ms(BALLOT_MS));
+                        let _ = self.epochs.prepare(now, cluster, now.plus_ms(BALLOT_MS));
                     }
                 }
                 Action::Propose(record) => {
                     let _ = self.epochs.propose(now, record, now.plus_ms(BALLOT_MS));
                 }
-                Action::Resolve(why) => self.resolve(now, id, vm, status.epoch_before, why),
+                Action::Resolve(why) => self.resolve(now, id, &status, why),
                 Action::Effect(effect) => self.out.push_back(Command::Effect { id, vm, effect }),
                 Action::Report => self.publish(status.clone()),
             }
@@ -336,12 +356,20 @@ impl Core {
 
     /// Drives the epoch after `base` to a decision; if it is decided, says so. Asked again, it goes
     /// on as it was: another cause would be another record, and need another ballot.
-    fn resolve(&mut self, now: Time, id: MigrationId, vm: VmId, base: Epoch, why: String) {
-        let Some(record) = self.epochs.newest(vm).cloned() else { return };
+    fn resolve(&mut self, now: Time, id: MigrationId, status: &Status, why: String) {
+        let (vm, cluster, base) = (status.vm, status.cluster, status.epoch_before);
+        let Some(record) = self.epochs.newest(cluster).cloned() else { return };
         if record.epoch > base {
-            return self.happened(now, id, Happened::Decided(record));
+            let own = [Some(&record), self.epochs.newest(vm)].into_iter().flatten();
+            let tells = |r: &&Record| r.placement_of(vm).is_some() || r.cluster == vm;
+            let own = own.filter(|r| r.epoch > base).find(tells);
+            return match own.cloned() {
+                Some(record) => self.happened(now, id, Happened::Decided(record)),
+                // It has left the cluster, with a record that this host missed.
+                None => self.epochs.inquire(now, cluster, vm),
+            };
         }
-        if self.epochs.is_resolving(vm) {
+        if self.epochs.is_resolving(cluster) {
             return;
         }
         let cause = Cause::Stay(migrate::clip(why));
@@ -353,6 +381,6 @@ impl Core {
 
 /// A status of which nothing is known but who and what.
 fn blank(id: MigrationId, vm: VmId, record: &Record, from: HostId, requested_on: HostId) -> Status {
-    let name: Name = record.name.clone();
-    Status::new(id, vm, name, from, requested_on, record.epoch)
+    let name = record.placement_of(vm).map_or(&record.name, |p| &p.name).clone();
+    Status::new(id, vm, name, from, requested_on, record)
 }

@@ -5,9 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::TEXT_BYTES;
 use crate::wire::epoch::{Ballot, Body};
-use crate::wire::record::{Cause, Record, Voter};
+use crate::wire::record::{Record, Voter};
 
 /// The durable state of one cluster on one node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,15 +26,6 @@ pub(super) enum Vote {
     Same(Body),
     /// This, once the changed state is durable.
     Changed(Body),
-}
-
-/// Whether a record's sizes are within the limits.
-pub(super) fn is_admissible(record: &Record) -> bool {
-    let text = match &record.cause {
-        Cause::Stay(why) => why.len(),
-        _ => 0,
-    };
-    record.is_well_formed() && text <= TEXT_BYTES
 }
 
 impl Hard {
@@ -64,23 +54,12 @@ impl Hard {
         self.round
     }
 
-    /// Whether `record` may follow the decided one. A cluster keeps its name, *stay* keeps every
-    /// placement, and nothing follows a deletion.
-    pub(super) fn admits(&self, record: &Record) -> bool {
-        let base = &self.decided;
-        is_admissible(record)
-            && record.cluster == base.cluster
-            && record.epoch == base.epoch.next()
-            && record.name == base.name
-            && base.cause != Cause::Delete
-            && (!matches!(record.cause, Cause::Stay(_)) || record.placement == base.placement)
-    }
-
     pub(super) fn prepare(&mut self, me: Voter, ballot: Ballot) -> Vote {
         if !self.decided.voters.contains(&me) {
             return Vote::Silent;
         }
-        let promise = Body::Promise { ballot, voter: me, accepted: self.accepted.clone() };
+        let accepted = self.accepted.clone().map(Box::new);
+        let promise = Body::Promise { ballot, voter: me, accepted };
         match self.promised {
             Some(promised) if promised > ballot => Vote::Same(Body::Rejected { ballot, promised }),
             Some(promised) if promised == ballot => Vote::Same(promise),
@@ -92,7 +71,7 @@ impl Hard {
     }
 
     pub(super) fn accept(&mut self, me: Voter, ballot: Ballot, record: Record) -> Vote {
-        if !self.decided.voters.contains(&me) || !self.admits(&record) {
+        if !self.decided.voters.contains(&me) || !record.may_follow(&self.decided) {
             return Vote::Silent;
         }
         if let Some(promised) = self.promised.filter(|p| *p > ballot) {

@@ -49,6 +49,15 @@ impl Epochs {
         }
     }
 
+    /// Asks everyone whom the newest record of `cluster` names for the newest record of `vm`.
+    pub fn inquire(&mut self, now: Time, cluster: VmId, vm: VmId) {
+        let Some(record) = self.newest(cluster) else { return };
+        let me = self.me.host;
+        for host in named(record).filter(|h| *h != me).collect::<BTreeSet<_>>() {
+            self.query(now, vm, host);
+        }
+    }
+
     /// A newer record was learned while an older one is being told: those who have not answered
     /// are told the newer one.
     pub(super) fn retarget(&mut self, now: Time, record: &Record) {

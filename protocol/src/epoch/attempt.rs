@@ -171,7 +171,7 @@ impl Attempt {
                 if let Some(new) = accepted
                     && found.as_ref().is_none_or(|(b, _)| *b < new.0)
                 {
-                    *found = Some(new);
+                    *found = Some(*new);
                 }
                 if promised.len() < base.majority() {
                     return None;

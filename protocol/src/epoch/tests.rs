@@ -25,7 +25,14 @@ fn record(epoch: u64, voters: &[u8], at: u8, copy: u8, cause: Cause) -> Record {
         name: "web".parse().unwrap(),
         epoch: Epoch(epoch),
         voters: voters.iter().map(|i| voter(*i)).collect(),
-        placement: vec![Placement { vm: VM, host: host(at), copy: CopyId([copy; 16]) }],
+        placement: vec![Placement {
+            vm: VM,
+            name: "web".parse().unwrap(),
+            host: host(at),
+            copy: CopyId([copy; 16]),
+            off: false,
+        }],
+        departed: Vec::new(),
         cause,
     }
 }

@@ -9,7 +9,7 @@ use super::{Action, Effect, Happened, Migration, Moving, Role, clip};
 use crate::id::{CopyId, HostId};
 use crate::time::Time;
 use crate::wire::migrate::{Body, Phase, Status};
-use crate::wire::record::{Cause, Placement, Record, Voter};
+use crate::wire::record::{Cause, Record, Voter};
 
 /// Where the destination stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,6 +129,7 @@ impl Destination {
         Moving {
             id: self.status.id,
             vm: self.status.vm,
+            cluster: self.record.cluster,
             base: self.record.epoch,
             role: Role::Destination,
             peer: self.peer,
@@ -144,10 +145,8 @@ impl Destination {
         let mut record = self.record.clone();
         record.epoch = record.epoch.next();
         record.cause = Cause::Move;
-        for placement in &mut record.placement {
-            if placement.vm == self.status.vm {
-                *placement = Placement { vm: self.status.vm, host: self.me.host, copy };
-            }
+        for placement in record.placement.iter_mut().filter(|p| p.vm == self.status.vm) {
+            (placement.host, placement.copy) = (self.me.host, copy);
         }
         if record.voters.iter().all(|v| v.host == self.peer) {
             record.voters = vec![self.me];

@@ -146,7 +146,7 @@ impl Source {
 
     fn prepare(&self) -> Body {
         Body::Prepare {
-            record: self.record.clone(),
+            record: Box::new(self.record.clone()),
             spec: self.spec.clone(),
             options: self.options,
             requested_on: self.status.requested_on,
@@ -202,6 +202,7 @@ impl Source {
         out.push(Action::Persist(Moving {
             id: self.status.id,
             vm: self.status.vm,
+            cluster: self.record.cluster,
             base: self.record.epoch,
             role: Role::Source,
             peer: self.peer,
@@ -225,7 +226,7 @@ impl Source {
             return;
         }
         self.status.epoch_after = Some(record.epoch);
-        let Some(placed) = record.placement_of(self.status.vm).copied() else {
+        let Some(placed) = record.placement_of(self.status.vm).cloned() else {
             // The VM was removed meanwhile: no copy may run.
             out.push(Action::Effect(Effect::CancelTransfer));
             out.push(Action::Effect(Effect::Discard(self.copy)));

@@ -5,7 +5,7 @@ use crate::id::CopyId;
 use crate::limits::CONTROL_MESSAGE_BYTES;
 use crate::wire::codec::encode;
 use crate::wire::control::Control;
-use crate::wire::route::Nic;
+use crate::wire::route::{Kind, Nic};
 use proptest::prelude::*;
 
 fn host(i: u8) -> HostId {
@@ -35,6 +35,7 @@ fn route(i: u32, at: u8, epoch: u64) -> Route {
         copy: CopyId([at; 16]),
         epoch: Epoch(epoch),
         nics: vec![Nic { wire: wire(), mac: mac(i) }],
+        kind: Kind::Vm,
         gone: false,
     }
 }

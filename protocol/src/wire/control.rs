@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::migrate::{Options, Status, Target};
-use super::record::Voter;
+use super::record::{Record, Voter};
 use super::{epoch, migrate, route};
 use crate::id::{MigrationId, VmId};
 
@@ -35,7 +35,12 @@ pub enum Control {
     /// Lead to requester: how far a migration is.
     Progress(Box<Status>),
     /// The voter that the sender is.
-    Voter(Voter),
+    Voter {
+        /// Its host and its store.
+        voter: Voter,
+        /// It will leave, so that another should vote in its place.
+        leaving: bool,
+    },
     /// Revoked members: spreads and is final. Signed bytes, checked by the admission adapter.
     Revocations(Vec<Vec<u8>>),
 }
@@ -60,6 +65,25 @@ pub enum Ask {
     Migrations(Option<MigrationId>),
     /// To any node: what it can tell of itself (a JSON text for people).
     Host,
+    /// To any node: the newest record of this cluster, or the one that governs this VM, that it knows.
+    Record(VmId),
+    /// To the host of a lone VM: let it join the cluster whose record this is. Asked again, it goes
+    /// on; it is done when the cluster's record names the VM.
+    Join {
+        /// The VM.
+        vm: VmId,
+        /// The cluster, as the asker knows it.
+        cluster: Box<Record>,
+    },
+    /// To a cluster's lead: these VMs leave it, and are lone VMs again.
+    Release {
+        /// The cluster.
+        cluster: VmId,
+        /// Members.
+        vms: Vec<VmId>,
+    },
+    /// To a cluster's lead: delete it; its members are lone VMs again.
+    Dissolve(VmId),
 }
 
 /// The answer to an [`Ask`].
@@ -73,4 +97,6 @@ pub enum Answer {
     Migrations(Vec<Status>),
     /// A JSON text.
     Json(String),
+    /// The newest record that is known, if any.
+    Record(Option<Box<Record>>),
 }

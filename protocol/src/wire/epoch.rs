@@ -38,7 +38,7 @@ pub enum Body {
         /// Who answers.
         voter: Voter,
         /// The accepted proposal with the highest ballot.
-        accepted: Option<(Ballot, Record)>,
+        accepted: Option<Box<(Ballot, Record)>>,
     },
     /// Phase 2: accept this record.
     Accept {

@@ -48,7 +48,7 @@ pub enum Body {
     /// Source to destination: check, reserve, start a QEMU that waits.
     Prepare {
         /// The decided record that the move starts from.
-        record: Record,
+        record: Box<Record>,
         /// The resolved VM description (encoded by the VM driver; opaque to the core).
         spec: Vec<u8>,
         /// What was asked for.
@@ -137,6 +137,8 @@ pub struct Status {
     pub id: MigrationId,
     /// The VM.
     pub vm: VmId,
+    /// The cluster whose record decides; a lone VM's has its id.
+    pub cluster: VmId,
     /// Its alias.
     pub name: Name,
     /// Source.
@@ -196,7 +198,7 @@ impl Status {
         self.phase == Phase::Stayed
     }
 
-    /// A migration of which nothing is known yet but who and what.
+    /// A migration that starts from `record`, of which nothing is known yet but who and what.
     #[must_use]
     pub fn new(
         id: MigrationId,
@@ -204,18 +206,19 @@ impl Status {
         name: Name,
         from: HostId,
         requested_on: HostId,
-        epoch_before: Epoch,
+        record: &Record,
     ) -> Self {
         Self {
             id,
             vm,
+            cluster: record.cluster,
             name,
             from,
             to: None,
             requested_on,
             phase: Phase::Preparing,
             cause: String::new(),
-            epoch_before,
+            epoch_before: record.epoch,
             epoch_after: None,
             ram_bytes: 0,
             ram_nonzero_bytes: 0,

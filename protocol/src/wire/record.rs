@@ -14,29 +14,57 @@ pub struct Voter {
 }
 
 /// Where one VM runs: the only copy that may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Placement {
     /// The VM.
     pub vm: VmId,
+    /// Its alias.
+    pub name: Name,
     /// The host.
     pub host: HostId,
     /// The copy on that host.
     pub copy: CopyId,
+    /// It is switched off: its disks are on that host and no copy may run.
+    pub off: bool,
 }
 
 /// Why a record was proposed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
-    /// First record of the cluster.
+    /// First record of a cluster: of a lone VM, or of a cluster without members.
     Create,
-    /// A copy moved.
+    /// Copies moved, all in this one record.
     Move,
     /// A move was given up: the old placement, one epoch later. With the cause in words.
     Stay(String),
     /// The voters changed.
     Voters,
-    /// The cluster was removed: its VMs run nowhere. A tombstone that keeps the epoch.
+    /// A lone VM was removed: it runs nowhere. A tombstone that keeps the epoch.
     Delete,
+    /// A lone VM belongs to that cluster from the record on which names it there. Until then its copy
+    /// runs under this record, which nothing follows but what that cluster's record brings about.
+    Joined(VmId),
+    /// A VM was added to the cluster.
+    Add {
+        /// The VM.
+        vm: VmId,
+        /// The epoch of its own last record ([`Cause::Joined`]): this record's is above it.
+        above: Epoch,
+    },
+    /// Members left the cluster: each has a record of its own again ([`Record::derived`]).
+    Release {
+        /// Who left, as they were placed.
+        members: Vec<Placement>,
+        /// Their VMs were removed.
+        ended: bool,
+    },
+    /// The cluster was deleted, and all members left. A tombstone: only a VM that had joined already
+    /// can still be added, so that nobody is left between two records.
+    Dissolve(Vec<Placement>),
+    /// First record of a lone VM after it left that cluster.
+    Left(VmId),
+    /// A majority of the voters was lost for ever and the operator wrote this record. With why.
+    Force(String),
 }
 
 /// The decided state of a cluster. Its number is its epoch.
@@ -50,8 +78,11 @@ pub struct Record {
     pub epoch: Epoch,
     /// Who decides the next epoch (at most [`crate::limits::VOTERS`]).
     pub voters: Vec<Voter>,
-    /// Where each member runs (at most [`crate::limits::CLUSTER_VMS`]).
+    /// Where each member runs (at most [`crate::limits::CLUSTER_VMS`]); the first one's host leads.
     pub placement: Vec<Placement>,
+    /// Who left, and with which record (at most [`crate::limits::DEPARTED`]): a VM is added only on a
+    /// word of it that is newer.
+    pub departed: Vec<(VmId, Epoch)>,
     /// Why.
     pub cause: Cause,
 }
@@ -66,7 +97,25 @@ impl Record {
     /// Whether this record names `copy` of `vm` on `host`: only then it may run.
     #[must_use]
     pub fn names(&self, vm: VmId, host: HostId, copy: CopyId) -> bool {
-        self.placement_of(vm).is_some_and(|p| p.host == host && p.copy == copy)
+        self.placement_of(vm).is_some_and(|p| p.host == host && p.copy == copy && !p.off)
+    }
+
+    /// Whether it is the record of one VM that belongs to no other cluster.
+    #[must_use]
+    pub fn is_lone(&self) -> bool {
+        matches!(self.placement.as_slice(), [p] if p.vm == self.cluster)
+    }
+
+    /// Whether nothing but what another cluster's record brings about, or a VM on its way, follows.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self.cause, Cause::Delete | Cause::Joined(_) | Cause::Dissolve(_))
+    }
+
+    /// The record with which `vm` left this cluster, if it was a member once and is not now.
+    #[must_use]
+    pub fn departed(&self, vm: VmId) -> Option<Epoch> {
+        self.departed.iter().find(|(v, _)| *v == vm).map(|(_, epoch)| *epoch)
     }
 
     /// How many voters are a majority.
@@ -75,19 +124,130 @@ impl Record {
         self.voters.len() / 2 + 1
     }
 
+    /// The records of their own that members have who left with this one: decided as it is. The same
+    /// wherever they are derived.
+    #[must_use]
+    pub fn derived(&self) -> Vec<Self> {
+        let (members, ended) = match &self.cause {
+            Cause::Release { members, ended } => (members, *ended),
+            Cause::Dissolve(members) => (members, false),
+            _ => return Vec::new(),
+        };
+        let own = |p: &Placement| Self {
+            cluster: p.vm,
+            name: p.name.clone(),
+            epoch: self.epoch.next(),
+            voters: self.voters.clone(),
+            placement: if ended { Vec::new() } else { vec![p.clone()] },
+            departed: Vec::new(),
+            cause: if ended { Cause::Delete } else { Cause::Left(self.cluster) },
+        };
+        members.iter().filter(|p| p.vm != self.cluster).map(own).collect()
+    }
+
     /// Whether sizes are within the limits and voters and members are named once each.
     #[must_use]
     pub fn is_well_formed(&self) -> bool {
-        use crate::limits::{CLUSTER_VMS, VOTERS};
+        use crate::limits::{CLUSTER_VMS, DEPARTED, TEXT_BYTES, VOTERS};
         let mut voters: Vec<_> = self.voters.iter().map(|v| v.host).collect();
         voters.sort_unstable();
         voters.dedup();
         let mut vms: Vec<_> = self.placement.iter().map(|p| p.vm).collect();
         vms.sort_unstable();
         vms.dedup();
+        let cause = match &self.cause {
+            Cause::Stay(why) | Cause::Force(why) => why.len() <= TEXT_BYTES,
+            Cause::Release { members, .. } | Cause::Dissolve(members) => {
+                members.len() <= CLUSTER_VMS
+            }
+            _ => true,
+        };
         (1..=VOTERS).contains(&self.voters.len())
             && voters.len() == self.voters.len()
             && self.placement.len() <= CLUSTER_VMS
             && vms.len() == self.placement.len()
+            && self.departed.len() <= DEPARTED
+            && cause
+    }
+
+    /// Whether `self` may follow the decided `base`: what each cause may change, and nothing else.
+    #[must_use]
+    pub fn may_follow(&self, base: &Self) -> bool {
+        let next = base.epoch.next();
+        let same = self.cluster == base.cluster && self.name == base.name;
+        let open = match self.cause {
+            // A VM between two records finds its way whatever became of the cluster.
+            Cause::Add { .. } => !matches!(base.cause, Cause::Delete | Cause::Joined(_)),
+            _ => !base.is_closed(),
+        };
+        let placed = self.placement == base.placement;
+        let number = self.epoch == next;
+        let departed = self.departed == base.departed;
+        let fits = match &self.cause {
+            Cause::Stay(_) | Cause::Voters => placed && number && departed,
+            Cause::Joined(cluster) => {
+                placed && number && departed && base.is_lone() && *cluster != base.cluster
+            }
+            Cause::Move => number && departed && self.moves(base),
+            Cause::Delete => number && departed && self.placement.is_empty() && base.is_lone(),
+            Cause::Add { vm, above } => self.adds(base, *vm, *above),
+            Cause::Release { members, .. } => number && self.releases(base, members),
+            Cause::Dissolve(members) => {
+                number && self.placement.is_empty() && self.releases(base, members)
+            }
+            Cause::Create | Cause::Left(_) | Cause::Force(_) => false,
+        };
+        same && open && fits && self.is_well_formed()
+    }
+
+    /// The same members, in the same order, wherever.
+    fn moves(&self, base: &Self) -> bool {
+        let members = |r: &Self| r.placement.iter().map(|p| (p.vm, p.off)).collect::<Vec<_>>();
+        members(self) == members(base)
+    }
+
+    fn adds(&self, base: &Self, vm: VmId, above: Epoch) -> bool {
+        let kept: Vec<_> = base.departed.iter().filter(|(v, _)| *v != vm).copied().collect();
+        let (new, old) = match self.placement.split_last() {
+            Some((new, old)) if new.vm == vm && vm != base.cluster => (new, old),
+            _ => return false,
+        };
+        self.epoch == base.epoch.max(above).next()
+            && old == base.placement
+            && base.placement_of(new.vm).is_none()
+            && base.departed(vm).is_none_or(|left| left < above)
+            && self.departed == kept
+            && !base.is_lone()
+    }
+
+    fn releases(&self, base: &Self, members: &[Placement]) -> bool {
+        let stays = |p: &&Placement| !members.contains(p);
+        let kept: Vec<_> = base.placement.iter().filter(stays).cloned().collect();
+        let mut departed = base.departed.clone();
+        departed.extend(members.iter().map(|p| (p.vm, self.epoch)));
+        self.placement == kept
+            && kept.len() + members.len() == base.placement.len()
+            && self.departed == departed
+            && !base.is_lone()
     }
 }
+
+/// Of all records that are known, the one under which `vm` runs: the one with the highest epoch that
+/// places it, or its own tombstone. None: it has none, or it left a cluster with a record that is not
+/// among these (see [`has_missed`]).
+#[must_use]
+pub fn governing<'a>(records: impl Iterator<Item = &'a Record>, vm: VmId) -> Option<Record> {
+    let all = records.flat_map(|r| core::iter::once(r.clone()).chain(r.derived()));
+    all.filter(|r| r.placement_of(vm).is_some() || r.cluster == vm).max_by_key(|r| r.epoch)
+}
+
+/// Whether one of these records says that `vm` left its cluster with a record that is not among them:
+/// where it may run is then not known.
+#[must_use]
+pub fn has_missed<'a>(records: impl Iterator<Item = &'a Record> + Clone, vm: VmId) -> bool {
+    let epoch = governing(records.clone(), vm).map_or(Epoch(0), |r| r.epoch);
+    records.filter_map(|r| r.departed(vm)).any(|left| left > epoch)
+}
+
+#[cfg(test)]
+mod tests;

@@ -13,6 +13,17 @@ pub struct Nic {
     pub mac: Mac,
 }
 
+/// What a route leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// A VM, on the host that carries it.
+    Vm,
+    /// An address on a wire that is no VM's.
+    Port,
+    /// A cluster, by the host that leads it.
+    Cluster,
+}
+
 /// One entry of the distributed routing table. The higher epoch of the same VM wins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
@@ -28,6 +39,8 @@ pub struct Route {
     pub epoch: Epoch,
     /// Its NICs (at most [`crate::limits::NICS`]).
     pub nics: Vec<Nic>,
+    /// What it leads to.
+    pub kind: Kind,
     /// The VM was removed; kept so that older entries do not come back.
     pub gone: bool,
 }

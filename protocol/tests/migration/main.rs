@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod cases;
+mod clusters;
 mod qemu;
 mod voters;
 mod world;
@@ -28,12 +29,12 @@ const BOUND_MS: u64 = 400_000;
 fn is_settled(world: &World) -> bool {
     let idle = |n: &world::Node| n.core.as_ref().is_some_and(|c| c.migration_of(VM).is_none());
     world.nodes.iter().all(idle)
-        && match world.running() {
+        && match world.running(VM) {
             Some((_, at)) => world.nodes.iter().all(|n| {
                 let route = n.core.as_ref().and_then(|c| c.routes().get(VM));
                 route.is_some_and(|r| r.host == host(at))
             }),
-            None => world.may_lose,
+            None => world.may_lose.contains(&VM),
         }
 }
 
@@ -76,7 +77,7 @@ fn describe(world: &World) -> String {
 
 fn verify(world: &World) {
     let living: Vec<_> = world.copies.values().filter(|c| c.qemu != Qemu::Dead).collect();
-    let expected = usize::from(world.running().is_some());
+    let expected = usize::from(world.running(VM).is_some());
     assert_eq!(living.len(), expected, "copies are left over:\n{}", describe(world));
     for (i, node) in world.nodes.iter().enumerate() {
         let bound = node.disk.values().filter(|v| matches!(v, Value::Moving(_))).count();
@@ -97,11 +98,11 @@ fn truthful(world: &World, i: usize, s: &Status) {
     assert!(s.from != host(i) || s.phase.is_end(), "node {i} says {s:?}");
     match s.phase {
         Phase::Moved => {
-            let next = &world.decided[&s.epoch_before.next()];
+            let next = &world.decided[&(s.cluster, s.epoch_before.next())];
             assert_eq!(next.cause, Cause::Move, "{s:?}");
             assert_eq!(next.placement_of(VM).map(|p| p.host), s.to, "{s:?}");
         }
-        Phase::Lost => assert!(world.may_lose, "lost, and nothing was killed: {s:?}"),
+        Phase::Lost => assert!(world.may_lose.contains(&VM), "lost, and nothing was killed: {s:?}"),
         _ => {}
     }
     if let (true, Some(to)) = (s.from == host(i), s.to) {

@@ -5,13 +5,13 @@
 use std::collections::BTreeMap;
 
 use godwit_protocol::core::Value;
-use godwit_protocol::epoch::Hard;
-use godwit_protocol::id::{CopyId, MigrationId};
+use godwit_protocol::id::{CopyId, MigrationId, VmId};
 use godwit_protocol::migrate::{Effect, Happened, Moving, Progress, Role};
 use godwit_protocol::time::Time;
-use godwit_protocol::wire::route::Route;
+use godwit_protocol::wire::record::{governing, has_missed};
+use godwit_protocol::wire::route::{Kind, Route};
 
-use super::world::{Event, Mutant, VM, World, host, index};
+use super::world::{Event, Mutant, World, host, index};
 
 /// How long the last of a stream may take to find its way.
 const STREAM_MS: u64 = 60_000;
@@ -27,6 +27,7 @@ pub enum Qemu {
 
 #[derive(Debug, Clone)]
 pub struct Copy {
+    pub vm: VmId,
     pub at: usize,
     pub qemu: Qemu,
     /// Its guest has run, ever.
@@ -41,28 +42,43 @@ pub struct Copy {
 }
 
 impl World {
-    pub fn mint(&mut self, at: usize) -> CopyId {
+    pub fn mint(&mut self, vm: VmId, at: usize) -> CopyId {
         self.minted += 1;
         let id = CopyId([self.minted; 16]);
-        let first = self.minted == 1;
+        let first = !self.vms.contains(&vm);
+        if first {
+            self.vms.push(vm);
+        }
         let qemu = if first { Qemu::Running } else { Qemu::Loading };
-        let copy =
-            Copy { at, qemu, ran: first, noted: first, memory: true, stored: false, rebuilt: 0 };
+        let copy = Copy {
+            vm,
+            at,
+            qemu,
+            ran: first,
+            noted: first,
+            memory: true,
+            stored: false,
+            rebuilt: 0,
+        };
         self.copies.insert(id, copy);
         id
     }
 
-    /// The copy that runs, and where.
-    pub fn running(&self) -> Option<(CopyId, usize)> {
-        self.copies.iter().find(|(_, c)| c.qemu == Qemu::Running).map(|(id, c)| (*id, c.at))
+    /// The copy of a VM that runs, and where.
+    pub fn running(&self, vm: VmId) -> Option<(CopyId, usize)> {
+        let runs = |c: &&Copy| c.vm == vm && c.qemu == Qemu::Running;
+        self.copies.iter().find(|(_, c)| runs(c)).map(|(id, c)| (*id, c.at))
     }
 
     /// After every step.
     pub fn check(&self) {
-        let running = self.copies.values().filter(|c| c.qemu == Qemu::Running).count();
-        assert!(running <= 1, "two copies run");
-        let alive = self.copies.values().any(|c| c.ran && c.qemu != Qemu::Dead);
-        assert!(alive || self.may_lose, "no copy of the guest is left");
+        for vm in &self.vms {
+            let copies = || self.copies.values().filter(|c| c.vm == *vm);
+            let running = copies().filter(|c| c.qemu == Qemu::Running).count();
+            assert!(running <= 1, "two copies run");
+            let alive = copies().any(|c| c.ran && c.qemu != Qemu::Dead);
+            assert!(alive || self.may_lose.contains(vm), "no copy of the guest is left");
+        }
     }
 
     /// `cont`.
@@ -71,43 +87,46 @@ impl World {
         assert!(!matches!(copy.qemu, Qemu::Dead | Qemu::Loading), "cont of {:?}", copy.qemu);
         copy.qemu = Qemu::Running;
         (copy.ran, copy.noted) = (true, true);
-        let at = copy.at;
-        let named = self.decided.values().any(|r| r.names(VM, host(at), id));
+        let (vm, at) = (copy.vm, copy.at);
+        let named = self.decided.values().any(|r| r.names(vm, host(at), id));
         assert!(named, "no decided record names the copy that runs");
         self.check();
     }
 
-    pub fn runs_here(&mut self, i: usize, copy: CopyId) {
-        let Some(record) = self.nodes[i].core.as_ref().and_then(|c| c.newest(VM)).cloned() else {
-            return;
-        };
-        let name = record.name.clone();
+    pub fn announce_copy(&mut self, i: usize, copy: CopyId) {
+        let vm = self.copies[&copy].vm;
+        let record = self.nodes[i].core.as_ref().and_then(|c| c.record_of(vm)).cloned();
+        let Some(record) = record else { return };
+        let name = record.placement_of(vm).unwrap().name.clone();
         let route = Route {
-            vm: VM,
+            vm,
             name,
             host: host(i),
             copy,
             epoch: record.epoch,
             nics: vec![],
+            kind: Kind::Vm,
             gone: false,
         };
-        self.act(i, |core, now| core.runs(now, VM, copy, route));
+        self.act(i, |core, now| core.runs(now, vm, copy, route));
     }
 
     fn discard(&mut self, i: usize, id: CopyId) {
         let Some(copy) = self.copies.get(&id) else { return };
-        let other = self.copies.iter().any(|(o, c)| *o != id && c.ran && c.qemu != Qemu::Dead);
-        let kept = !copy.ran || copy.qemu == Qemu::Dead || other || self.may_lose;
+        let vm = copy.vm;
+        let lives = |c: &Copy| c.vm == vm && c.ran && c.qemu != Qemu::Dead;
+        let other = self.copies.iter().any(|(o, c)| *o != id && lives(c));
+        let kept = !copy.ran || copy.qemu == Qemu::Dead || other || self.may_lose.contains(&vm);
         assert!(kept, "the source copy went before its successor ran");
         self.copies.remove(&id);
-        self.act(i, |core, _| core.runs_no_more(VM, id));
+        self.act(i, |core, _| core.runs_no_more(vm, id));
     }
 
     /// [`Mutant::DiscardEarly`].
     pub fn discard_superseded(&mut self, i: usize) {
-        let newest = self.decided.values().next_back().unwrap().clone();
         let stopped = self.copies.iter().find(|(id, c)| {
-            c.at == i && c.qemu == Qemu::Stopped && !newest.names(VM, host(i), **id)
+            let newest = governing(self.decided.values(), c.vm).unwrap();
+            c.at == i && c.qemu == Qemu::Stopped && !newest.names(c.vm, host(i), **id)
         });
         if let Some(id) = stopped.map(|(id, _)| *id) {
             self.discard(i, id);
@@ -117,7 +136,9 @@ impl World {
     /// The node's process is gone: memory without a QEMU goes with it.
     pub fn node_gone(&mut self, i: usize) {
         for copy in self.copies.values_mut().filter(|c| c.at == i && c.qemu == Qemu::Dead) {
-            self.may_lose |= copy.memory && copy.stored;
+            if copy.memory && copy.stored {
+                self.may_lose.insert(copy.vm);
+            }
             copy.memory = false;
         }
     }
@@ -126,7 +147,9 @@ impl World {
         let Some(copy) = self.copies.get_mut(&id) else { return };
         let (at, was) = (copy.at, core::mem::replace(&mut copy.qemu, Qemu::Dead));
         let up = self.nodes[at].core.is_some();
-        self.may_lose |= copy.ran || (was == Qemu::Loaded && !up);
+        if copy.ran || (was == Qemu::Loaded && !up) {
+            self.may_lose.insert(copy.vm);
+        }
         copy.memory &= up;
         if up {
             let (start, ms) = (self.nodes[at].start, 1 + self.below(50));
@@ -140,15 +163,18 @@ impl World {
         let moving: BTreeMap<CopyId, Moving> = disk
             .filter_map(|v| if let Value::Moving(m) = v { Some((m.copy, m.clone())) } else { None })
             .collect();
-        let record = self.nodes[i].disk.values().find_map(|v| match v {
-            Value::Epoch(hard) => Some(Hard::decided(hard).clone()),
-            _ => None,
-        });
+        let disk = self.nodes[i].disk.values();
+        let records: Vec<_> = disk
+            .filter_map(|v| if let Value::Epoch(h) = v { Some(h.decided().clone()) } else { None })
+            .collect();
         let mine: Vec<CopyId> =
             self.copies.iter().filter(|(_, c)| c.at == i).map(|(id, _)| *id).collect();
         let mut conts = Vec::new();
         for id in mine {
-            let named = record.as_ref().is_some_and(|r| r.names(VM, host(i), id));
+            let vm = self.copies[&id].vm;
+            let record = governing(records.iter(), vm);
+            let named = record.is_some_and(|r| r.names(vm, host(i), id));
+            let missed = has_missed(records.iter(), vm) && self.copies[&id].qemu == Qemu::Running;
             let dead = self.copies[&id].qemu == Qemu::Dead;
             match moving.get(&id) {
                 Some(m) => {
@@ -157,7 +183,7 @@ impl World {
                         copy.noted = noted;
                     }
                 }
-                None if named && !dead => conts.push(id),
+                None if (named || missed) && !dead => conts.push(id),
                 None => self.discard(i, id),
             }
         }
@@ -178,9 +204,9 @@ impl World {
     pub fn handle_qemu(&mut self, event: Event) {
         match event {
             Event::Work(i, start, id) if self.nodes[i].start == start => {
-                let effect = self.nodes[i].work.get_mut(&id).and_then(|w| w.pop_front());
-                if let Some(effect) = effect.filter(|_| !self.step(i)) {
-                    self.work(i, id, effect);
+                let work = self.nodes[i].work.get_mut(&id).and_then(|w| w.pop_front());
+                if let Some((vm, effect)) = work.filter(|_| !self.step(i)) {
+                    self.work(i, id, vm, effect);
                     self.step(i);
                 }
             }
@@ -193,10 +219,11 @@ impl World {
             }
             Event::Gone(i, start, copy) if self.nodes[i].start == start => self.gone(i, copy),
             Event::ReadBack(i, start, copy) if self.nodes[i].start == start => {
-                let stopped = self.copies.get(&copy).is_some_and(|c| c.qemu == Qemu::Stopped);
+                let Some(vm) = self.copies.get(&copy).map(|c| c.vm) else { return };
+                let stopped = self.copies[&copy].qemu == Qemu::Stopped;
                 let names = |j: usize| {
-                    let record = self.nodes[j].core.as_ref().and_then(|c| c.newest(VM));
-                    record.is_none_or(|r| r.names(VM, host(i), copy))
+                    let record = self.nodes[j].core.as_ref().and_then(|c| c.record_of(vm));
+                    record.is_none_or(|r| r.names(vm, host(i), copy))
                 };
                 if stopped && (0..self.nodes.len()).all(names) {
                     self.run_copy(copy);
@@ -219,33 +246,33 @@ impl World {
 
     fn gone(&mut self, i: usize, id: CopyId) {
         let Some(copy) = self.copies.get(&id).filter(|c| c.qemu == Qemu::Dead) else { return };
-        let ran = copy.noted;
-        let moving = self.core(i).migration_of(VM);
+        let (ran, vm) = (copy.noted, copy.vm);
+        let moving = self.core(i).migration_of(vm);
         if let Some(m) = moving {
             self.act(i, |core, now| core.happened(now, m, Happened::QemuGone { ran }));
         }
-        let over = self.nodes[i].core.as_ref().is_some_and(|c| c.migration_of(VM).is_none());
+        let over = self.nodes[i].core.as_ref().is_some_and(|c| c.migration_of(vm).is_none());
         if over {
             self.discard(i, id);
         }
     }
 
-    fn work(&mut self, i: usize, id: MigrationId, effect: Effect) {
+    fn work(&mut self, i: usize, id: MigrationId, vm: VmId, effect: Effect) {
         match effect {
             Effect::Receive { .. } => {
                 if self.chance(self.faults.fail) {
                     return self.tell(i, id, Happened::Refused("no room".into()));
                 }
-                let copy = self.mint(i);
+                let copy = self.mint(vm, i);
                 self.nodes[i].receiving.insert(id, copy);
                 self.tell(i, id, Happened::Received);
             }
             Effect::Transfer { to, .. } => {
-                self.nodes[i].sending.insert(id, index(to));
+                self.nodes[i].sending.insert(id, (vm, index(to)));
                 let start = self.nodes[i].start;
                 self.at(100, Event::Figures(i, start, id));
             }
-            Effect::Stop => self.stop(i, id),
+            Effect::Stop => self.stop(i, id, vm),
             Effect::CancelTransfer => drop(self.nodes[i].sending.remove(&id)),
             Effect::Cont(copy) => self.cont(i, id, copy),
             Effect::Discard(copy) => {
@@ -274,7 +301,7 @@ impl World {
             return self.tell(i, id, Happened::QemuGone { ran });
         }
         self.run_copy(copy);
-        self.runs_here(i, copy);
+        self.announce_copy(i, copy);
         self.nodes[i].receiving.remove(&id);
         let at_us = self.now.0;
         self.tell(i, id, Happened::Running(at_us));
@@ -297,8 +324,9 @@ impl World {
         Happened::Rebuilt
     }
 
-    fn stop(&mut self, i: usize, id: MigrationId) {
-        let copy = self.copies.iter_mut().find(|(_, c)| c.at == i && c.qemu == Qemu::Running);
+    fn stop(&mut self, i: usize, id: MigrationId, vm: VmId) {
+        let runs = |c: &Copy| c.vm == vm && c.at == i && c.qemu == Qemu::Running;
+        let copy = self.copies.iter_mut().find(|(_, c)| runs(c));
         let Some((copy_id, copy)) = copy else {
             return self.tell(i, id, Happened::TransferFailed("nothing to stop".into()));
         };
@@ -315,8 +343,8 @@ impl World {
 
     /// Figures that let the guest be stopped; and notice of a destination that is gone.
     fn figures(&mut self, i: usize, id: MigrationId) {
-        let Some(to) = self.nodes[i].sending.get(&id).copied() else { return };
-        if self.running().is_none_or(|(_, at)| at != i) {
+        let Some((vm, to)) = self.nodes[i].sending.get(&id).copied() else { return };
+        if self.running(vm).is_none_or(|(_, at)| at != i) {
             return;
         }
         if !self.nodes[to].receiving.contains_key(&id) && self.chance(0.05) {
@@ -336,7 +364,7 @@ impl World {
     }
 
     fn stream(&mut self, at: usize, id: MigrationId, until: Time) {
-        let Some(to) = self.nodes[at].sending.get(&id).copied() else { return };
+        let Some((_, to)) = self.nodes[at].sending.get(&id).copied() else { return };
         let start = self.nodes[at].start;
         let cut = self.cut.contains(&(at, to)) || self.cut.contains(&(to, at));
         if cut && self.now < until {

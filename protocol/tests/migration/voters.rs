@@ -43,7 +43,7 @@ fn voters_are_spread_over_sites() {
     world.run(30_000);
     let voters = &world.core(0).newest(VM).unwrap().voters;
     let sites: BTreeSet<usize> = voters.iter().map(|v| index(v.host) % 3).collect();
-    assert_eq!((voters.len(), sites.len()), (3, 3));
+    assert_eq!((voters.len(), sites.len()), (5, 3));
 }
 
 #[test]
@@ -63,11 +63,47 @@ fn no_voter_is_added_while_the_vm_moves() {
     assert_eq!(world.decided.len(), 1);
     world.held.clear();
     settle(&mut world);
-    assert_eq!(world.running().unwrap().1, 1);
+    assert_eq!(world.running(VM).unwrap().1, 1);
     let record = world.core(1).newest(VM).unwrap();
     assert_eq!(
         record.voters.iter().map(|v| v.host).collect::<Vec<_>>(),
         [host(1)],
         "its owner votes"
     );
+}
+
+#[test]
+fn a_dead_voter_is_replaced_and_a_restart_is_no_death() {
+    let mut world = gossiping(4);
+    world.run(30_000);
+    let voters = |w: &World| {
+        let record = w.core(0).newest(VM).unwrap();
+        record.voters.iter().map(|v| index(v.host)).collect::<BTreeSet<_>>()
+    };
+    let before = voters(&world);
+    assert_eq!(before.len(), 3);
+    let spare = (0..4).find(|i| !before.contains(i)).unwrap();
+    let dies = *before.iter().find(|i| **i != 0).unwrap();
+    world.crash(dies, 20_000);
+    world.run(60_000);
+    assert_eq!(voters(&world), before, "it came back");
+    world.crash(dies, 10_000_000);
+    world.run(100_000);
+    let after = voters(&world);
+    assert!(after.contains(&spare) && !after.contains(&dies) && after.len() == 3, "{after:?}");
+}
+
+#[test]
+fn who_will_leave_votes_no_more() {
+    let mut world = gossiping(4);
+    world.run(30_000);
+    world.act(2, |core, now| core.leaving(now, true));
+    world.run(5000);
+    let record = world.core(0).newest(VM).unwrap();
+    assert!(record.voters.len() == 3 && record.voters.iter().all(|v| v.host != host(2)));
+    // Nobody is left to take its place.
+    world.act(0, |core, now| core.unfit(now, host(3)));
+    world.run(5000);
+    let record = world.core(0).newest(VM).unwrap();
+    assert_eq!(record.voters.len(), 2);
 }

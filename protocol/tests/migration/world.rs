@@ -19,7 +19,31 @@ use rand::{RngExt, SeedableRng};
 
 use super::qemu::Copy;
 
+/// The VM of worlds that have one.
 pub const VM: VmId = VmId([9; 16]);
+/// The cluster of worlds that have one.
+pub const CLUSTER: VmId = VmId([200; 16]);
+
+pub fn vm(k: usize) -> VmId {
+    VmId([9 + k as u8; 16])
+}
+
+pub fn placed(vm: VmId, at: usize, copy: CopyId) -> Placement {
+    let name = if vm == VM { "web".into() } else { format!("vm-{}", vm.0[0]) };
+    Placement { vm, name: name.parse().unwrap(), host: host(at), copy, off: false }
+}
+
+fn first(cluster: VmId, epoch: u64, voters: &[usize], placement: Vec<Placement>) -> Record {
+    Record {
+        cluster,
+        name: "web".parse().unwrap(),
+        epoch: Epoch(epoch),
+        voters: voters.iter().map(|i| voter(*i)).collect(),
+        placement,
+        departed: Vec::new(),
+        cause: Cause::Create,
+    }
+}
 
 pub fn host(i: usize) -> HostId {
     HostId([i as u8 + 1; 32])
@@ -89,8 +113,8 @@ pub struct Node {
     pub start: u64,
     pub disk: BTreeMap<Key, Value>,
     pub late: Vec<(Key, Option<Value>)>,
-    pub work: BTreeMap<MigrationId, VecDeque<Effect>>,
-    pub sending: BTreeMap<MigrationId, usize>,
+    pub work: BTreeMap<MigrationId, VecDeque<(VmId, Effect)>>,
+    pub sending: BTreeMap<MigrationId, (VmId, usize)>,
     pub receiving: BTreeMap<MigrationId, CopyId>,
     pub steps: u64,
     pub crash_at: Option<u64>,
@@ -104,9 +128,10 @@ pub struct World {
     pub nodes: Vec<Node>,
     pub copies: BTreeMap<CopyId, Copy>,
     pub minted: u8,
-    /// The guest may be lost: its only copy was killed.
-    pub may_lose: bool,
-    pub decided: BTreeMap<Epoch, Record>,
+    pub vms: Vec<VmId>,
+    /// These guests may be lost: their only copy was killed.
+    pub may_lose: BTreeSet<VmId>,
+    pub decided: BTreeMap<(VmId, Epoch), Record>,
     pub cut: BTreeSet<(usize, usize)>,
     /// Messages that match are kept here in place of the queue.
     pub hold: fn(&Control) -> bool,
@@ -120,7 +145,15 @@ pub struct World {
 impl World {
     /// `nodes` hosts; the VM runs on host 0 at epoch 1, decided by `voters`.
     pub fn new(nodes: usize, voters: &[usize], seed: u64, faults: Faults) -> Self {
-        let mut this = Self {
+        let mut this = Self::empty(nodes, seed, faults);
+        this.add_lone(VM, 0, 1, voters);
+        this.boot();
+        this
+    }
+
+    /// `nodes` hosts that are off, and no VM.
+    pub fn empty(nodes: usize, seed: u64, faults: Faults) -> Self {
+        Self {
             now: Time(1_000_000),
             rng: StdRng::seed_from_u64(seed),
             faults,
@@ -128,7 +161,8 @@ impl World {
             nodes: (0..nodes).map(|_| Node::default()).collect(),
             copies: BTreeMap::new(),
             minted: 0,
-            may_lose: false,
+            vms: Vec::new(),
+            may_lose: BTreeSet::new(),
             decided: BTreeMap::new(),
             cut: BTreeSet::new(),
             hold: |_| false,
@@ -136,25 +170,30 @@ impl World {
             gossip: false,
             queue: BTreeMap::new(),
             number: 0,
-        };
-        let copy = this.mint(0);
-        let record = Record {
-            cluster: VM,
-            name: "web".parse().unwrap(),
-            epoch: Epoch(1),
-            voters: voters.iter().map(|i| voter(*i)).collect(),
-            placement: vec![Placement { vm: VM, host: host(0), copy }],
-            cause: Cause::Create,
-        };
-        this.decided.insert(Epoch(1), record.clone());
-        for node in &mut this.nodes {
+        }
+    }
+
+    /// A VM that runs on that host, alone in its record.
+    pub fn add_lone(&mut self, vm: VmId, at: usize, epoch: u64, voters: &[usize]) {
+        let copy = self.mint(vm, at);
+        let placement = vec![placed(vm, at, copy)];
+        self.decree(first(vm, epoch, voters, placement));
+    }
+
+    /// A record that every node has from the start.
+    pub fn decree(&mut self, record: Record) {
+        self.decided.insert((record.cluster, record.epoch), record.clone());
+        for node in &mut self.nodes {
             let hard = Value::Epoch(Box::new(Hard::new(record.clone())));
-            node.disk.insert(Key::Epoch(VM), hard);
+            node.disk.insert(Key::Epoch(record.cluster), hard);
         }
-        for i in 0..nodes {
-            this.restart(i);
+    }
+
+    /// Starts all nodes.
+    pub fn boot(&mut self) {
+        for i in 0..self.nodes.len() {
+            self.restart(i);
         }
-        this
     }
 
     pub fn chance(&mut self, p: f64) -> bool {
@@ -196,7 +235,7 @@ impl World {
         let mut statuses: Vec<Status> = Vec::new();
         for value in disk.values() {
             match value {
-                Value::Epoch(h) => drop(hard.insert(VM, (**h).clone())),
+                Value::Epoch(h) => drop(hard.insert(h.decided().cluster, (**h).clone())),
                 Value::Status(s) => statuses.push((**s).clone()),
                 Value::Moving(_) => {}
             }
@@ -215,7 +254,7 @@ impl World {
         self.nodes[i].core = Some(Core::new(self.now, config));
         for copy in conts {
             self.run_copy(copy);
-            self.runs_here(i, copy);
+            self.announce_copy(i, copy);
         }
         for j in (0..self.nodes.len()).filter(|j| *j != i) {
             self.act(i, |core, now| core.connected(now, host(j)));
@@ -263,8 +302,8 @@ impl World {
             }
             Command::Persist(key, None) => drop(self.nodes[i].disk.remove(&key)),
             Command::Send(to, message) => self.send(i, index(to), message),
-            Command::Effect { id, effect, .. } => {
-                self.nodes[i].work.entry(id).or_default().push_back(effect);
+            Command::Effect { id, vm, effect } => {
+                self.nodes[i].work.entry(id).or_default().push_back((vm, effect));
                 let (start, ms) = (self.nodes[i].start, 1 + self.below(20));
                 self.at(ms, Event::Work(i, start, id));
             }
@@ -283,7 +322,8 @@ impl World {
     fn learned(&mut self, value: &Value) {
         let Value::Epoch(hard) = value else { return };
         let record = hard.decided();
-        let known = self.decided.entry(record.epoch).or_insert_with(|| record.clone());
+        let number = (record.cluster, record.epoch);
+        let known = self.decided.entry(number).or_insert_with(|| record.clone());
         assert_eq!(known, record, "two records for one epoch");
     }
 
@@ -379,13 +419,13 @@ impl World {
 
     /// Asks the host that runs the VM to move it; `order` picks the k-th candidate of the others.
     pub fn ask(&mut self, n: u8, order: impl Fn(usize) -> usize) -> bool {
-        let Some((copy, at)) = self.running() else { return false };
+        let Some((copy, at)) = self.running(VM) else { return false };
         let Some(core) = self.nodes[at].core.as_ref() else { return false };
         let Some(record) = core.newest(VM).cloned() else { return false };
         let others: Vec<HostId> = (0..self.nodes.len()).filter(|j| *j != at).map(host).collect();
         let candidates = (0..others.len()).map(|k| others[order(k)]).collect();
         let on = others[others.len() - 1];
-        let status = Status::new(migration(n), VM, record.name.clone(), host(at), on, record.epoch);
+        let status = Status::new(migration(n), VM, record.name.clone(), host(at), on, &record);
         let options = Options { deadline_s: 60, ..Options::default() };
         let spec = b"spec".to_vec();
         let begin = Begin { status, record, copy, spec, options, candidates };

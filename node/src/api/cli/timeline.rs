@@ -88,6 +88,7 @@ pub(super) mod tests {
         Status {
             id: MigrationId([1; 16]),
             vm: VmId([2; 16]),
+            cluster: VmId([2; 16]),
             name: "web".parse().unwrap(),
             from: HostId([3; 32]),
             to: Some(HostId([4; 32])),

@@ -17,11 +17,18 @@ fn begun(out: &mut Vec<Action>) -> Source {
         name: "web".parse().unwrap(),
         epoch: Epoch(1),
         voters: vec![Voter { host: host(1), store: StoreId([1; 16]) }],
-        placement: vec![Placement { vm: VM, host: host(1), copy: COPY }],
+        placement: vec![Placement {
+            vm: VM,
+            name: "web".parse().unwrap(),
+            host: host(1),
+            copy: COPY,
+            off: false,
+        }],
+        departed: Vec::new(),
         cause: Cause::Create,
     };
     let (id, name) = (MigrationId([3; 16]), record.name.clone());
-    let status = Status::new(id, VM, name, host(1), host(3), record.epoch);
+    let status = Status::new(id, VM, name, host(1), host(3), &record);
     let begin = Begin {
         status,
         record,

@@ -1,0 +1,103 @@
+//! What may follow what, and what comes of leaving.
+
+use super::*;
+
+const C: VmId = VmId([1; 16]);
+
+fn vm(i: u8) -> VmId {
+    VmId([i; 16])
+}
+
+fn at(i: u8, host: u8) -> Placement {
+    let name = format!("vm-{i}").parse().unwrap();
+    Placement { vm: vm(i), name, host: HostId([host; 32]), copy: CopyId([i; 16]), off: false }
+}
+
+fn cluster(epoch: u64, members: &[u8], departed: &[(u8, u64)]) -> Record {
+    Record {
+        cluster: C,
+        name: "web".parse().unwrap(),
+        epoch: Epoch(epoch),
+        voters: vec![Voter { host: HostId([9; 32]), store: StoreId([9; 16]) }],
+        placement: members.iter().map(|i| at(*i, *i)).collect(),
+        departed: departed.iter().map(|(i, e)| (vm(*i), Epoch(*e))).collect(),
+        cause: Cause::Create,
+    }
+}
+
+fn add(base: &Record, i: u8, above: u64) -> Record {
+    let above = Epoch(above);
+    Record {
+        epoch: base.epoch.max(above).next(),
+        placement: base.placement.iter().cloned().chain([at(i, i)]).collect(),
+        departed: base.departed.iter().filter(|(v, _)| *v != vm(i)).copied().collect(),
+        cause: Cause::Add { vm: vm(i), above },
+        ..base.clone()
+    }
+}
+
+#[test]
+fn a_member_is_added_above_its_own_epoch_and_on_no_old_word() {
+    let base = cluster(5, &[2], &[(3, 4)]);
+    assert!(add(&base, 4, 50).may_follow(&base));
+    assert_eq!(add(&base, 4, 50).epoch, Epoch(51));
+    let below = Record { epoch: Epoch(6), ..add(&base, 4, 50) };
+    assert!(!below.may_follow(&base), "below the member's epoch");
+    assert!(!add(&base, 3, 3).may_follow(&base), "a word from before it left");
+    assert!(add(&base, 3, 6).may_follow(&base));
+    assert!(!add(&base, 2, 9).may_follow(&base), "twice");
+    let moved = Record { placement: vec![at(2, 7), at(4, 4)], ..add(&base, 4, 50) };
+    assert!(!moved.may_follow(&base), "nobody moves on the way");
+}
+
+#[test]
+fn who_leaves_has_a_record_of_its_own_above_the_clusters() {
+    let base = cluster(5, &[2, 3], &[]);
+    let members = vec![at(3, 3)];
+    let next = Record {
+        epoch: Epoch(6),
+        placement: vec![at(2, 2)],
+        departed: vec![(vm(3), Epoch(6))],
+        cause: Cause::Release { members: members.clone(), ended: false },
+        ..base.clone()
+    };
+    assert!(next.may_follow(&base));
+    let [own] = next.derived().try_into().unwrap();
+    assert_eq!(
+        (own.cluster, own.epoch, own.voters.clone()),
+        (vm(3), Epoch(7), base.voters.clone())
+    );
+    assert!(own.is_lone() && own.names(vm(3), HostId([3; 32]), CopyId([3; 16])));
+    let ended = Record { cause: Cause::Release { members, ended: true }, ..next.clone() };
+    assert!(ended.derived()[0].cause == Cause::Delete && ended.derived()[0].placement.is_empty());
+    let silent = Record { departed: Vec::new(), ..next.clone() };
+    assert!(!silent.may_follow(&base), "it is remembered");
+    let all = [base.clone(), next.clone()];
+    assert_eq!(governing(all.iter(), vm(3)), Some(own));
+    let later = Record { epoch: Epoch(8), cause: Cause::Voters, ..next };
+    assert!(has_missed([&later].into_iter(), vm(3)) && !has_missed([&base].into_iter(), vm(3)));
+}
+
+#[test]
+fn nothing_follows_a_closed_record_but_a_vm_on_its_way() {
+    let base = cluster(5, &[2], &[]);
+    let gone = Record {
+        epoch: Epoch(6),
+        placement: Vec::new(),
+        departed: vec![(vm(2), Epoch(6))],
+        cause: Cause::Dissolve(vec![at(2, 2)]),
+        ..base.clone()
+    };
+    assert!(gone.may_follow(&base) && gone.derived().len() == 1);
+    let stay = Record { epoch: Epoch(7), cause: Cause::Stay("x".into()), ..gone.clone() };
+    assert!(!stay.may_follow(&gone));
+    assert!(add(&gone, 4, 3).may_follow(&gone));
+    assert!(!add(&gone, 2, 3).may_follow(&gone), "a member that was released");
+    let lone = Record { cluster: vm(2), cause: Cause::Left(C), ..base };
+    let joined = Record { epoch: Epoch(6), cause: Cause::Joined(C), ..lone.clone() };
+    assert!(joined.may_follow(&lone));
+    for cause in [Cause::Move, Cause::Delete, Cause::Add { vm: vm(3), above: Epoch(1) }] {
+        let next = Record { epoch: Epoch(7), cause, ..joined.clone() };
+        assert!(!next.may_follow(&joined));
+    }
+}
