@@ -26,6 +26,7 @@ mod pack;
 mod pool;
 pub mod sink;
 pub mod source;
+mod stream;
 mod table;
 
 pub use corpus::Corpus;

@@ -228,6 +228,11 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
         info.pid = Some(qemu.pid());
         info.detail.insert("cpu".into(), json!(copy.spec.cpu));
         info.detail.insert("console".into(), json!(qemu.console()));
+        let disks =
+            copy.spec.disks.iter().map(
+                |d| json!({ "id": d.id, "path": d.path, "bytes": d.size, "shared": d.shared }),
+            );
+        info.detail.insert("disks".into(), disks.collect());
         info.detail.insert("log".into(), json!(qemu.dir().join("qemu.log")));
         if let Some(serial1) = qemu.serial1() {
             info.detail.insert("serial1".into(), json!(serial1));

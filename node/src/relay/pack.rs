@@ -8,16 +8,22 @@ use std::time::Duration;
 use godwit_protocol::wire::bulk::Coding;
 
 use super::RelayError;
+use super::stream::STREAM_LEVEL;
 
-/// Levels to choose from; 0 is raw.
+/// Levels to choose from; 0 is raw: pages as they are, unasked, with a fast checksum.
 const LEVELS: [Estimate; 4] = [
-    Estimate { level: 0, seconds: 0.0, ratio: 1.0 },
+    Estimate { level: 0, seconds: 1.0 / 1e9, ratio: 1.0 },
     Estimate { level: 1, seconds: 1.0 / 450e6, ratio: 0.32 },
     Estimate { level: 3, seconds: 1.0 / 250e6, ratio: 0.30 },
-    Estimate { level: 9, seconds: 1.0 / 80e6, ratio: 0.25 },
+    Estimate { level: STREAM_LEVEL, seconds: 1.0 / 80e6, ratio: 0.25 },
 ];
 /// The link's rate before it was measured, bytes per second.
 const LINK_GUESS: f64 = 40e6;
+/// The rate of a path without a delay to speak of, until it is measured.
+const NEAR_GUESS: f64 = 1e9;
+/// What everything but compressing costs a byte that is not sent raw, seconds: named at the source,
+/// unpacked, named again and looked up at the destination.
+const ASKING: f64 = 2.3e-9;
 /// How much a new measurement weighs.
 const WEIGHT: f64 = 0.3;
 
@@ -34,11 +40,21 @@ struct Estimate {
 pub(super) struct Levels {
     levels: [Estimate; 4],
     link: f64,
+    measured: bool,
 }
 
 impl Levels {
     pub(super) fn new() -> Self {
-        Self { levels: LEVELS, link: LINK_GUESS }
+        Self { levels: LEVELS, link: LINK_GUESS, measured: false }
+    }
+
+    /// Says what the path may be like before anything was measured on it: whether it is near, and
+    /// the most bytes per second that may be sent (0: no limit).
+    pub(super) fn expect(&mut self, near: bool, cap: u64) {
+        if !self.measured {
+            let guess = if near { NEAR_GUESS } else { LINK_GUESS };
+            self.link = if cap == 0 { guess } else { guess.min(cap as f64) };
+        }
     }
 
     /// Notes what compressing `from` bytes to `to` took.
@@ -60,6 +76,7 @@ impl Levels {
         }
         if busy > over.mul_f64(0.6) {
             let measured = bytes as f64 / busy.as_secs_f64();
+            self.measured = true;
             self.link += WEIGHT * 2.0 * (measured - self.link);
         } else if waiting && busy < over.mul_f64(0.3) {
             // It can do more than was seen.
@@ -75,7 +92,8 @@ impl Levels {
 
     /// The level to use now; 0: raw.
     pub(super) fn choose(&self) -> i32 {
-        let time = |e: &Estimate| e.seconds.max(e.ratio / self.link);
+        let asking = |e: &Estimate| if e.level == 0 { 0.0 } else { ASKING };
+        let time = |e: &Estimate| (e.seconds + asking(e)).max(e.ratio / self.link);
         let mut best = &self.levels[0];
         for entry in &self.levels[1..] {
             if time(entry) < time(best) {
@@ -133,7 +151,13 @@ impl Unpacker {
         payload: bytes::Bytes,
         most: usize,
     ) -> Result<bytes::Bytes, RelayError> {
-        let Coding::Zstd(len) = coding else { return Ok(payload) };
+        let len = match coding {
+            Coding::Raw => return Ok(payload),
+            Coding::Zstd(len) => len,
+            Coding::Stream { .. } => {
+                return Err(RelayError::Protocol("a part of a stream out of place".to_owned()));
+            }
+        };
         let len = len as usize;
         if len > most {
             return Err(RelayError::Protocol(format!("{len} bytes where {most} are the most")));
@@ -158,7 +182,7 @@ mod tests {
         assert_eq!(levels.choose(), 3);
         let second = Duration::from_secs(1);
         (0..20).for_each(|_| levels.sent(12_500_000, second, second, true));
-        assert_eq!(levels.choose(), 9);
+        assert_eq!(levels.choose(), STREAM_LEVEL);
         (0..40).for_each(|_| levels.sent(2_000_000_000, second, second, true));
         assert_eq!(levels.choose(), 0);
         // A link that waits for the processor gets less compression.

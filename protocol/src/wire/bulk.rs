@@ -22,6 +22,13 @@ pub enum Coding {
     Raw,
     /// One zstd frame of this many bytes of content.
     Zstd(u32),
+    /// The next part of one long zstd frame.
+    Stream {
+        /// Bytes of content.
+        len: u32,
+        /// Whether the frame begins here: with the first such message of a connection.
+        begins: bool,
+    },
 }
 
 /// How the checksum of a page in the digest's table is made. Both ends use what the batch says.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use godwit_protocol::limits::{DEVICE_STATE_BYTES, PLACING_BYTES};
+use godwit_protocol::limits::{BULK_MESSAGE_BYTES, DEVICE_STATE_BYTES, PLACING_BYTES};
 use godwit_protocol::wire::bulk::{Coding, Head};
 use godwit_protocol::wire::codec::WIRE_VERSION;
 use tokio::sync::{mpsc, watch};
@@ -22,6 +22,7 @@ use crate::relay::RelayError;
 use crate::relay::frames::{Conn, Frame, Meter, Stream};
 use crate::relay::pack::Unpacker;
 use crate::relay::pool::{Pool, lock};
+use crate::relay::stream::StreamUnpacker;
 
 const WORKERS: usize = 2;
 const TICK: Duration = Duration::from_millis(100);
@@ -67,7 +68,9 @@ struct End {
 pub(super) struct Session {
     params: DestParams,
     placer: Arc<Placer>,
-    pool: Pool<Frame>,
+    pool: Arc<Pool<Frame>>,
+    /// Unpacks what belongs to one long stream, in order, before it is placed.
+    unstream: Pool<Frame>,
     done: mpsc::Receiver<Done>,
     progress: watch::Sender<DestProgress>,
     unpacker: Unpacker,
@@ -108,10 +111,13 @@ impl Session {
                 let _ = done.blocking_send((bytes, worker.run(frame)));
             }
         })?;
+        let pool = Arc::new(pool);
+        let unstream = unstream(Arc::clone(&pool), done_out)?;
         Ok(Self {
             params,
             placer,
             pool,
+            unstream,
             done,
             progress,
             unpacker: Unpacker::new()?,
@@ -189,7 +195,7 @@ impl Session {
                 }
                 done = self.done.recv() => {
                     let Some((bytes, answers)) = done else { return Err(RelayError::Aborted) };
-                    self.placing -= bytes;
+                    self.placing = self.placing.saturating_sub(bytes);
                     self.outbox.extend(answers?);
                 }
                 code = &mut feeder.0, if !loaded => match code {
@@ -266,6 +272,11 @@ impl Session {
     fn hear(&mut self, frame: Frame) -> Result<(), RelayError> {
         match frame.head {
             Head::Offer { .. } | Head::Ids { .. } | Head::Push { .. } | Head::Literals { .. } => {
+                if let Head::Literals { coding: Coding::Stream { len, .. }, .. } = frame.head {
+                    self.placing += len as usize;
+                    self.unstream.put(frame, false);
+                    return Ok(());
+                }
                 let urgent = matches!(frame.head, Head::Offer { .. } | Head::Ids { .. });
                 self.placing += frame.payload.len();
                 self.pool.put(frame, urgent);
@@ -356,6 +367,30 @@ impl Session {
     fn publish(&self) {
         self.progress.send_replace(self.figures());
     }
+}
+
+/// A thread that unpacks a long stream and hands its content to those who place it.
+fn unstream(pool: Arc<Pool<Frame>>, done: mpsc::Sender<Done>) -> std::io::Result<Pool<Frame>> {
+    let mut given = Some((pool, done));
+    Pool::start("relay-unpack", 1, || {
+        let (given, mut unpacker) = (given.take(), StreamUnpacker::default());
+        move |frame: Frame| {
+            let Some((pool, done)) = &given else { return };
+            let Head::Literals { segments, coding: Coding::Stream { len, begins } } = frame.head
+            else {
+                return;
+            };
+            let len = len as usize;
+            match unpacker.unpack(begins, len, &frame.payload, BULK_MESSAGE_BYTES) {
+                Ok(content) => {
+                    let head = Head::Literals { segments, coding: Coding::Raw };
+                    pool.put(Frame { head, payload: content.into() }, false);
+                }
+                // A session that has ended wants no answers.
+                Err(cause) => drop(done.blocking_send((len, Err(cause)))),
+            }
+        }
+    })
 }
 
 /// A task that ends with its owner.

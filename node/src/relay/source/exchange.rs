@@ -28,6 +28,7 @@ use crate::relay::RelayError;
 use crate::relay::frames::Frame;
 use crate::relay::pack::Levels;
 use crate::relay::pool::Pool;
+use crate::relay::stream::STREAM_LEVEL;
 
 /// Bytes of an id.
 const ID_BYTES: usize = 16;
@@ -72,6 +73,10 @@ pub(super) struct Exchange {
     entries: BTreeMap<u32, Entry>,
     wants: VecDeque<u32>,
     packing: usize,
+    /// A part of the long stream is being packed: there is one at a time.
+    streaming: bool,
+    /// Counts connections: each has a stream of its own.
+    generation: u32,
     urgent: VecDeque<Frame>,
     bulk: VecDeque<Frame>,
     bulk_bytes: usize,
@@ -95,6 +100,8 @@ impl Exchange {
             entries: BTreeMap::new(),
             wants: VecDeque::new(),
             packing: 0,
+            streaming: false,
+            generation: 0,
             urgent: VecDeque::new(),
             bulk: VecDeque::new(),
             bulk_bytes: 0,
@@ -109,6 +116,12 @@ impl Exchange {
         }
     }
 
+    /// The level to compress at now.
+    fn level(&self) -> i32 {
+        let most = if self.hurried() { HURRIED_LEVEL } else { i32::MAX };
+        self.levels.choose().min(most)
+    }
+
     fn hurried(&self) -> bool {
         self.shared.hurried.load(Ordering::Relaxed)
     }
@@ -117,10 +130,14 @@ impl Exchange {
     pub(super) fn event(&mut self, event: Event) -> Result<(), RelayError> {
         match event {
             Event::Hashed { batch, sum, sums } => self.hashed(batch, sum, &sums),
-            Event::Packed { parcel, level, from, took, coding, payload } => {
+            Event::Packed { parcel, level, stream, from, took, coding, payload } => {
                 self.levels.packed(level, from, payload.len(), took);
                 self.packing -= 1;
-                self.packed(parcel, coding, payload);
+                self.streaming &= stream.is_none();
+                // What was wanted over a connection that is lost is wanted again already.
+                if stream.is_none_or(|stream| stream == self.generation) {
+                    self.packed(parcel, coding, payload);
+                }
             }
             Event::Opaque { offset, len, held, coding, payload } => {
                 let frame = Frame { head: Head::Opaque { offset, held, coding }, payload };
@@ -201,17 +218,15 @@ impl Exchange {
             }
             Stage::Wanted => self.wants.push_back(seq),
             Stage::Pushed => {
-                let mut level = self.levels.choose();
-                if self.hurried() {
-                    level = level.min(HURRIED_LEVEL);
-                }
+                let level = self.level().min(HURRIED_LEVEL);
                 let data = entry.data.clone();
                 if level == 0 || data.is_empty() {
                     self.packed(Parcel::Push(seq), Coding::Raw, data);
                 } else {
                     self.packing += 1;
                     let parcel = Parcel::Push(seq);
-                    self.pool.put(Job::Pack { parcel, parts: vec![data], level }, self.hurried());
+                    let job = Job::Pack { parcel, parts: vec![data], level, stream: None };
+                    self.pool.put(job, self.hurried());
                 }
             }
         }
@@ -324,6 +339,7 @@ impl Exchange {
 
     /// Begins again on a new connection, from what the destination has.
     pub(super) fn resume(&mut self, placed: u32, opaque: u64) {
+        self.generation += 1;
         self.urgent.clear();
         self.bulk.clear();
         self.wants.clear();
@@ -343,7 +359,11 @@ impl Exchange {
     /// Has wanted pages compressed: many at once while the link is busy, few when it would idle.
     pub(super) fn pump(&mut self, line_idle: bool) {
         while !self.wants.is_empty() && self.packing < PACKING && self.bulk_bytes < AHEAD_BYTES {
-            let level = self.levels.choose();
+            let level = self.level();
+            let streams = level == STREAM_LEVEL;
+            if streams && self.streaming {
+                return;
+            }
             let most = if level > HURRIED_LEVEL { LITERAL_BYTES } else { QUICK_BYTES };
             let starving = line_idle && self.packing == 0 && self.bulk.is_empty();
             let (mut bytes, mut segments, mut parts) = (0, Vec::new(), Vec::new());
@@ -376,7 +396,9 @@ impl Exchange {
             }
             self.packing += 1;
             let parcel = Parcel::Literals(segments);
-            self.pool.put(Job::Pack { parcel, parts, level }, false);
+            self.streaming |= streams;
+            let stream = streams.then_some(self.generation);
+            self.pool.put(Job::Pack { parcel, parts, level, stream }, false);
         }
     }
 

@@ -55,6 +55,8 @@ pub(super) enum Event {
     Packed {
         parcel: Parcel,
         level: i32,
+        /// It is a part of this connection's long stream.
+        stream: Option<u32>,
         from: usize,
         took: Duration,
         coding: Coding,
@@ -260,6 +262,9 @@ impl Session {
                 let rtt = said.elapsed().as_micros() as u64;
                 self.exchange.progress.rtt_us = rtt;
                 self.best_rtt_us = self.best_rtt_us.min(rtt);
+                let near = self.best_rtt_us <= NEAR_US;
+                self.exchange.levels.expect(near, self.params.bandwidth);
+                self.follow_link();
                 self.exchange.resume(placed, opaque);
                 Ok(Some(conn))
             }
@@ -337,7 +342,7 @@ impl Session {
         window.close(&self.meter, |bytes, over, busy| {
             self.exchange.levels.sent(bytes, over, busy, work);
         });
-        self.shared.raw.store(self.exchange.levels.choose() == 0, Ordering::Relaxed);
+        self.follow_link();
         if window.ticks.is_multiple_of(CLOSE_TICKS) {
             self.shared.table.close();
         }
@@ -347,6 +352,10 @@ impl Session {
         }
         self.publish(true);
         self.pace_reading();
+    }
+
+    fn follow_link(&self) {
+        self.shared.raw.store(self.exchange.levels.choose() == 0, Ordering::Relaxed);
     }
 
     /// After the first pass QEMU sends whatever was dirtied as fast as it is read, hot pages again

@@ -17,6 +17,7 @@ use super::work::Job;
 use crate::relay::RelayError;
 use crate::relay::buffers::Buffers;
 use crate::relay::pool::{Pool, lock};
+use crate::relay::stream::StreamPacker;
 use crate::relay::table::Table;
 
 /// How long a full store or a hold waits before orders are looked at again.
@@ -61,6 +62,8 @@ pub(super) struct Shared {
     pub(super) table: Table,
     pub(super) store: Store,
     pub(super) buffers: Buffers,
+    /// The long stream of the present connection; one message at a time is packed into it.
+    pub(super) stream: Mutex<Option<StreamPacker>>,
     pub(super) stop: AtomicBool,
     pub(super) hurried: AtomicBool,
     /// The link outruns the processor: pages go as they are, without asking.
@@ -82,6 +85,7 @@ impl Shared {
             table: Table::new(layout, zero),
             store: Store::default(),
             buffers: Buffers::default(),
+            stream: Mutex::default(),
             stop: AtomicBool::new(false),
             hurried: AtomicBool::new(false),
             raw: AtomicBool::new(false),

@@ -11,6 +11,7 @@ use godwit_protocol::chunk::Sum;
 use godwit_protocol::chunk::pages::Runs;
 use godwit_protocol::id::ChunkId;
 use godwit_protocol::limits::CHUNK_BYTES;
+use godwit_protocol::wire::bulk::Coding;
 use tokio::sync::mpsc;
 
 use super::reader::Batch;
@@ -18,6 +19,8 @@ use super::session::{Event, Parcel};
 use super::shared::Shared;
 use crate::relay::RelayError;
 use crate::relay::pack::Packer;
+use crate::relay::pool::lock;
+use crate::relay::stream::StreamPacker;
 use crate::relay::table::parts;
 
 /// What a worker is asked.
@@ -32,6 +35,8 @@ pub(super) enum Job {
         parts: Vec<Bytes>,
         /// At this level.
         level: i32,
+        /// As the next part of the long stream of this connection.
+        stream: Option<u32>,
     },
 }
 
@@ -52,7 +57,10 @@ impl Worker {
     pub(super) fn run(&mut self, job: Job) {
         let event = match job {
             Job::Hash(batch) => self.hash(batch),
-            Job::Pack { parcel, parts, level } => self.pack(parcel, &parts, level),
+            Job::Pack { parcel, parts, level, stream: None } => self.pack(parcel, &parts, level),
+            Job::Pack { parcel, parts, level, stream: Some(generation) } => {
+                self.pack_stream(parcel, &parts, level, generation)
+            }
         };
         // A session that has ended wants no more events.
         let _ = self.events.blocking_send(event);
@@ -92,7 +100,32 @@ impl Worker {
         match self.packer.pack(content, level) {
             Ok((coding, payload)) => {
                 let payload = Bytes::from(payload);
-                Event::Packed { parcel, level, from, took: began.elapsed(), coding, payload }
+                let took = began.elapsed();
+                Event::Packed { parcel, level, stream: None, from, took, coding, payload }
+            }
+            Err(cause) => Event::Failed(cause),
+        }
+    }
+
+    fn pack_stream(&self, parcel: Parcel, parts: &[Bytes], level: i32, generation: u32) -> Event {
+        let began = Instant::now();
+        let mut stream = lock(&self.shared.stream);
+        let begins = stream.as_ref().is_none_or(|stream| stream.generation != generation);
+        if begins {
+            match StreamPacker::new(generation) {
+                Ok(new) => *stream = Some(new),
+                Err(cause) => return Event::Failed(cause),
+            }
+        }
+        let Some(packer) = stream.as_mut() else { return Event::Failed(RelayError::Aborted) };
+        let from: usize = parts.iter().map(Bytes::len).sum();
+        match packer.pack(parts) {
+            Ok(payload) => {
+                let (took, payload) = (began.elapsed(), Bytes::from(payload));
+                // The session bounds what is packed together far below 4 GiB.
+                let coding = Coding::Stream { len: from as u32, begins };
+                let stream = Some(generation);
+                Event::Packed { parcel, level, stream, from, took, coding, payload }
             }
             Err(cause) => Event::Failed(cause),
         }
