@@ -175,7 +175,7 @@ async fn end_superseded(
         remove(&copy.dir);
         let (node, copy) = (Arc::clone(node), Arc::clone(copy));
         // Waited for: the next thing that is heard may be that the source tries again.
-        let kept = tokio::task::spawn_blocking(move || images::keep(&node, &copy)).await;
+        let kept = tokio::task::spawn_blocking(move || images::keep(&node, &copy, false)).await;
         kept.map_err(DriverError::of)?;
     }
     living.retain(|_, c| !superseded(c));

@@ -246,10 +246,12 @@ pub(super) fn attach(node: &Node, copy: &Copy) {
 
 /// What a copy leaves behind when it has moved away, or was received in vain: content for the next
 /// move. Its QEMU has ended. Blocks.
-pub(super) fn keep(node: &Node, copy: &Copy) {
+///
+/// `whole`: the guest ran in it; what an earlier copy of the VM left is of no more use then.
+pub(super) fn keep(node: &Node, copy: &Copy, whole: bool) {
     let _keeping = lock(&node.keeping);
     node.images.detach_disks(copy.id);
-    if let Some(path) = short_of_space(node, copy) {
+    if let Some(path) = short_of_space(node, copy).filter(|_| !whole) {
         tracing::warn!(path = %path.display(), "removed, not kept: its file system is nearly full");
         if let Err(error) = image::remove(&copy.spec, &node.options.image_dir, copy.id) {
             tracing::warn!(%error, "an image that is of no use stays");
@@ -265,6 +267,9 @@ pub(super) fn keep(node: &Node, copy: &Copy) {
             tracing::warn!(path = %disk.path.display(), error, "not kept as content");
         }
     }
+    if whole {
+        forget_older(node, copy);
+    }
     let memory = bulk::Readable(Arc::clone(&copy.memory));
     if let Err(error) = node.images.keep_memory(&memory, copy.vm(), copy.id) {
         tracing::warn!(copy = %copy.id, %error, "its memory is not kept");
@@ -276,7 +281,19 @@ fn short_of_space<'a>(node: &'a Node, copy: &Copy) -> Option<&'a Path> {
     let dir = node.options.image_dir.as_path();
     let owned = copy.spec.moving().any(|disk| disk.path.starts_with(dir));
     let free = reserve::free_share(dir).unwrap_or(1.0);
-    (owned && !copy.ran() && free < LEAST_FREE).then_some(dir)
+    (owned && free < LEAST_FREE).then_some(dir)
+}
+
+fn forget_older(node: &Node, copy: &Copy) {
+    let this = copy.id.to_string();
+    let kept = node.images.list().into_iter().filter(|image| {
+        matches!(image.kind, Kind::KeptDisk | Kind::KeptMemory) && image.vm == Some(copy.vm())
+    });
+    for image in kept.filter(|image| !image.path.to_string_lossy().contains(&this)) {
+        if let Err(error) = node.images.remove(&image.path) {
+            tracing::debug!(path = %image.path.display(), %error, "an older image stays");
+        }
+    }
 }
 
 fn keep_file(node: &Node, path: &Path, vm: VmId, owned: bool) -> Result<(), String> {

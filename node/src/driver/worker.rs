@@ -168,7 +168,7 @@ async fn retire(node: &Arc<Node>, id: CopyId) {
     let Some(copy) = discard(node, id).await else { return };
     let node = Arc::clone(node);
     // Not waited for: nobody needs it before the next migration.
-    tokio::task::spawn_blocking(move || images::keep(&node, &copy));
+    tokio::task::spawn_blocking(move || images::keep(&node, &copy, copy.ran()));
 }
 
 /// Ends a copy's QEMU and removes what it held; its disks' images stay. The guest must not be needed

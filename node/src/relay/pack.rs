@@ -24,6 +24,12 @@ const NEAR_GUESS: f64 = 1e9;
 /// What everything but compressing costs a byte that is not sent raw, seconds: named at the source,
 /// unpacked, named again and looked up at the destination.
 const ASKING: f64 = 2.3e-9;
+/// Below this rate nothing goes unasked: asking saves more than anything else, bytes per second.
+const RAW_LEAST: f64 = 150e6;
+/// A level may turn out so many times slower than it was taken to be.
+const SLOWEST: f64 = 4.0;
+/// How fast a level that is not used is taken for what it was at first.
+const FORGET: f64 = 0.05;
 /// How much a new measurement weighs.
 const WEIGHT: f64 = 0.3;
 
@@ -59,12 +65,18 @@ impl Levels {
 
     /// Notes what compressing `from` bytes to `to` took.
     pub(super) fn packed(&mut self, level: i32, from: usize, to: usize, took: Duration) {
-        let Some(entry) = self.levels.iter_mut().find(|e| e.level == level && level > 0) else {
-            return;
-        };
         let from = from.max(1) as f64;
-        entry.seconds += WEIGHT * (took.as_secs_f64() / from - entry.seconds);
-        entry.ratio += WEIGHT * (to as f64 / from - entry.ratio);
+        for (entry, first) in self.levels.iter_mut().zip(&LEVELS) {
+            if entry.level != level || level == 0 {
+                // What is not used is not measured: it comes back into consideration by itself.
+                entry.seconds += FORGET * (first.seconds - entry.seconds);
+                continue;
+            }
+            // A thread that was kept from running says nothing of the level.
+            let seconds = (took.as_secs_f64() / from).min(first.seconds * SLOWEST);
+            entry.seconds += WEIGHT * (seconds - entry.seconds);
+            entry.ratio += WEIGHT * (to as f64 / from - entry.ratio);
+        }
     }
 
     /// Notes that `bytes` left in `over`, during `busy` of which the link did not take more.
@@ -94,8 +106,9 @@ impl Levels {
     pub(super) fn choose(&self) -> i32 {
         let asking = |e: &Estimate| if e.level == 0 { 0.0 } else { ASKING };
         let time = |e: &Estimate| (e.seconds + asking(e)).max(e.ratio / self.link);
-        let mut best = &self.levels[0];
-        for entry in &self.levels[1..] {
+        let raw = usize::from(self.link < RAW_LEAST);
+        let mut best = &self.levels[raw];
+        for entry in &self.levels[raw + 1..] {
             if time(entry) < time(best) {
                 best = entry;
             }
@@ -189,6 +202,19 @@ mod tests {
         let mut levels = Levels::new();
         (0..40).for_each(|_| levels.sent(200_000_000, second, Duration::ZERO, true));
         assert_eq!(levels.choose(), 0);
+    }
+
+    #[test]
+    fn a_processor_that_is_kept_busy_does_not_make_a_slow_link_go_unasked() {
+        let mut levels = Levels::new();
+        let second = Duration::from_secs(1);
+        (0..20).for_each(|_| levels.sent(12_500_000, second, second, true));
+        for level in [1, 3, STREAM_LEVEL] {
+            (0..20).for_each(|_| levels.packed(level, 1 << 20, 500_000, second));
+        }
+        assert!(levels.choose() > 0);
+        (0..200).for_each(|_| levels.packed(1, 1 << 20, 300_000, Duration::from_millis(3)));
+        assert_eq!(levels.choose(), STREAM_LEVEL, "forgiven");
     }
 
     #[test]
