@@ -65,17 +65,22 @@ impl Levels {
 
     /// Notes what compressing `from` bytes to `to` took.
     pub(super) fn packed(&mut self, level: i32, from: usize, to: usize, took: Duration) {
+        let Some(used) = LEVELS.iter().position(|first| first.level == level && level > 0) else {
+            return;
+        };
         let from = from.max(1) as f64;
-        for (entry, first) in self.levels.iter_mut().zip(&LEVELS) {
-            if entry.level != level || level == 0 {
-                // What is not used is not measured: it comes back into consideration by itself.
-                entry.seconds += FORGET * (first.seconds - entry.seconds);
-                continue;
-            }
-            // A thread that was kept from running says nothing of the level.
-            let seconds = (took.as_secs_f64() / from).min(first.seconds * SLOWEST);
-            entry.seconds += WEIGHT * (seconds - entry.seconds);
-            entry.ratio += WEIGHT * (to as f64 / from - entry.ratio);
+        let (entry, first) = (&mut self.levels[used], &LEVELS[used]);
+        // A thread that was kept from running says nothing of the level.
+        let seconds = (took.as_secs_f64() / from).min(first.seconds * SLOWEST);
+        entry.seconds += WEIGHT * (seconds - entry.seconds);
+        entry.ratio += WEIGHT * (to as f64 / from - entry.ratio);
+        // What is not used is not measured: it comes back into consideration by itself, as good or
+        // bad as the content is for the level in use.
+        let content = entry.ratio / first.ratio;
+        let others = self.levels.iter_mut().zip(&LEVELS).enumerate();
+        for (_, (entry, first)) in others.filter(|(at, _)| *at != used).skip(1) {
+            entry.seconds += FORGET * (first.seconds - entry.seconds);
+            entry.ratio += FORGET * ((first.ratio * content).min(1.0) - entry.ratio);
         }
     }
 
