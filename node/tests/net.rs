@@ -353,8 +353,8 @@ async fn another_wire_version_is_one_clear_event_on_each_side() {
     let mut other = config(dir_b.path());
     other.wire_version += 1;
     let mut b = Net::start(other).await.unwrap();
-    for (net, host) in [(&mut a, 1_u16), (&mut b, 2)] {
-        let (ours, theirs) = (host, 3 - host);
+    let version = godwit_protocol::wire::codec::WIRE_VERSION;
+    for (net, ours, theirs) in [(&mut a, version, version + 1), (&mut b, version + 1, version)] {
         wait(net, "mismatch", |e| match e {
             NetEvent::VersionMismatch { ours: o, theirs: t, .. } => {
                 assert_eq!((*o, *t), (ours, theirs));

@@ -20,6 +20,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const PATIENCE: u32 = 5;
 /// A guest that leaves no more than this to be copied keeps up, bytes.
 const SLACK: u64 = 8 << 20;
+/// A path on which nothing was heard for so long counts as cut, milliseconds.
+const CUT_MS: u64 = 1000;
 /// Least that a guest may always write, bytes per second.
 const LEAST: u64 = 256 << 10;
 
@@ -55,7 +57,9 @@ impl Throttle {
         }
         self.looked = Instant::now();
         let before = std::mem::replace(&mut self.left, copied.left);
-        let losing = copied.left > SLACK && copied.left >= before && before > 0;
+        // A path that is cut takes nothing, however little the guest writes.
+        let open = p.connected && p.silent_ms < CUT_MS;
+        let losing = open && copied.left > SLACK && copied.left >= before && before > 0;
         self.losing = if losing { self.losing + 1 } else { 0 };
         if self.losing < PATIENCE {
             return;

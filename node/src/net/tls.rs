@@ -10,6 +10,7 @@ use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{DigitallySignedStruct, DistinguishedName, SignatureScheme, SupportedCipherSuite};
 
 use godwit_protocol::id::HostId;
@@ -38,14 +39,16 @@ pub(super) fn server(me: &Identity, alpn: &[u8]) -> Result<rustls::ServerConfig,
     let failed = |e: &dyn std::fmt::Display| NetError::Transport(e.to_string());
     let (certificate, key) =
         libp2p_tls::certificate::generate(&me.keypair()).map_err(|e| failed(&e))?;
+    let key = aws_lc_rs::sign::any_supported_type(&key).map_err(|e| failed(&e))?;
+    let certified = CertifiedKey::new(vec![certificate], key);
     let mut provider = aws_lc_rs::default_provider();
     provider.cipher_suites = SUITES.to_vec();
     let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| failed(&e))?
         .with_client_cert_verifier(Arc::new(AnyKey))
-        .with_single_cert(vec![certificate], key)
-        .map_err(|e| failed(&e))?;
+        // Not `with_single_cert`: that refuses libp2p's extension, which is critical.
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
     config.ignore_client_order = true;
     config.alpn_protocols = vec![alpn.to_vec()];
     Ok(config)
