@@ -43,6 +43,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// What is read from QEMU after its first pass, in time of the link beyond a round trip, and at least.
 const READ_AHEAD: Duration = Duration::from_millis(100);
 const READ_AHEAD_BYTES: f64 = 1e6;
+/// How many bytes of a guest become one on the link, at best: more would only wait.
+const SHRINK: f64 = 3.0;
 const BACKOFF: [u64; 5] = [50, 100, 250, 500, 1000];
 
 /// What threads tell the session.
@@ -259,9 +261,7 @@ impl Session {
         }
         match conn.incoming.recv().await {
             Some(Ok(Frame { head: Head::Welcome { placed, opaque }, .. })) => {
-                let rtt = said.elapsed().as_micros() as u64;
-                self.exchange.progress.rtt_us = rtt;
-                self.best_rtt_us = self.best_rtt_us.min(rtt);
+                self.note_rtt(said.elapsed().as_micros() as u64);
                 let near = self.best_rtt_us <= NEAR_US;
                 self.exchange.levels.expect(near, self.params.bandwidth);
                 self.follow_link();
@@ -326,10 +326,7 @@ impl Session {
     fn hear(&mut self, frame: Frame) -> Result<bool, RelayError> {
         if let Head::Pong { stamp } = frame.head {
             let now = self.began.elapsed().as_micros() as u64;
-            // The newest, not the best: it says how long what is sent now waits on its way.
-            let rtt = now.saturating_sub(stamp).max(1);
-            self.exchange.progress.rtt_us = rtt;
-            self.best_rtt_us = self.best_rtt_us.min(rtt);
+            self.note_rtt(now.saturating_sub(stamp).max(1));
             return Ok(false);
         }
         self.exchange.heard(frame)
@@ -354,6 +351,11 @@ impl Session {
         self.pace_reading();
     }
 
+    fn note_rtt(&mut self, rtt: u64) {
+        self.best_rtt_us = self.best_rtt_us.min(rtt);
+        self.exchange.progress.rtt_us = self.best_rtt_us;
+    }
+
     fn follow_link(&self) {
         self.shared.raw.store(self.exchange.levels.choose() == 0, Ordering::Relaxed);
     }
@@ -363,7 +365,7 @@ impl Session {
     fn pace_reading(&self) {
         let p = &self.exchange.progress;
         let ahead = Duration::from_micros(p.rtt_us) + READ_AHEAD;
-        let enough = (p.link_bytes_per_s * ahead.as_secs_f64()).max(READ_AHEAD_BYTES);
+        let enough = (p.link_bytes_per_s * ahead.as_secs_f64() * SHRINK).max(READ_AHEAD_BYTES);
         let hurried = self.shared.hurried.load(Ordering::Relaxed);
         self.shared.hold(p.passes > 0 && !hurried && p.unplaced_bytes as f64 > enough);
     }
