@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 
 use super::bulk;
 use super::copies::Copy;
+use super::hold;
 use super::mirrors::{self, Images, Mirrors};
 use super::node::wall_us;
 use super::throttle::Throttle;
@@ -178,6 +179,7 @@ impl Worker {
         let at = qemu.stop().await.map_err(|e| e.to_string())?;
         if sending.copy.spec.moving().next().is_some() {
             qemu.wait_pre_switchover(SWITCHOVER).await.map_err(|e| e.to_string())?;
+            hold::at("mirrored").await;
             sending.mirrors.finish(&sending.images).await?;
             qemu.migrate_continue().await.map_err(|e| e.to_string())?;
         }

@@ -56,6 +56,16 @@ impl SpecDisk {
         Self { path: path.into(), form, shared: false }
     }
 
+    /// Makes a disk of the VM's own that reads as the raw image `base` until it is written to.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn overlay(path: impl Into<PathBuf>, base: &Path) -> Result<Self> {
+        let disk = Self::own(path, DiskForm::Overlay);
+        from_base(base, &disk.path, disk.form)?;
+        Ok(disk)
+    }
+
     /// Makes an empty image of `bytes`, a multiple of 4096, for a disk of the VM's own.
     ///
     /// # Errors

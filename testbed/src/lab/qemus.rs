@@ -33,6 +33,20 @@ for arg in "$@"; do
   [ "$arg" = -uuid ] && guest=1
   last=$arg
 done
+# One sector of an image of this name cannot be read; the guest itself does not touch it.
+if [[ "$*" == */unreadable.img* ]]; then
+  args=()
+  for arg in "$@"; do
+    if [[ "$arg" == *'"driver":"file"'* && "$arg" == */unreadable.img* ]]; then
+      path=${arg#*\"filename\":\"} && path=${path%%\"*}
+      node=${arg#*\"node-name\":\"} && node=${node%%\"*}
+      arg='{"driver":"blkdebug","node-name":"'$node'","image":{"driver":"file","filename":"'$path'"},'
+      arg+='"inject-error":[{"event":"none","iotype":"read","errno":5,"sector":16384,"once":false}]}'
+    fi
+    args+=("$arg")
+  done
+  set -- "${args[@]}"
+fi
 [ "$guest" ] || exec qemu-system-x86_64 "$@"
 base=%DIR%/$$-$EPOCHREALTIME
 mkfifo -m 600 "$base.in" || exit 1

@@ -4,6 +4,9 @@
 //! scenario of a guest without a system of its own. Invariant: images are compared by `qemu-img`, what a guest wrote is
 //! checked by the guest past its page cache.
 
+pub mod faults;
+mod refused;
+pub mod resume;
 pub mod roundtrips;
 
 use std::fs;
@@ -14,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::faults::case::{Case, Fault, Phase};
-use super::faults::follow::Follow;
+use super::faults::follow::{Follow, Pace};
 use super::faults::world::{self, Cast, REQUESTER, World};
 use super::swarm::{Swarm, run};
 use crate::guest::disk::DiskForm;
@@ -65,7 +68,7 @@ pub fn held_move(
     fs::write(&point, "")?;
     let copy = |host| world::copy_on(swarm, qemus, vm, host);
     let state = swarm.node(REQUESTER)?.state_dir().to_owned();
-    let follow = Follow::start(&state, vm, destination, 0)?;
+    let follow = Follow::start(&state, vm, destination, Pace::default())?;
     let equal = follow.wait(MOVE, |_| reached.exists()).and_then(|_| {
         let (from, to) = (copy(source)?, copy(destination)?);
         ensure!(!from.runs() && to.ran().is_empty(), "a guest runs: {from:?}, {to:?}");
@@ -98,13 +101,16 @@ fn small_cast() -> Cast {
     Cast {
         disks: vec![(DiskForm::Raw, 24), (DiskForm::Qcow2, 32)],
         disk_churn: vec![("/dev/vda", 12, 200), ("/dev/vdb", 12, 100)],
-        dress: |node| {
-            if node.host().name == REQUESTER {
-                let dir = small_dir(node).display().to_string();
-                node.arg("--image-dir").arg(&dir);
-            }
-        },
+        dress: small_dress,
         ..Cast::plain()
+    }
+}
+
+/// The node that is asked has a directory for images that a case may put something over.
+fn small_dress(node: &mut Node) {
+    if node.host().name == REQUESTER {
+        let dir = small_dir(node).display().to_string();
+        node.arg("--image-dir").arg(&dir);
     }
 }
 
@@ -163,7 +169,7 @@ fn stays(world: &mut World, to: &str, why: &str) -> Result<Value> {
     world.settled(&guest.name, &source)?;
     let before = files_of(world, to)?;
     let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
-    let follow = Follow::start(&state, &guest.name, to, 0)?;
+    let follow = Follow::start(&state, &guest.name, to, Pace::default())?;
     let status = world.ended(&follow, MOVE)?;
     ensure!(status["phase"] == "stayed", "{}: {}", status["phase"], status["cause"]);
     let cause = status["cause"].as_str().unwrap_or_default();

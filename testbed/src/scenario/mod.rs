@@ -46,6 +46,16 @@ pub const ALL: &[Scenario] = &[
         run: disks::roundtrips::run_all,
     },
     Scenario {
+        name: "disk-faults",
+        about: "faults and refusals while disks move, under acknowledged writes (about 15 minutes)",
+        run: disks::faults::run_all,
+    },
+    Scenario {
+        name: "disk-resume",
+        about: "a cut or a killed node at 10, 50 and 90 % of a disk: what crossed is not sent again (about 8 minutes)",
+        run: disks::resume::run_all,
+    },
+    Scenario {
         name: "refusals",
         about: "bad input and hosts that cannot take a VM: one clear line each, nothing changed",
         run: refusals::refusals,

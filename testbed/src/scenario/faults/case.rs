@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::checks::{self, Facts};
-use super::follow::Follow;
+use super::follow::{Follow, Pace};
 use super::world::{REQUESTER, World};
 use crate::guest::GuestControl;
 use crate::lab::qemus::SeenQemu;
@@ -22,6 +22,8 @@ use crate::scenario::swarm::run;
 const CUT: Duration = Duration::from_secs(5);
 /// Bytes per second of a move that shall still be in its transfer when it is hit.
 const SLOW: u64 = 3_000_000;
+/// Bytes per second that are read of each disk in a move that shall still copy them when it is hit.
+const SLOW_DISK: u64 = 20_000_000;
 /// Share of the work that is done then, parts per million.
 const UNDER_WAY_PPM: u32 = 100_000;
 /// The same for a cut, after which none of it may cross again.
@@ -58,6 +60,10 @@ pub enum Fault {
 /// When.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
+    /// Disks are copied, memory does not cross yet, the guest runs at the source. Of VMs with disks that move.
+    Disk,
+    /// The guest stands still, the last of its disks is under way. Of VMs with disks that move.
+    Mirrored,
     /// Pages cross, the guest runs at the source.
     Transfer,
     /// The guest stands still; the destination has all, and is not bound.
@@ -71,14 +77,21 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// All, in order.
+    /// All that a VM without disks goes through, in order.
     pub const ALL: [Self; 5] =
         [Self::Transfer, Self::Stopped, Self::Loaded, Self::Decided, Self::Running];
 
-    /// Its name; of all but the first also the point at which a node stands still.
+    /// Whether pages or blocks cross while the guest runs: it is hit there by the progress, not at a point.
+    fn moves_on(self) -> bool {
+        matches!(self, Self::Transfer | Self::Disk)
+    }
+
+    /// Its name; of one that does not move on also the point at which a node stands still.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Disk => "disk",
+            Self::Mirrored => "mirrored",
             Self::Transfer => "transfer",
             Self::Stopped => "stopped",
             Self::Loaded => "loaded",
@@ -151,20 +164,25 @@ impl Case {
         let destination = if source == "h1" { "h2" } else { "h1" }.to_owned();
         world.settled(&guest.name, &source)?;
         world.clear_holds()?;
-        let hold = world.hold_dir(&destination)?;
+        let held = if self.phase == Phase::Mirrored { &source } else { &destination };
+        let hold = world.hold_dir(held)?;
         let point = match self.fault {
             Fault::LateAccept { .. } => hold.join("late-accept"),
             _ => hold.join(self.phase.name()),
         };
         if let Fault::LateAccept { ms } = self.fault {
             fs::write(&point, ms.to_string())?;
-        } else if self.phase != Phase::Transfer {
+        } else if !self.phase.moves_on() {
             fs::write(&point, "")?;
         }
-        let bandwidth = if self.phase == Phase::Transfer { SLOW } else { 0 };
+        let pace = match self.phase {
+            Phase::Transfer => Pace { link: SLOW, disk: 0 },
+            Phase::Disk => Pace { link: 0, disk: SLOW_DISK },
+            _ => Pace::default(),
+        };
         let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
         let started_us = now_us();
-        let follow = Follow::start(&state, &guest.name, &destination, bandwidth)?;
+        let follow = Follow::start(&state, &guest.name, &destination, pace)?;
         let scene = Scene {
             vm: guest.name.clone(),
             number: guest.plan.number,
@@ -195,7 +213,7 @@ impl Case {
         let reached = scene.point.with_extension("reached");
         let done = if self.fault == Fault::WanCut { HALF_WAY_PPM } else { UNDER_WAY_PPM };
         let heard = match self.phase {
-            Phase::Transfer => scene.follow.wait(REACH, |heard| {
+            Phase::Transfer | Phase::Disk => scene.follow.wait(REACH, |heard| {
                 heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
                     && heard.done_ppm > done
             })?,
@@ -205,7 +223,7 @@ impl Case {
         let struck = self.act(world, scene)?;
         self.was_phase(world, scene, struck["at_us"].as_u64().context("no time")?)?;
         Ok(json!({
-            "point_reached": (self.phase != Phase::Transfer).then(|| self.phase.name()),
+            "point_reached": (!self.phase.moves_on()).then(|| self.phase.name()),
             "phase_shown": heard.phase,
             "done_ppm": heard.done_ppm,
             "guests": before,
@@ -220,8 +238,10 @@ impl Case {
         });
         let ran = !destination.ran().is_empty();
         let fits = match self.phase {
-            Phase::Transfer => source.runs() && !ran,
-            Phase::Stopped | Phase::Loaded | Phase::Decided => !source.runs() && !ran,
+            Phase::Transfer | Phase::Disk => source.runs() && !ran,
+            Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided => {
+                !source.runs() && !ran
+            }
             Phase::Running => !source.runs() && destination.runs(),
         };
         ensure!(
@@ -244,10 +264,19 @@ impl Case {
         };
         let ran = destination.iter().any(|(from, _)| (scene.started_us..=at_us).contains(from));
         let fits = match self.phase {
-            Phase::Transfer => covers(&source) && !ran,
-            Phase::Stopped | Phase::Loaded | Phase::Decided => !covers(&source) && !ran,
+            Phase::Transfer | Phase::Disk => covers(&source) && !ran,
+            Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided => {
+                !covers(&source) && !ran
+            }
             Phase::Running => !covers(&source) && ran,
         };
+        // QEMU is told to send memory once the disks are copied.
+        let memory = |(at, name): &(u64, String)| {
+            (scene.started_us..at_us).contains(at) && name == "MIGRATION setup"
+        };
+        let early =
+            self.phase != Phase::Disk || !copies.iter().any(|q| q.events.iter().any(memory));
+        ensure!(early, "memory crossed already at {at_us}");
         ensure!(fits, "at {at_us} it was not the phase: {source:?}, {destination:?}");
         Ok(())
     }
@@ -314,7 +343,7 @@ impl Case {
 
     /// The point is held to this moment: what was done so far was done in the phase.
     fn still_held(&self, scene: &Scene) -> Result<()> {
-        ensure!(self.phase == Phase::Transfer || scene.point.exists(), "the point is not held");
+        ensure!(self.phase.moves_on() || scene.point.exists(), "the point is not held");
         Ok(())
     }
 

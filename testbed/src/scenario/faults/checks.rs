@@ -70,7 +70,8 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
     check(outcome == "moved" || !cause.is_empty(), format!("{outcome} without a cause"));
     let may_be_lost = case.fault == Fault::DestinationQemu && case.phase == Phase::Running;
     check(outcome != "lost" || may_be_lost, format!("lost: {cause}"));
-    let goes_on = case.fault == Fault::WanCut && case.phase == Phase::Transfer;
+    let goes_on =
+        case.fault == Fault::WanCut && matches!(case.phase, Phase::Transfer | Phase::Disk);
     check(!goes_on || outcome == "moved", "a cut in the transfer ended it".to_owned());
     let (starts, zeros) = (transfers(&copies, world, facts), zero_passes(shown));
     check(

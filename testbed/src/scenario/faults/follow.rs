@@ -14,6 +14,15 @@ use godwit_protocol::id::MigrationId;
 use godwit_protocol::wire::migrate::Phase;
 use tokio::sync::oneshot;
 
+/// How fast a move may be, bytes per second; 0: no limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace {
+    /// On the link.
+    pub link: u64,
+    /// Read of each disk.
+    pub disk: u64,
+}
+
 /// What was heard so far.
 #[derive(Clone, Debug, Default)]
 pub struct Heard {
@@ -35,8 +44,8 @@ pub struct Follow {
 }
 
 impl Follow {
-    /// Asks the node of that state directory to move `vm` to `to`; `bandwidth` in bytes per second, 0: no limit.
-    pub fn start(state: &Path, vm: &str, to: &str, bandwidth: u64) -> Result<Self> {
+    /// Asks the node of that state directory to move `vm` to `to`.
+    pub fn start(state: &Path, vm: &str, to: &str, pace: Pace) -> Result<Self> {
         let mut id = [0; 16];
         let Some(bytes) = blake3::hash(format!("{:?}", std::time::SystemTime::now()).as_bytes())
             .as_bytes()
@@ -50,9 +59,9 @@ impl Follow {
             vm: vm.to_owned(),
             to: to.to_owned(),
             wait: true,
-            bandwidth_bytes_per_s: bandwidth,
+            bandwidth_bytes_per_s: pace.link,
             max_downtime_ms: 0,
-            disk_bandwidth_bytes_per_s: 0,
+            disk_bandwidth_bytes_per_s: pace.disk,
             deadline_s: 0,
             id: Some(MigrationId(id)),
         };

@@ -1,0 +1,165 @@
+//! Faults while disks move: the matrix of `scenario::faults` in the phases that only disks have, under acknowledged writes.
+//!
+//! Owns which cases there are and the report. Invariant: what a guest acknowledged is counted after every case by the
+//! checker outside, and once more after redis was killed.
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::super::acked::{Acked, Kept};
+use super::super::faults::case::{Case, Fault, Phase};
+use super::super::faults::world::World;
+use super::roundtrips::{acknowledge, debian};
+use super::{refused, small_dress, verified};
+use crate::guest::disk::DiskForm;
+use crate::lab::qemus::double_runs;
+use crate::lab::wan::LinkParams;
+
+/// Id of the lab.
+const LAB: &str = "dfaults";
+
+fn matrix() -> Vec<Case> {
+    let faults = [
+        Fault::WanCut,
+        Fault::RequestingNode,
+        Fault::SourceNode,
+        Fault::DestinationNode,
+        Fault::DestinationQemu,
+    ];
+    let of = |phase| faults.map(|fault| Case::new(fault, phase));
+    [Phase::Disk, Phase::Mirrored, Phase::Stopped, Phase::Decided]
+        .into_iter()
+        .flat_map(of)
+        .collect()
+}
+
+/// A world, and the writes that its guest acknowledges.
+struct Stage {
+    world: World,
+    writer: Acked,
+}
+
+impl Stage {
+    fn up() -> Result<Self> {
+        let mut cast = debian(DiskForm::Raw, LinkParams::new(100, 80));
+        cast.dress = small_dress;
+        let mut world = World::up(LAB, cast)?;
+        let writer = acknowledge(&mut world)?;
+        Ok(Self { world, writer })
+    }
+
+    /// Ends it; what its guest acknowledged and has not, after redis was killed.
+    fn down(mut self) -> Result<(Kept, usize)> {
+        let (guest, _) = self.world.guest()?;
+        let (kept, _) = self.writer.finish(&mut self.world.control(&guest.name)?)?;
+        verified(&self.world, &guest.name)?;
+        let double = double_runs(&self.world.qemus.seen()).len();
+        self.world.down()?;
+        Ok((kept, double))
+    }
+}
+
+/// `godwit-lab run disk-faults`. With `GODWIT_LAB_CASE` only the cases whose name contains it.
+pub fn run_all() -> Result<Value> {
+    let wanted = std::env::var("GODWIT_LAB_CASE").unwrap_or_default();
+    let mut skipped = vec![json!({
+        "case": "kill destination QEMU / running",
+        "cause": "the guest's memory goes with its QEMU, as when a host dies: shown in `run faults`",
+    })];
+    let mut book = Book::default();
+    let mut stage: Option<Stage> = None;
+    for case in matrix() {
+        let run = |stage: &mut Stage| case.run(&mut stage.world);
+        book.one(&mut stage, &wanted, &mut skipped, &case.name(), run)?;
+    }
+    for (name, work) in refused::CASES {
+        let run = |stage: &mut Stage| {
+            work(&mut stage.world).map(|figures| json!({"passed": true, "figures": figures}))
+        };
+        book.one(&mut stage, &wanted, &mut skipped, name, run)?;
+    }
+    if let Some(stage) = stage {
+        book.close(stage.down()?);
+    }
+    Ok(book.report(skipped))
+}
+
+/// What was seen so far.
+#[derive(Default)]
+struct Book {
+    cases: Vec<Value>,
+    acked: u64,
+    acked_lost: u64,
+    double_runs: u64,
+}
+
+impl Book {
+    /// Runs one case, if it is wanted; after a failure the next one has a new swarm.
+    fn one(
+        &mut self,
+        stage: &mut Option<Stage>,
+        wanted: &str,
+        skipped: &mut Vec<Value>,
+        name: &str,
+        run: impl FnOnce(&mut Stage) -> Result<Value>,
+    ) -> Result<()> {
+        if !name.contains(wanted) {
+            skipped.push(json!({"case": name, "cause": "not asked for"}));
+            return Ok(());
+        }
+        println!("==> {name}");
+        let ready = match stage.take() {
+            Some(ready) => ready,
+            None => Stage::up()?,
+        };
+        let ready = stage.insert(ready);
+        let done = run(ready).and_then(|mut report| {
+            let kept = ready.writer.check()?;
+            report["acked"] = kept.acked.into();
+            report["acked_lost"] = kept.lost.into();
+            report["passed"] = (report["passed"] == true && kept.lost == 0).into();
+            Ok(report)
+        });
+        let mut report = done
+            .unwrap_or_else(|error| json!({"passed": false, "failures": [format!("{error:#}")]}));
+        report["case"] = name.into();
+        println!("    {report}");
+        if report["passed"] != true
+            && let Some(stage) = stage.take()
+        {
+            stage.world.keep_logs(name);
+            match stage.down().context("after a failure") {
+                Ok(seen) => self.close(seen),
+                // Its guest may be gone; what was lost until then is in the case.
+                Err(error) => println!("    {error:#}"),
+            }
+        }
+        self.acked_lost = self.acked_lost.max(report["acked_lost"].as_u64().unwrap_or(0));
+        self.cases.push(report);
+        Ok(())
+    }
+
+    fn close(&mut self, (kept, double): (Kept, usize)) {
+        self.acked += kept.acked;
+        self.acked_lost = self.acked_lost.max(kept.lost);
+        self.double_runs += double as u64;
+    }
+
+    fn report(self, skipped: Vec<Value>) -> Value {
+        let passed = !self.cases.is_empty() && self.cases.iter().all(|r| r["passed"] == true);
+        let seen = |key: &str| self.cases.iter().filter_map(|r| r[key].as_u64()).sum::<u64>();
+        let double = seen("double_runs").max(self.double_runs);
+        json!({
+            "scenario": "disk-faults",
+            "passed": passed && double == 0 && self.acked_lost == 0,
+            "runs": self.cases.len(),
+            "double_runs": double,
+            "acked": self.acked,
+            "acked_lost": self.acked_lost,
+            "corrupt_pages": seen("pages_corrupt"),
+            "lost": self.cases.iter().filter(|r| r["outcome"] == "lost").count(),
+            "skipped": skipped,
+            "cases": self.cases,
+        })
+    }
+}
