@@ -106,8 +106,12 @@ fn small_cast() -> Cast {
     }
 }
 
+/// Bytes that a node may keep of what moved away: some moves' worth, on a disk that a developer uses for more.
+const KEEP: &str = "3G";
+
 /// The node that is asked has a directory for images that a case may put something over.
 fn small_dress(node: &mut Node) {
+    node.arg("--keep-bytes").arg(KEEP);
     if node.host().name == REQUESTER {
         let dir = small_dir(node).display().to_string();
         node.arg("--image-dir").arg(&dir);

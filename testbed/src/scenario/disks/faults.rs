@@ -10,7 +10,7 @@ use super::super::acked::{Acked, Kept};
 use super::super::faults::case::{Case, Fault, Phase};
 use super::super::faults::world::World;
 use super::roundtrips::{acknowledge, debian};
-use super::{refused, small_dress, verified};
+use super::{refused, verified};
 use crate::guest::disk::DiskForm;
 use crate::lab::qemus::double_runs;
 use crate::lab::wan::LinkParams;
@@ -41,9 +41,7 @@ struct Stage {
 
 impl Stage {
     fn up() -> Result<Self> {
-        let mut cast = debian(DiskForm::Raw, LinkParams::new(100, 80));
-        cast.dress = small_dress;
-        let mut world = World::up(LAB, cast)?;
+        let mut world = World::up(LAB, debian(DiskForm::Raw, LinkParams::new(100, 80)))?;
         let writer = acknowledge(&mut world)?;
         Ok(Self { world, writer })
     }

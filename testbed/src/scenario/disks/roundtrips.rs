@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::super::acked::{self, Acked};
 use super::super::faults::world::{Cast, World};
 use super::super::swarm::run;
-use super::{move_compared, verified};
+use super::{move_compared, small_dress, verified};
 use crate::guest::GuestKind;
 use crate::guest::disk::DiskForm;
 use crate::lab::images;
@@ -33,6 +33,7 @@ pub(super) fn debian(root: DiskForm, link: LinkParams) -> Cast {
         disks: vec![(DiskForm::Raw, 64)],
         disk_churn: vec![("/dev/vdb", 64, 100)],
         link,
+        dress: small_dress,
         ..Cast::plain()
     }
 }
