@@ -211,7 +211,10 @@ impl Case {
     /// Brings the move to its phase and does the fault there. Answers with the proof.
     fn strike(&self, world: &mut World, scene: &Scene) -> Result<Value> {
         let reached = scene.point.with_extension("reached");
-        let done = if self.fault == Fault::WanCut { HALF_WAY_PPM } else { UNDER_WAY_PPM };
+        let done = match (self.fault, self.phase) {
+            (Fault::WanCut, Phase::Transfer) => HALF_WAY_PPM,
+            _ => UNDER_WAY_PPM,
+        };
         let heard = match self.phase {
             Phase::Transfer | Phase::Disk => scene.follow.wait(REACH, |heard| {
                 heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
