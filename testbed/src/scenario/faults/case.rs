@@ -273,12 +273,12 @@ impl Case {
             }
             Phase::Running => !covers(&source) && ran,
         };
-        // QEMU is told to send memory once the disks are copied.
+        // The source's QEMU is told to send memory once the disks are copied.
         let memory = |(at, name): &(u64, String)| {
             (scene.started_us..at_us).contains(at) && name == "MIGRATION setup"
         };
-        let early =
-            self.phase != Phase::Disk || !copies.iter().any(|q| q.events.iter().any(memory));
+        let sender = world.copy_on(&scene.vm, &scene.source)?;
+        let early = self.phase != Phase::Disk || !sender.events.iter().any(memory);
         ensure!(early, "memory crossed already at {at_us}");
         ensure!(fits, "at {at_us} it was not the phase: {source:?}, {destination:?}");
         Ok(())
