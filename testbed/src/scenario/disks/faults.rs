@@ -3,14 +3,14 @@
 //! Owns which cases there are and the report. Invariant: what a guest acknowledged is counted after every case by the
 //! checker outside, and once more after redis was killed.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::super::acked::{Acked, Kept};
 use super::super::faults::case::{Case, Fault, Phase};
 use super::super::faults::world::World;
 use super::roundtrips::{acknowledge, debian};
-use super::{refused, verified};
+use super::{move_compared, refused, verified};
 use crate::guest::disk::DiskForm;
 use crate::lab::qemus::double_runs;
 use crate::lab::wan::LinkParams;
@@ -43,6 +43,8 @@ impl Stage {
     fn up() -> Result<Self> {
         let mut world = World::up(LAB, debian(DiskForm::Raw, LinkParams::new(100, 80)))?;
         let writer = acknowledge(&mut world)?;
+        // Both sites know the disks then, as they do in whatever comes between the first move and the last.
+        ensure!(move_compared(&mut world)?.equal, "the images differ");
         Ok(Self { world, writer })
     }
 
