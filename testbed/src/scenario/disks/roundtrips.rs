@@ -34,7 +34,6 @@ pub(super) fn debian(root: DiskForm, link: LinkParams) -> Cast {
         disk_churn: vec![("/dev/vdb", 64, 100)],
         link,
         dress: small_dress,
-        ..Cast::plain()
     }
 }
 
