@@ -35,7 +35,7 @@ pub(super) fn specs(world: &World, judge: &mut Judge) -> Result<()> {
         ("no virtual CPU", format!("{good}vcpus = 0\n"), &["vcpus", "1 to 255"]),
         ("a name that is none", good.replace('x', "X y"), &["name"]),
         ("unversioned machine", format!("{good}machine = \"q35\"\n"), &["pc-q35-10.0"]),
-        ("disk that is not shared", format!("{good}{disk}"), &["shared = true"]),
+        ("disk of no bytes", format!("{good}{disk}"), &["multiple of 4096"]),
         ("passthrough that is not here", format!("{good}{passthrough}"), &["0000:ff:1f.7"]),
         (
             "more than the host lends",
