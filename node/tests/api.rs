@@ -47,6 +47,9 @@ fn status(id: MigrationId, phase: Phase, done_ppm: u32) -> Migration {
         chunks_literal: 3,
         total_ms: 10,
         downtime_us: None,
+        members: vec![],
+        stop_spread_us: None,
+        resume_spread_us: None,
         timeline: vec![],
     };
     Migration::new(status, |host| format!("h{}", host.0[0]))

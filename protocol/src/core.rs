@@ -11,6 +11,7 @@
 //! ```
 
 mod clusters;
+mod leads;
 mod moves;
 mod voters;
 
@@ -21,10 +22,12 @@ use crate::id::{CopyId, Epoch, HostId, MigrationId, Name, StoreId, VmId};
 use crate::limits;
 use crate::membership::{self, Membership};
 use crate::migrate::destination::Destination;
+use crate::migrate::lead::Lead;
 use crate::migrate::source::Source;
 use crate::migrate::{Effect, Happened, Migration, Moving};
 use crate::route::{self, Routes};
 use crate::time::Time;
+use crate::wire;
 use crate::wire::control::Control;
 use crate::wire::migrate::Status;
 use crate::wire::record::{Cause, Placement, Record, Voter};
@@ -110,6 +113,7 @@ struct Local {
 enum Move {
     Source(Box<Source>),
     Destination(Box<Destination>),
+    Lead(Box<Lead>),
 }
 
 impl Move {
@@ -117,6 +121,7 @@ impl Move {
         match self {
             Self::Source(m) => &mut **m,
             Self::Destination(m) => &mut **m,
+            Self::Lead(m) => &mut **m,
         }
     }
 
@@ -124,6 +129,7 @@ impl Move {
         match self {
             Self::Source(m) => &**m,
             Self::Destination(m) => &**m,
+            Self::Lead(m) => &**m,
         }
     }
 
@@ -162,6 +168,8 @@ pub struct Core {
     /// The statuses' ids, the longest known first.
     order: VecDeque<MigrationId>,
     out: VecDeque<Command>,
+    /// What this host's migrations say to each other.
+    inbox: VecDeque<wire::migrate::Message>,
     voters_at: Time,
 }
 
@@ -194,6 +202,7 @@ impl Core {
             order: config.statuses.iter().map(|s| s.id).collect(),
             statuses: config.statuses.into_iter().map(|s| (s.id, s)).collect(),
             out: VecDeque::new(),
+            inbox: VecDeque::new(),
             voters_at: now,
         };
         for record in this.epochs.records().cloned().collect::<Vec<_>>() {
@@ -415,6 +424,8 @@ impl Core {
                     }
                     route::Output::Changed(route) => Command::Route(route),
                 });
+            } else if let Some(message) = self.inbox.pop_front() {
+                self.said(now, self.me.host, message);
             } else {
                 return;
             }

@@ -18,6 +18,8 @@ pub const MEMBERSHIP_BYTES: usize = 8 << 10;
 pub const VOTERS: usize = 5;
 /// Most members of a virtual cluster.
 pub const CLUSTER_VMS: usize = 256;
+/// Most ends of migrations that a host takes part in at the same time.
+pub const MOVES: usize = 1024;
 /// Most VMs that a record remembers to have left: as many as a cluster has members, and once more
 /// when it is dissolved.
 pub const DEPARTED: usize = 2 * CLUSTER_VMS;

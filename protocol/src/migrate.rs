@@ -22,14 +22,16 @@
 //! bound end acts only on the decision of `base + 1`, across restarts; *unknown* is resolved by
 //! deciding, never by reading.
 
+mod ballot;
 pub mod destination;
+pub mod lead;
 pub mod plan;
 pub mod source;
 
 use serde::{Deserialize, Serialize};
 
 use crate::id::{CopyId, Epoch, HostId, MigrationId, VmId};
-use crate::wire::migrate::{Body, Options, Status};
+use crate::wire::migrate::{Body, Options, Seat, Status};
 use crate::wire::record::Record;
 
 /// Which end of a migration a host is.
@@ -39,6 +41,8 @@ pub enum Role {
     Source,
     /// The guest shall run here.
     Destination,
+    /// It leads a cluster's members, and has ordered some to stop.
+    Lead,
 }
 
 /// Hard state of a bound end: written before the step that binds it, removed when the move is over.
@@ -62,6 +66,8 @@ pub struct Moving {
     pub copy: CopyId,
     /// Destination: `cont` may have been sent. A QEMU that is gone after this is *lost*.
     pub started: bool,
+    /// Lead: the members that move.
+    pub team: Vec<Seat>,
 }
 
 /// What a migration wants done. Performed in order.
@@ -73,6 +79,8 @@ pub enum Action {
     Forget,
     /// Tell the other end.
     Send(HostId, Body),
+    /// Tell that host about another migration: a member's, or the cluster's.
+    Tell(HostId, MigrationId, VmId, Body),
     /// Run phase 1 for the next epoch with this host as proposer.
     PrepareBallot,
     /// Propose this record (the next epoch).
@@ -95,6 +103,10 @@ pub enum Effect {
         /// The other end.
         source: HostId,
     },
+    /// Source: tell what a destination has to know of the VM, or why it cannot move.
+    Describe,
+    /// Source: what the exchange may take of the path, bytes per second; 0: what the path gives.
+    Pace(u64),
     /// Source: let QEMU stream into the relay and dial the destination.
     Transfer {
         /// The other end.
@@ -167,9 +179,18 @@ pub struct Progress {
 pub enum Happened {
     /// A message of the other end.
     Said(HostId, Body),
+    /// Lead: a message about this member.
+    Member(HostId, VmId, Body),
+    /// Source: what a destination has to know.
+    Described {
+        /// The VM's description.
+        spec: Vec<u8>,
+        /// Guest memory, bytes.
+        ram_bytes: u64,
+    },
     /// Destination: a QEMU waits.
     Received,
-    /// Destination: this host cannot take the VM.
+    /// Destination: this host cannot take the VM. Source: it cannot move.
     Refused(String),
     /// Source: figures.
     Progress(Progress),
@@ -212,6 +233,17 @@ pub mod wait {
     pub const BALLOT_MS: u64 = 3_000;
     /// From the stop to a decision, before an end drives one.
     pub const DECISION_MS: u64 = 20_000;
+    /// How often the lead of a cluster asks each member how it stands.
+    pub const LEAD_MS: u64 = 1_000;
+    /// A member that was not heard of for so long is not waited for, and one that does not hear of its
+    /// lead gives up.
+    pub const LED_MS: u64 = 20_000;
+    /// How old a member's word may be that it may be stopped.
+    pub const FRESH_MS: u64 = 2_000;
+    /// From the order to stop, before the lead drives a decision: all members must have stopped.
+    pub const STOPPED_MS: u64 = 3_000;
+    /// From the order to stop to a decision, before the lead drives one; on top of the planned pause.
+    pub const STOP_PHASE_MS: u64 = 10_000;
     /// Between two questions to the other end.
     pub const ASK_MS: u64 = 500;
     /// From the decision to *running*, before the source reports that it waits in vain; and from

@@ -52,6 +52,17 @@ impl Worker {
                 };
                 self.node.happened(self.id, happened).await;
             }
+            Effect::Describe => {
+                let happened = match self.describe() {
+                    Ok((spec, ram_bytes)) => Happened::Described { spec, ram_bytes },
+                    Err(cause) => Happened::Refused(cause),
+                };
+                self.node.happened(self.id, happened).await;
+            }
+            // The exchange takes what the path gives; a share is a hint that it does not follow yet.
+            Effect::Pace(bytes_per_s) => {
+                tracing::debug!(vm = %self.vm, bytes_per_s, "share of the path");
+            }
             Effect::Transfer { to, options } => {
                 if let Err(cause) = self.transfer(to, options).await {
                     self.node.happened(self.id, Happened::TransferFailed(cause)).await;
@@ -97,6 +108,16 @@ impl Worker {
                 self.node.happened(self.id, happened).await;
             }
         }
+    }
+
+    /// What a destination has to know of a member of a cluster, and its memory, bytes.
+    fn describe(&self) -> Result<(Vec<u8>, u64), String> {
+        let copy = self.node.copies.running(self.vm);
+        let copy = copy.ok_or("the VM does not run on this host any more")?;
+        copy.spec.check_movable().map_err(|e| e.to_string())?;
+        self.node.caps.check_migration().map_err(|e| e.to_string())?;
+        let spec = copy.spec.encode().map_err(|e| e.to_string())?;
+        Ok((spec, copy.spec.memory))
     }
 
     /// A decided record names this copy: its guest may run.

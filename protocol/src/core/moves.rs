@@ -6,6 +6,7 @@ use super::{Command, Core, Key, Move, Value};
 use crate::id::{CopyId, Epoch, HostId, MigrationId, VmId};
 use crate::limits;
 use crate::migrate::destination::Destination;
+use crate::migrate::lead::Lead;
 use crate::migrate::source::{Begin, Source};
 use crate::migrate::{self, Action, Effect, Happened, Moving, Role};
 use crate::time::Time;
@@ -31,6 +32,9 @@ impl Core {
             return Ok(());
         }
         let name = &begin.status.name;
+        if self.moves.len() >= limits::MOVES {
+            return Err("this host takes part in too many migrations: ask again".into());
+        }
         let runs =
             self.local.get(&vm).is_some_and(|l| begin.record.names(vm, self.me.host, l.copy));
         if !runs || self.record_of(vm) != Some(&begin.record) {
@@ -106,23 +110,34 @@ impl Core {
 
     pub(super) fn said(&mut self, now: Time, from: HostId, message: Message) {
         let Message { id, vm, base, body } = message;
-        if self.moves.contains_key(&id) {
-            return self.happened(now, id, Happened::Said(from, body));
+        match self.moves.get(&id) {
+            Some(Move::Lead(_)) => return self.happened(now, id, Happened::Member(from, vm, body)),
+            Some(_) => return self.happened(now, id, Happened::Said(from, body)),
+            None => {}
         }
         let answer = match body {
-            Body::Prepare { record, spec, options: _, requested_on } => {
-                match self.receive(now, from, id, (vm, base), *record, spec, requested_on) {
-                    Ok(()) => return,
-                    Err(cause) => Body::Refused(cause),
-                }
+            body @ Body::Prepare { .. } => match self.receive(now, from, (id, vm, base), body) {
+                Ok(()) => return,
+                Err(cause) => Body::Refused(cause),
+            },
+            Body::Order { .. } | Body::How { .. } | Body::Stand(_) => {
+                return self.said_of_cluster(now, from, Message { id, vm, base, body });
             }
             Body::Where => self.stands(from, id, vm, base),
             // The source of a move that is over: the other end may stop telling.
             Body::Running { .. } | Body::Lost(_) => Body::Released,
             _ => return,
         };
-        let message = Message { id, vm, base, body: answer };
-        self.out.push_back(Command::Send(from, Control::Migrate(message)));
+        self.tell(from, Message { id, vm, base, body: answer });
+    }
+
+    /// Sends; what is for this host itself is heard when everything before it is done.
+    pub(super) fn tell(&mut self, to: HostId, message: Message) {
+        if to == self.me.host {
+            self.inbox.push_back(message);
+        } else {
+            self.out.push_back(Command::Send(to, Control::Migrate(message)));
+        }
     }
 
     /// Where a migration stands that is not under way here (any more).
@@ -146,17 +161,17 @@ impl Core {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn receive(
         &mut self,
         now: Time,
         from: HostId,
-        id: MigrationId,
-        (vm, base): (VmId, Epoch),
-        record: Record,
-        spec: Vec<u8>,
-        requested_on: HostId,
+        (id, vm, base): (MigrationId, VmId, Epoch),
+        prepare: Body,
     ) -> Result<(), String> {
+        let Body::Prepare { record, spec, options: _, requested_on, led } = prepare else {
+            return Ok(());
+        };
+        let record = *record;
         if let Some(over) = self.statuses.get(&id).filter(|s| s.phase.is_end()) {
             // A late copy of the question, or the answer was lost.
             return Err(over.cause.clone());
@@ -166,6 +181,9 @@ impl Core {
         }
         if !record.is_well_formed() || record.placement_of(vm).is_none_or(|p| p.host != from) {
             return Err("the source's record does not name it: ask again".to_owned());
+        }
+        if self.moves.len() >= limits::MOVES {
+            return Err("the destination takes part in too many migrations".to_owned());
         }
         if self.is_moving(vm) {
             return Err("the destination is in another migration of this VM".to_owned());
@@ -177,7 +195,7 @@ impl Core {
         let status = blank(id, vm, &record, from, requested_on);
         let mut out = Vec::new();
         let status = Status { to: Some(self.me.host), ..status };
-        let destination = Destination::begin(now, self.me, status, record, spec, &mut out);
+        let destination = Destination::begin(now, self.me, status, record, spec, led, &mut out);
         self.moves.insert(id, Move::Destination(Box::new(destination)));
         self.perform(now, id, out);
         Ok(())
@@ -204,7 +222,7 @@ impl Core {
     pub(super) fn take_up(&mut self, now: Time, moving: &Moving, present: bool) {
         let Some(record) = self.epochs.newest(moving.cluster).cloned() else { return };
         let peer = moving.peer;
-        let from = if moving.role == Role::Source { self.me.host } else { peer };
+        let from = if moving.role == Role::Destination { peer } else { self.me.host };
         // What the end is bound to; the newest record may already be the decision.
         let base = Record { epoch: moving.base, ..record.clone() };
         let status = self
@@ -214,6 +232,7 @@ impl Core {
             .unwrap_or_else(|| blank(moving.id, moving.vm, &base, from, moving.requested_on));
         let mut out = Vec::new();
         let m = match moving.role {
+            Role::Lead => Move::Lead(Box::new(Lead::resume(now, moving, base, status, &mut out))),
             Role::Source => {
                 Move::Source(Box::new(Source::resume(now, moving, base, status, &mut out)))
             }
@@ -316,7 +335,7 @@ impl Core {
         self.out.push_back(Command::Status(Box::new(status)));
     }
 
-    fn perform(&mut self, now: Time, id: MigrationId, actions: Vec<Action>) {
+    pub(super) fn perform(&mut self, now: Time, id: MigrationId, actions: Vec<Action>) {
         let Some(m) = self.moves.get(&id) else { return };
         let (status, over) = (m.status().clone(), m.get().is_over());
         let (vm, cluster) = (status.vm, status.cluster);
@@ -329,8 +348,11 @@ impl Core {
                 Action::Forget => self.out.push_back(Command::Persist(Key::Moving(id), None)),
                 Action::Send(to, body) => {
                     let base = status.epoch_before;
-                    let message = Message { id, vm, base, body };
-                    self.out.push_back(Command::Send(to, Control::Migrate(message)));
+                    self.tell(to, Message { id, vm, base, body });
+                }
+                Action::Tell(to, id, vm, body) => {
+                    let base = status.epoch_before;
+                    self.tell(to, Message { id, vm, base, body });
                 }
                 Action::PrepareBallot => {
                     if self.epochs.is_prepared(cluster) {
@@ -380,7 +402,13 @@ impl Core {
 }
 
 /// A status of which nothing is known but who and what.
-fn blank(id: MigrationId, vm: VmId, record: &Record, from: HostId, requested_on: HostId) -> Status {
+pub(super) fn blank(
+    id: MigrationId,
+    vm: VmId,
+    record: &Record,
+    from: HostId,
+    requested_on: HostId,
+) -> Status {
     let name = record.placement_of(vm).map_or(&record.name, |p| &p.name).clone();
     Status::new(id, vm, name, from, requested_on, record)
 }

@@ -4,11 +4,15 @@
 //! after a decided record names the copy that was minted at *loaded*, and only after that is on
 //! disk; an end that is not bound yet may forget everything at any time.
 
+mod team;
+
+use std::collections::BTreeMap;
+
 use super::wait;
 use super::{Action, Effect, Happened, Migration, Moving, Role, clip};
-use crate::id::{CopyId, HostId};
+use crate::id::{CopyId, HostId, VmId};
 use crate::time::Time;
-use crate::wire::migrate::{Body, Phase, Status};
+use crate::wire::migrate::{Body, Led, Phase, Seat, Status};
 use crate::wire::record::{Cause, Record, Voter};
 
 /// Where the destination stands.
@@ -18,8 +22,8 @@ enum State {
     Checking(Silence),
     /// Pages arrive.
     Receiving(Silence),
-    /// Bound: loaded, proposed; until a decision or the deadline.
-    Loaded { until: Time, qemu: Qemu },
+    /// Bound: loaded, proposed; until a decision or the deadline. A cluster's member tells so again.
+    Loaded { until: Time, tell_at: Time, qemu: Qemu },
     /// Decided for this copy; `cont` when its QEMU is there, and again if that is not answered.
     Starting { qemu: Qemu, again_at: Time },
     /// Runs; the source is told until it says *released*, or for long enough.
@@ -68,6 +72,14 @@ pub struct Destination {
     peer: HostId,
     state: State,
     rebuilds: u32,
+    /// The cluster's migration that it is part of.
+    led: Option<Led>,
+    /// The member whose destination proposes.
+    proposer: Option<Seat>,
+    /// If it is this one: all members that move, and those that are loaded.
+    team: Vec<Seat>,
+    loaded: BTreeMap<VmId, CopyId>,
+    proposed: bool,
 }
 
 impl Destination {
@@ -79,12 +91,40 @@ impl Destination {
         status: Status,
         record: Record,
         spec: Vec<u8>,
+        led: Option<Led>,
         out: &mut Vec<Action>,
     ) -> Self {
         let peer = status.from;
         out.push(Action::Effect(Effect::Receive { spec, source: peer }));
         let state = State::Checking(Silence::since(now));
-        Self { me, status, record, copy: None, peer, state, rebuilds: 0 }
+        Self::new(me, status, record, None, peer, state, led)
+    }
+
+    fn new(
+        me: Voter,
+        status: Status,
+        record: Record,
+        copy: Option<CopyId>,
+        peer: HostId,
+        state: State,
+        led: Option<Led>,
+    ) -> Self {
+        let (proposer, team, loaded) = (None, Vec::new(), BTreeMap::new());
+        let (rebuilds, proposed) = (0, false);
+        Self {
+            me,
+            status,
+            record,
+            copy,
+            peer,
+            state,
+            rebuilds,
+            led,
+            proposer,
+            team,
+            loaded,
+            proposed,
+        }
     }
 
     /// Takes up a bound destination after a restart. `present`: its QEMU is there, loaded.
@@ -98,15 +138,12 @@ impl Destination {
         out: &mut Vec<Action>,
     ) -> Self {
         let qemu = if present { Qemu::There } else { Qemu::Building };
-        let mut this = Self {
-            me,
-            status: Status { phase: Phase::Deciding, to: Some(me.host), ..status },
-            record,
-            copy: Some(moving.copy),
-            peer: moving.peer,
-            state: State::Loaded { until: now.plus_ms(wait::DECISION_MS), qemu },
-            rebuilds: 0,
-        };
+        let status = Status { phase: Phase::Deciding, to: Some(me.host), ..status };
+        let until = now.plus_ms(wait::DECISION_MS);
+        // It does not propose any more: it drives a decision instead.
+        let state = State::Loaded { until, tell_at: Time(u64::MAX), qemu };
+        let mut this = Self::new(me, status, record, Some(moving.copy), moving.peer, state, None);
+        this.proposed = true;
         if moving.started {
             // `cont` may have been sent: what the QEMU says now is the truth.
             this.status.phase = Phase::Starting;
@@ -136,22 +173,8 @@ impl Destination {
             requested_on: self.status.requested_on,
             copy,
             started,
+            team: Vec::new(),
         }
-    }
-
-    /// The record that this move proposes: the next epoch, with this copy in place of the source's.
-    /// An owner that is the only voter hands that over too.
-    fn proposal(&self, copy: CopyId) -> Record {
-        let mut record = self.record.clone();
-        record.epoch = record.epoch.next();
-        record.cause = Cause::Move;
-        for placement in record.placement.iter_mut().filter(|p| p.vm == self.status.vm) {
-            (placement.host, placement.copy) = (self.me.host, copy);
-        }
-        if record.voters.iter().all(|v| v.host == self.peer) {
-            record.voters = vec![self.me];
-        }
-        record
     }
 
     fn on_loaded(&mut self, now: Time, copy: CopyId, out: &mut Vec<Action>) {
@@ -159,12 +182,16 @@ impl Destination {
             return;
         }
         self.copy = Some(copy);
-        self.state = State::Loaded { until: now.plus_ms(wait::DECISION_MS), qemu: Qemu::There };
+        let until = now.plus_ms(wait::DECISION_MS);
+        let tell_at = self.led.map_or(Time(u64::MAX), |_| now.plus_ms(wait::ASK_MS));
+        self.state = State::Loaded { until, tell_at, qemu: Qemu::There };
         self.status.phase = Phase::Deciding;
         out.push(Action::Persist(self.moving(copy, false)));
         out.push(Action::Report);
         out.push(Action::Send(self.peer, Body::Loaded(copy)));
-        out.push(Action::Propose(self.proposal(copy)));
+        self.loaded.insert(self.status.vm, copy);
+        self.tell_loaded(copy, out);
+        self.propose(out);
     }
 
     fn on_decided(&mut self, now: Time, record: &Record, out: &mut Vec<Action>) {
@@ -258,7 +285,8 @@ impl Destination {
             *silence = Silence::since(now);
         }
         match (body, &self.state) {
-            (Body::PrepareBallot, State::Receiving(_)) => out.push(Action::PrepareBallot),
+            (Body::PrepareBallot(_), State::Receiving(_)) => out.push(Action::PrepareBallot),
+            (Body::Proposer(seat), _) => self.on_proposer(seat, out),
             (Body::Cancel(cause), State::Checking(_) | State::Receiving(_)) => {
                 self.give_up(cause, out);
             }
@@ -338,6 +366,12 @@ impl Destination {
                 silence.ask_at = now.plus_ms(wait::SILENCE_MS);
                 out.push(Action::Send(self.peer, Body::Where));
             }
+            State::Loaded { tell_at, .. } if now >= *tell_at => {
+                *tell_at = now.plus_ms(wait::ASK_MS);
+                if let Some(copy) = self.copy {
+                    self.tell_loaded(copy, out);
+                }
+            }
             State::Loaded { until, .. } if now >= *until => {
                 *until = now.plus_ms(wait::DECISION_MS);
                 out.push(Action::Resolve("no decision in time after it had loaded".into()));
@@ -386,6 +420,9 @@ impl Migration for Destination {
 
     fn handle(&mut self, now: Time, happened: Happened, out: &mut Vec<Action>) {
         match (happened, &mut self.state) {
+            (Happened::Said(from, body), _) if team::is_team_s(&body, self.led.is_some()) => {
+                self.on_team(from, body, out);
+            }
             (Happened::Said(from, body), _) if from == self.peer => self.on_said(now, body, out),
             (Happened::Received, State::Checking(_)) => {
                 self.state = State::Receiving(Silence::since(now));
@@ -404,9 +441,14 @@ impl Migration for Destination {
                 self.fail("aborted on request".into(), out);
             }
             (Happened::Loaded(copy), _) => self.on_loaded(now, copy, out),
-            (Happened::BallotReady, State::Receiving(_)) => {
-                out.push(Action::Send(self.peer, Body::BallotReady));
-            }
+            (Happened::BallotReady, State::Receiving(_)) => match self.led {
+                None => out.push(Action::Send(self.peer, Body::BallotReady)),
+                Some(led) if !self.team.is_empty() => {
+                    let vm = self.status.vm;
+                    out.push(Action::Tell(led.host, led.id, vm, Body::BallotReady));
+                }
+                Some(_) => {}
+            },
             (Happened::Decided(record), _) => self.on_decided(now, &record, out),
             (Happened::QemuGone { ran }, _) => self.on_qemu_gone(now, ran, out),
             (Happened::RebuildFailed(cause), _) => self.on_rebuild_failed(now, cause, out),
@@ -438,7 +480,7 @@ impl Migration for Destination {
             State::Checking(silence) | State::Receiving(silence) => {
                 Some(silence.ask_at.min(silence.ends()))
             }
-            State::Loaded { until, .. } => Some(*until),
+            State::Loaded { until, tell_at, .. } => Some(*until.min(tell_at)),
             State::Starting { again_at, .. } => Some(*again_at),
             State::Running { tell_at, until, .. } | State::Lost { tell_at, until, .. } => {
                 Some(*tell_at.min(until))

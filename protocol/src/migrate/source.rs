@@ -1,18 +1,22 @@
-//! The source of a migration, which also leads it.
+//! The source of a migration. A lone VM's leads it; a cluster's member does what its lead says (`led`).
 //!
 //! Owns the order of steps of `super`'s diagram, left side. Invariant: once `Stopping` is entered
 //! (bound, on disk), the guest runs again here only on a decided record that names this copy.
 
+mod led;
 mod state;
+mod timer;
 
-use state::{Ballot, State};
+pub use led::Ordered;
+use state::State;
 
+use super::ballot::{Ballot, Next};
 use super::plan;
 use super::wait;
 use super::{Action, Effect, Happened, Migration, Moving, Progress, Role, clip};
 use crate::id::{CopyId, HostId};
 use crate::time::Time;
-use crate::wire::migrate::{Body, Options, Phase, Status};
+use crate::wire::migrate::{Body, Led, Options, Phase, Status};
 use crate::wire::record::{Cause, Record};
 
 /// The source's end of one migration.
@@ -35,6 +39,10 @@ pub struct Source {
     /// When the transfer is given up; set when it first begins.
     deadline: Option<Time>,
     stopped_us: Option<u64>,
+    resumed_us: Option<u64>,
+    /// The cluster's migration that it is part of, and when its lead was last heard.
+    led: Option<(Led, Time)>,
+    share_bytes_per_s: u64,
 }
 
 /// What a new source needs to know.
@@ -74,6 +82,9 @@ impl Source {
             forgotten: 0,
             deadline: None,
             stopped_us: None,
+            resumed_us: None,
+            led: None,
+            share_bytes_per_s: 0,
         };
         this.ask_next(now, out);
         this
@@ -105,6 +116,9 @@ impl Source {
             forgotten: 0,
             deadline: None,
             stopped_us: None,
+            resumed_us: None,
+            led: None,
+            share_bytes_per_s: 0,
         };
         out.push(Action::Resolve("the source node restarted while the guest stood still".into()));
         this
@@ -150,6 +164,7 @@ impl Source {
             spec: self.spec.clone(),
             options: self.options,
             requested_on: self.status.requested_on,
+            led: self.led.map(|(led, _)| led),
         }
     }
 
@@ -164,6 +179,7 @@ impl Source {
         }
         out.push(Action::Report);
         out.push(Action::Forget);
+        self.tell_lead(out);
     }
 
     /// Gives up before the stop: the guest never noticed.
@@ -184,16 +200,14 @@ impl Source {
         let converged = plan::is_converged(&p, self.options.max_downtime_ms);
         // Its round trip is over by the time the guest may be stopped.
         let near = converged || left.is_some_and(|ms| ms <= wait::BALLOT_AHEAD_MS);
+        if self.led.is_some() {
+            return self.tell_lead(out);
+        }
         let State::Transfer { ballot, .. } = &mut self.state else { return };
-        match *ballot {
-            Ballot::None if near => {
-                *ballot = Ballot::Asked(now);
-                out.push(Action::Send(self.peer, Body::PrepareBallot));
-            }
-            Ballot::Asked(at) if now.ms_since(at) > wait::BALLOT_MS => *ballot = Ballot::None,
-            Ballot::Ready(at) if now.ms_since(at) > wait::BALLOT_FRESH_MS => *ballot = Ballot::None,
-            Ballot::Ready(_) if converged => self.stop(now, out),
-            _ => {}
+        match ballot.step(now, near, converged) {
+            Next::Ask => out.push(Action::Send(self.peer, Body::PrepareBallot(Vec::new()))),
+            Next::Stop => self.stop(now, out),
+            Next::Wait => {}
         }
     }
 
@@ -209,6 +223,7 @@ impl Source {
             requested_on: self.status.requested_on,
             copy: self.copy,
             started: false,
+            team: Vec::new(),
         }));
         // Whoever allows a long pause does not want it cut short by the deadline.
         let wait_ms = wait::DECISION_MS.saturating_add(self.options.max_downtime_ms);
@@ -270,6 +285,7 @@ impl Source {
             return;
         }
         self.status.total_ms = now.ms_since(self.started);
+        self.resumed_us = Some(resumed_us).filter(|at| *at > 0);
         let stopped_us = self.stopped_us.filter(|at| *at <= resumed_us);
         self.status.downtime_us = stopped_us.map(|at| resumed_us - at);
         self.release(Phase::Moved, String::new(), out);
@@ -351,63 +367,6 @@ impl Source {
         }
     }
 
-    fn on_timer(&mut self, now: Time, out: &mut Vec<Action>) {
-        match &mut self.state {
-            State::Preparing { until, .. } if now >= *until => {
-                self.refusals.push("the destination did not answer in time".into());
-                out.push(Action::Send(self.peer, Body::Cancel("no answer in time".into())));
-                self.ask_next(now, out);
-            }
-            State::Preparing { ask_at, .. } if now >= *ask_at => {
-                *ask_at = now.plus_ms(wait::PREPARE_AGAIN_MS);
-                out.push(Action::Send(self.peer, self.prepare()));
-            }
-            State::Transfer { until, .. } if now >= *until => {
-                let cause = format!(
-                    "deadline: not converged after {} s (the guest dirties {} KB/s, the path gives \
-                     {} KB/s); allow a longer --max-downtime",
-                    now.ms_since(self.started) / 1000,
-                    self.last.dirty_bytes_per_s / 1000,
-                    self.last.link_bytes_per_s / 1000
-                );
-                self.give_up(cause, out);
-            }
-            State::Transfer { heard, .. } if now >= heard.plus_ms(wait::HEARD_MS) => {
-                self.give_up("the destination does not answer any more".into(), out);
-            }
-            State::Transfer { ask_at, .. } if now >= *ask_at => {
-                *ask_at = now.plus_ms(wait::SILENCE_MS);
-                out.push(Action::Send(self.peer, Body::Where));
-            }
-            State::Stopped { until, .. } if now >= *until => {
-                *until = now.plus_ms(wait::DECISION_MS);
-                out.push(Action::Resolve("no decision in time while the guest stood still".into()));
-            }
-            State::Stopped { ask_at, .. } if now >= *ask_at => {
-                *ask_at = now.plus_ms(wait::ASK_MS);
-                out.push(Action::Send(self.peer, Body::Where));
-            }
-            State::Starting { ask_at, until } if now >= *ask_at => {
-                if now >= *until && self.status.cause.is_empty() {
-                    // Nothing may be started here any more: the copy stays, stopped, and so does
-                    // the question.
-                    self.status.cause = "decided for the destination, which does not answer; \
-                        the stopped source copy is kept"
-                        .into();
-                    out.push(Action::Report);
-                }
-                let pause = if now >= *until { wait::SILENCE_MS } else { wait::ASK_MS };
-                *ask_at = now.plus_ms(pause);
-                out.push(Action::Send(self.peer, Body::Where));
-            }
-            State::Resuming { ask_at } if now >= *ask_at => {
-                *ask_at = now.plus_ms(wait::SILENCE_MS);
-                out.push(Action::Effect(Effect::Cont(self.copy)));
-            }
-            _ => {}
-        }
-    }
-
     fn on_failure(&mut self, cause: String, out: &mut Vec<Action>) {
         match self.state {
             State::Transfer { .. } => self.give_up(cause, out),
@@ -421,7 +380,7 @@ impl Source {
         match self.state {
             // The destination may have all of it: it loads and proposes, or says that it failed.
             State::Stopped { .. } | State::Starting { .. } | State::Over => {}
-            State::Preparing { .. } | State::Transfer { .. } => {
+            State::Describing { .. } | State::Preparing { .. } | State::Transfer { .. } => {
                 out.push(Action::Send(self.peer, Body::Cancel(cause.clone())));
                 out.push(Action::Effect(Effect::CancelTransfer));
                 self.end(Phase::Lost, cause, out);
@@ -441,6 +400,15 @@ impl Migration for Source {
 
     fn handle(&mut self, now: Time, happened: Happened, out: &mut Vec<Action>) {
         match happened {
+            Happened::Said(from, body) if led::is_lead_s(&body) => {
+                self.on_lead(now, from, body, out);
+            }
+            Happened::Described { spec, ram_bytes } => {
+                self.on_described(now, spec, ram_bytes, out);
+            }
+            Happened::Refused(cause) if matches!(self.state, State::Describing { .. }) => {
+                self.end(Phase::Stayed, cause, out);
+            }
             Happened::Said(from, body) if from == self.peer => self.on_said(now, body, out),
             // A candidate that was given up, and did not hear so.
             Happened::Said(from, Body::Where) => out.push(Action::Send(from, Body::Unknown)),
@@ -448,11 +416,13 @@ impl Migration for Source {
             Happened::Stopped(at_us) => {
                 self.stopped_us = Some(at_us);
                 out.push(Action::Report);
+                self.tell_lead(out);
             }
             Happened::Decided(record) => self.on_decided(now, record, out),
             Happened::TransferFailed(cause) => self.on_failure(cause, out),
             Happened::QemuGone { .. } => self.on_qemu_gone(out),
-            Happened::Running(_) if matches!(self.state, State::Resuming { .. }) => {
+            Happened::Running(at_us) if matches!(self.state, State::Resuming { .. }) => {
+                self.resumed_us = Some(at_us);
                 self.status.total_ms = now.ms_since(self.started);
                 let cause = self.status.cause.clone();
                 self.end(Phase::Stayed, cause, out);
@@ -465,7 +435,7 @@ impl Migration for Source {
                 out.push(Action::Send(host, Body::Where));
             }
             Happened::Abort => match self.state {
-                State::Preparing { .. } | State::Transfer { .. } => {
+                State::Describing { .. } | State::Preparing { .. } | State::Transfer { .. } => {
                     self.give_up("aborted on request".into(), out);
                 }
                 _ => {}
@@ -476,16 +446,7 @@ impl Migration for Source {
     }
 
     fn timeout(&self) -> Option<Time> {
-        match &self.state {
-            State::Preparing { until, ask_at } | State::Stopped { until, ask_at } => {
-                Some(*until.min(ask_at))
-            }
-            State::Transfer { until, ask_at, heard, .. } => {
-                Some(heard.plus_ms(wait::HEARD_MS).min(*until).min(*ask_at))
-            }
-            State::Starting { ask_at, .. } | State::Resuming { ask_at } => Some(*ask_at),
-            State::Over => None,
-        }
+        self.next_timer()
     }
 
     fn is_over(&self) -> bool {

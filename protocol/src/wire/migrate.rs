@@ -29,7 +29,66 @@ pub struct Options {
     pub disk_bandwidth_bytes_per_s: u64,
 }
 
-/// The message and what it is about.
+/// A member's migration inside a cluster's, and back: the id of one gives the other.
+#[must_use]
+pub fn of_member(id: MigrationId, vm: VmId) -> MigrationId {
+    let mut mixed = id.0;
+    mixed.iter_mut().zip(vm.0).for_each(|(a, b)| *a ^= b);
+    MigrationId(mixed)
+}
+
+/// The cluster's migration that a member's is a part of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Led {
+    /// The cluster's migration.
+    pub id: MigrationId,
+    /// The host that leads it.
+    pub host: HostId,
+}
+
+/// One member that moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seat {
+    /// The VM.
+    pub vm: VmId,
+    /// Its source.
+    pub from: HostId,
+    /// Its destination.
+    pub to: HostId,
+    /// The copy that moves.
+    pub copy: CopyId,
+}
+
+/// What the lead needs to know of a member whose pages cross.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Figures {
+    /// It may be stopped.
+    pub converged: bool,
+    /// It will be soon: the ballot may be prepared.
+    pub near: bool,
+    /// What still has to cross, bytes on the wire.
+    pub left_bytes: u64,
+    /// What the guest dirties, bytes on the wire per second.
+    pub dirty_bytes_per_s: u64,
+    /// What its path gave lately, bytes per second.
+    pub link_bytes_per_s: u64,
+}
+
+/// How a member stands, told by its source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stand {
+    /// Its own status.
+    pub status: Status,
+    /// While pages cross.
+    pub figures: Option<Figures>,
+    /// Wall-clock time of its STOP event, microseconds since 1970.
+    pub stopped_us: Option<u64>,
+    /// Wall-clock time of its RESUME event, at either end.
+    pub resumed_us: Option<u64>,
+}
+
+/// The message and what it is about. What a cluster's lead is told carries the cluster's migration and
+/// the member's VM; everything else carries the id of the VM's own migration ([`of_member`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// The migration.
@@ -55,14 +114,17 @@ pub enum Body {
         options: Options,
         /// The node that took the request.
         requested_on: HostId,
+        /// The cluster's migration, if it is one.
+        led: Option<Led>,
     },
     /// Destination to source: a QEMU waits; open a bulk connection.
     Ready,
     /// Destination to source: cannot take the VM; nothing was changed.
     Refused(String),
-    /// Source to destination: nearly converged, run phase 1 for the next epoch.
-    PrepareBallot,
-    /// Destination to source: a majority has promised; stop when you like.
+    /// Source, or lead, to the destination that proposes: nearly converged, run phase 1 for the next
+    /// epoch. With all members that move; none: this VM alone.
+    PrepareBallot(Vec<Seat>),
+    /// The answer: a majority has promised; stop when you like.
     BallotReady,
     /// Source to destination: gave up before the stop; forget the reservation.
     Cancel(String),
@@ -85,6 +147,30 @@ pub enum Body {
     Unknown,
     /// Source to destination: the source copy is gone; the move is over.
     Released,
+    /// Lead to a member's source: move this VM together with the others.
+    Order {
+        /// The decided record that the move starts from.
+        record: Box<Record>,
+        /// Hosts to try, best first.
+        to: Vec<HostId>,
+        /// What was asked for.
+        options: Options,
+    },
+    /// Lead to a member's source: how does it stand?
+    How {
+        /// Its share of the path, bytes per second; 0: what the path gives.
+        share_bytes_per_s: u64,
+    },
+    /// The answer, and told whenever it changes.
+    Stand(Box<Stand>),
+    /// Lead to a member's source: stop the guest. The destination of that member proposes.
+    Stop(Seat),
+    /// To a member's destination: the destination of that member proposes.
+    Proposer(Seat),
+    /// A bound destination to the one that proposes: this member is loaded, too.
+    LoadedToo(VmId, CopyId),
+    /// To a member: nothing is known of the cluster's migration.
+    NoLead,
 }
 
 /// How a migration ended, or how far it is.
@@ -128,6 +214,27 @@ pub struct Moment {
     pub host: HostId,
     /// What happened.
     pub what: String,
+}
+
+/// What is known of a member of a cluster that moves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberStatus {
+    /// The VM.
+    pub vm: VmId,
+    /// Its alias.
+    pub name: Name,
+    /// Source.
+    pub from: HostId,
+    /// Destination, once one is chosen.
+    pub to: Option<HostId>,
+    /// How far it is.
+    pub phase: Phase,
+    /// One line of cause, at its end.
+    pub cause: String,
+    /// Share of its work that is done, 0 to 1,000,000.
+    pub done_ppm: u32,
+    /// From STOP to RESUME, microseconds.
+    pub downtime_us: Option<u64>,
 }
 
 /// What anyone may know of a migration: shown as progress and as the result.
@@ -186,6 +293,12 @@ pub struct Status {
     pub total_ms: u64,
     /// From STOP to RESUME, microseconds, from the QEMUs' event times; none: not stopped.
     pub downtime_us: Option<u64>,
+    /// A cluster: its members that move.
+    pub members: Vec<MemberStatus>,
+    /// A cluster: from the first to the last STOP, microseconds, by the hosts' clocks.
+    pub stop_spread_us: Option<u64>,
+    /// A cluster: from the first to the last RESUME.
+    pub resume_spread_us: Option<u64>,
     /// The timeline of both ends.
     pub timeline: Vec<Moment>,
 }
@@ -235,6 +348,9 @@ impl Status {
             chunks_literal: 0,
             total_ms: 0,
             downtime_us: None,
+            members: Vec::new(),
+            stop_spread_us: None,
+            resume_spread_us: None,
             timeline: Vec::new(),
         }
     }

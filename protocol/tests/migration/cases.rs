@@ -272,7 +272,9 @@ fn members_that_take_no_part_change_nothing() {
     let bodies = [
         Body::Ready,
         Body::Refused("x".into()),
-        Body::PrepareBallot,
+        Body::PrepareBallot(Vec::new()),
+        Body::LoadedToo(VM, CopyId([77; 16])),
+        Body::NoLead,
         Body::BallotReady,
         Body::Cancel("x".into()),
         Body::Failed("x".into()),
@@ -301,7 +303,8 @@ fn members_that_take_no_part_change_nothing() {
         let on = host(2);
         let options = Default::default();
         let record = Box::new(record);
-        let body = Body::Prepare { record, spec: spec.clone(), options, requested_on: on };
+        let body =
+            Body::Prepare { record, spec: spec.clone(), options, requested_on: on, led: None };
         let message = Message { id: migration(9), vm: VM, base, body };
         let message = Control::Migrate(message);
         world.act(3, |core, now| core.message(now, host(2), message));

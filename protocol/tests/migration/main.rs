@@ -5,8 +5,10 @@
 //! `GODWIT_SEED=n cargo test -p godwit-protocol --test migration replay -- --nocapture` runs one.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod asks;
 mod cases;
 mod clusters;
+mod moves;
 mod qemu;
 mod voters;
 mod world;
@@ -14,28 +16,30 @@ mod world;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use godwit_protocol::core::Value;
+use godwit_protocol::core::{Core, Value};
+use godwit_protocol::id::VmId;
 use godwit_protocol::wire::migrate::{Phase, Status};
-use godwit_protocol::wire::record::Cause;
+use godwit_protocol::wire::record::{Cause, governing};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use qemu::Qemu;
-use world::{Event, Faults, Mutant, VM, World, host, index};
+use world::{CLUSTER, Event, Faults, Mutant, World, host, index};
 
 /// No migration may take longer than this once faults have stopped, virtual milliseconds.
 const BOUND_MS: u64 = 400_000;
 
 fn is_settled(world: &World) -> bool {
-    let idle = |n: &world::Node| n.core.as_ref().is_some_and(|c| c.migration_of(VM).is_none());
-    world.nodes.iter().all(idle)
-        && match world.running(VM) {
-            Some((_, at)) => world.nodes.iter().all(|n| {
-                let route = n.core.as_ref().and_then(|c| c.routes().get(VM));
-                route.is_some_and(|r| r.host == host(at))
-            }),
-            None => world.may_lose.contains(&VM),
-        }
+    let moves = |c: &Core| world.vms.iter().chain([&CLUSTER]).any(|vm| c.is_moving(*vm));
+    let idle = |n: &world::Node| n.core.as_ref().is_some_and(|c| !moves(c));
+    let routed = |vm: &VmId| match world.running(*vm) {
+        Some((_, at)) => world.nodes.iter().all(|n| {
+            let route = n.core.as_ref().and_then(|c| c.routes().get(*vm));
+            route.is_some_and(|r| r.host == host(at))
+        }),
+        None => world.may_lose.contains(vm) || world.off.contains(vm),
+    };
+    world.nodes.iter().all(idle) && world.vms.iter().all(routed)
 }
 
 /// Faults stop: everything must end, and end well.
@@ -67,8 +71,9 @@ fn describe(world: &World) -> String {
             text += &format!("node {i} is down\n");
             continue;
         };
-        let moving = core.migration_of(VM);
-        let route = core.routes().get(VM).map(|r| (index(r.host), r.epoch));
+        let moving: Vec<_> = world.vms.iter().map(|vm| core.migration_of(*vm)).collect();
+        let route = |vm: &VmId| core.routes().get(*vm).map(|r| (index(r.host), r.epoch));
+        let route: Vec<_> = world.vms.iter().map(route).collect();
         let said: Vec<_> = core.statuses().map(|s| (s.id, s.phase, s.cause.clone())).collect();
         text += &format!("node {i}: moving {moving:?}, route {route:?}, statuses {said:?}\n");
     }
@@ -77,8 +82,13 @@ fn describe(world: &World) -> String {
 
 fn verify(world: &World) {
     let living: Vec<_> = world.copies.values().filter(|c| c.qemu != Qemu::Dead).collect();
-    let expected = usize::from(world.running(VM).is_some());
+    let expected = world.vms.iter().filter(|vm| world.running(**vm).is_some()).count();
     assert_eq!(living.len(), expected, "copies are left over:\n{}", describe(world));
+    for vm in &world.vms {
+        let newest = governing(world.decided.values(), *vm).unwrap();
+        let named = world.running(*vm).is_none_or(|(copy, at)| newest.names(*vm, host(at), copy));
+        assert!(named, "the newest record names another copy:\n{}", describe(world));
+    }
     for (i, node) in world.nodes.iter().enumerate() {
         let bound = node.disk.values().filter(|v| matches!(v, Value::Moving(_))).count();
         assert_eq!(bound, 0, "node {i} is bound for ever:\n{}", describe(world));
@@ -100,9 +110,14 @@ fn truthful(world: &World, i: usize, s: &Status) {
         Phase::Moved => {
             let next = &world.decided[&(s.cluster, s.epoch_before.next())];
             assert_eq!(next.cause, Cause::Move, "{s:?}");
-            assert_eq!(next.placement_of(VM).map(|p| p.host), s.to, "{s:?}");
+            let to = |vm| next.placement_of(vm).map(|p| p.host);
+            if s.vm == CLUSTER {
+                assert!(s.members.iter().all(|m| to(m.vm) == m.to), "{s:?}");
+            } else {
+                assert_eq!(to(s.vm), s.to, "{s:?}");
+            }
         }
-        Phase::Lost => assert!(world.may_lose.contains(&VM), "lost, and nothing was killed: {s:?}"),
+        Phase::Lost => assert!(!world.may_lose.is_empty(), "lost, and nothing was killed: {s:?}"),
         _ => {}
     }
     if let (true, Some(to)) = (s.from == host(i), s.to) {
@@ -110,6 +125,49 @@ fn truthful(world: &World, i: usize, s: &Status) {
         let phases = other.map(|o| (s.phase, o.phase));
         let split = [Some((Phase::Moved, Phase::Stayed)), Some((Phase::Stayed, Phase::Moved))];
         assert!(!split.contains(&phases), "the ends disagree: {phases:?}\n{}", describe(world));
+    }
+}
+
+fn random_faults(rng: &mut StdRng) -> Faults {
+    let mut sometimes = |p: f64, most: f64| {
+        if rng.random_bool(p) { rng.random_range(0.0..most) } else { 0.0 }
+    };
+    Faults {
+        loss: sometimes(0.6, 0.3),
+        double: sometimes(0.6, 0.2),
+        crash: sometimes(0.5, 0.02),
+        fail: sometimes(0.3, 0.3),
+        delay_ms: 2 + sometimes(0.9, 150.0) as u64,
+    }
+}
+
+/// What else happens while migration `n` does.
+fn random_events(world: &mut World, rng: &mut StdRng, n: u8, start: u64) {
+    let nodes = world.nodes.len();
+    let mut soon = || start + rng.random_range(0..3000);
+    let (abort, kill, kill_running) = (soon(), soon(), soon());
+    let cuts: Vec<_> = (0..2).map(|_| (soon(), soon() - start)).collect();
+    if rng.random_bool(0.15) {
+        world.at(abort, Event::Abort(n));
+    }
+    if rng.random_bool(0.25) {
+        world.at(kill, Event::Kill(false));
+    }
+    if rng.random_bool(0.04) {
+        world.at(kill_running, Event::Kill(true));
+    }
+    for (at, long) in cuts {
+        if !rng.random_bool(0.3) {
+            continue;
+        }
+        let (x, both) = (rng.random_range(0..nodes), rng.random_bool(0.6));
+        for y in (0..nodes).filter(|y| *y != x) {
+            world.at(at, Event::Cut(x, y));
+            if both {
+                world.at(at, Event::Cut(y, x));
+            }
+        }
+        world.at(at + 3 * long * long / 1000, Event::Heal);
     }
 }
 
@@ -122,45 +180,12 @@ fn random_world(seed: u64) -> World {
         1 => &[0, 1],
         _ => &[0, 1, 2],
     };
-    let mut sometimes = |p: f64, most: f64| {
-        if rng.random_bool(p) { rng.random_range(0.0..most) } else { 0.0 }
-    };
-    let faults = Faults {
-        loss: sometimes(0.6, 0.3),
-        double: sometimes(0.6, 0.2),
-        crash: sometimes(0.5, 0.02),
-        fail: sometimes(0.3, 0.3),
-        delay_ms: 2 + sometimes(0.9, 150.0) as u64,
-    };
+    let faults = random_faults(&mut rng);
     let mut world = World::new(nodes, voters, seed, faults);
     for n in 1..=rng.random_range(1..=3_u8) {
         let start = u64::from(n - 1) * 7000;
         world.at(start, Event::Ask(n));
-        let mut soon = || start + rng.random_range(0..3000);
-        let (abort, kill, kill_running) = (soon(), soon(), soon());
-        let cuts: Vec<_> = (0..2).map(|_| (soon(), soon() - start)).collect();
-        if rng.random_bool(0.15) {
-            world.at(abort, Event::Abort(n));
-        }
-        if rng.random_bool(0.25) {
-            world.at(kill, Event::Kill(false));
-        }
-        if rng.random_bool(0.04) {
-            world.at(kill_running, Event::Kill(true));
-        }
-        for (at, long) in cuts {
-            if !rng.random_bool(0.3) {
-                continue;
-            }
-            let (x, both) = (rng.random_range(0..nodes), rng.random_bool(0.6));
-            for y in (0..nodes).filter(|y| *y != x) {
-                world.at(at, Event::Cut(x, y));
-                if both {
-                    world.at(at, Event::Cut(y, x));
-                }
-            }
-            world.at(at + 3 * long * long / 1000, Event::Heal);
-        }
+        random_events(&mut world, &mut rng, n, start);
     }
     world
 }
@@ -174,19 +199,24 @@ fn run_seed(seed: u64, mutant: Mutant) -> World {
 }
 
 /// Runs the seeds; the first that fails says how it is run again. Returns how often each end came.
-fn run_seeds(seeds: core::ops::Range<u64>) -> BTreeMap<&'static str, u64> {
+fn run_seeds(
+    what: &str,
+    seeds: core::ops::Range<u64>,
+    run: fn(u64, Mutant) -> World,
+) -> BTreeMap<&'static str, u64> {
     let mut ends = BTreeMap::new();
     for seed in seeds {
-        let result = catch_unwind(AssertUnwindSafe(|| run_seed(seed, Mutant::None)));
+        let result = catch_unwind(AssertUnwindSafe(|| run(seed, Mutant::None)));
         let world = result.unwrap_or_else(|panic| {
             eprintln!(
                 "replay: GODWIT_SEED={seed} cargo test -p godwit-protocol --test migration \
-                 replay -- --nocapture"
+                 {what} -- --nocapture"
             );
             resume_unwind(panic)
         });
+        let leads = |s: &Status| world.vms.len() == 1 || s.vm == CLUSTER;
         for i in 0..world.nodes.len() {
-            for s in statuses(&world, i).into_iter().filter(|s| s.from == host(i)) {
+            for s in statuses(&world, i).into_iter().filter(|s| s.from == host(i) && leads(s)) {
                 *ends
                     .entry(match s.phase {
                         Phase::Moved => "moved",
@@ -205,7 +235,7 @@ fn run_seeds(seeds: core::ops::Range<u64>) -> BTreeMap<&'static str, u64> {
 
 #[test]
 fn seeds_end_well() {
-    let ends = run_seeds(0..4000);
+    let ends = run_seeds("replay", 0..4000, run_seed);
     for (what, least) in [("moved", 400), ("stayed", 200), ("lost", 5), ("crashes", 400)] {
         assert!(ends.get(what).is_some_and(|n| *n >= least), "the faults miss: {ends:?}");
     }
@@ -213,30 +243,26 @@ fn seeds_end_well() {
 
 #[test]
 fn more_seeds_end_well() {
-    run_seeds(10_000..14_000);
+    run_seeds("replay", 10_000..14_000, run_seed);
 }
 
 /// One seed, or a range of them by hand: `GODWIT_SEED=7` or `GODWIT_SEED=0-100000`.
-#[test]
-fn replay() {
+fn replay_seeds(what: &str, run: fn(u64, Mutant) -> World) {
     let Ok(text) = std::env::var("GODWIT_SEED") else { return };
     let (first, last) = text.split_once('-').unwrap_or((&text, &text));
-    run_seeds(first.parse().unwrap()..last.parse::<u64>().unwrap() + 1);
+    run_seeds(what, first.parse().unwrap()..last.parse::<u64>().unwrap() + 1, run);
+}
+
+#[test]
+fn replay() {
+    replay_seeds("replay", run_seed);
 }
 
 /// The checkers find what is wrong on purpose, each for its own reason.
-#[test]
-fn every_mutant_is_caught() {
-    let mutants = [
-        (Mutant::CleanRead, "two copies run"),
-        (Mutant::ContEarly, "no decided record names the copy that runs|two copies run"),
-        (Mutant::Unbound, "two copies run"),
-        (Mutant::VoteEarly, "two records for one epoch"),
-        (Mutant::DiscardEarly, "the source copy went before its successor ran"),
-    ];
+fn catch_mutants(mutants: &[(Mutant, &str)], run: fn(u64, Mutant) -> World) {
     for (mutant, reasons) in mutants {
         let caught = |seed: &u64| {
-            let result = catch_unwind(AssertUnwindSafe(|| run_seed(*seed, mutant)));
+            let result = catch_unwind(AssertUnwindSafe(|| run(*seed, *mutant)));
             let Err(panic) = result else { return false };
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or_default();
@@ -246,4 +272,16 @@ fn every_mutant_is_caught() {
         eprintln!("{mutant:?} is caught by seed {seed:?}");
         assert!(seed.is_some(), "{mutant:?} goes unnoticed");
     }
+}
+
+#[test]
+fn every_mutant_is_caught() {
+    let mutants = [
+        (Mutant::CleanRead, "two copies run"),
+        (Mutant::ContEarly, "no decided record names the copy that runs|two copies run"),
+        (Mutant::Unbound, "two copies run"),
+        (Mutant::VoteEarly, "two records for one epoch"),
+        (Mutant::DiscardEarly, "the source copy went before its successor ran"),
+    ];
+    catch_mutants(&mutants, run_seed);
 }

@@ -8,7 +8,7 @@ use godwit_protocol::core::Value;
 use godwit_protocol::id::{CopyId, MigrationId, VmId};
 use godwit_protocol::migrate::{Effect, Happened, Moving, Progress, Role};
 use godwit_protocol::time::Time;
-use godwit_protocol::wire::record::{governing, has_missed};
+use godwit_protocol::wire::record::{Record, governing, has_missed};
 use godwit_protocol::wire::route::{Kind, Route};
 
 use super::world::{Event, Mutant, World, host, index};
@@ -133,6 +133,15 @@ impl World {
         }
     }
 
+    /// [`Mutant::HostOnly`].
+    pub fn run_all_named(&mut self, i: usize, record: &Record) {
+        let here = |c: &Copy| record.placement_of(c.vm).is_some_and(|p| p.host == host(i));
+        let loaded = |c: &Copy| c.at == i && c.qemu == Qemu::Loaded && here(c);
+        let ids: Vec<_> =
+            self.copies.iter().filter(|(_, c)| loaded(c)).map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.run_copy(id));
+    }
+
     /// The node's process is gone: memory without a QEMU goes with it.
     pub fn node_gone(&mut self, i: usize) {
         for copy in self.copies.values_mut().filter(|c| c.at == i && c.qemu == Qemu::Dead) {
@@ -160,9 +169,10 @@ impl World {
     /// What a starting daemon finds: see the driver. Returns bound ends, and copies to continue.
     pub fn adopt(&mut self, i: usize) -> (Vec<(Moving, bool)>, Vec<CopyId>) {
         let disk = self.nodes[i].disk.values();
-        let moving: BTreeMap<CopyId, Moving> = disk
-            .filter_map(|v| if let Value::Moving(m) = v { Some((m.copy, m.clone())) } else { None })
+        let bound: Vec<Moving> = disk
+            .filter_map(|v| if let Value::Moving(m) = v { Some(m.clone()) } else { None })
             .collect();
+        let moving: BTreeMap<CopyId, &Moving> = bound.iter().map(|m| (m.copy, m)).collect();
         let disk = self.nodes[i].disk.values();
         let records: Vec<_> = disk
             .filter_map(|v| if let Value::Epoch(h) = v { Some(h.decided().clone()) } else { None })
@@ -191,7 +201,7 @@ impl World {
             let copy = self.copies.get(copy);
             copy.is_some_and(|c| !matches!(c.qemu, Qemu::Dead | Qemu::Loading))
         };
-        let moving = moving.into_values().map(|m| (m.clone(), present(&m.copy))).collect();
+        let moving = bound.iter().map(|m| (m.clone(), present(&m.copy))).collect();
         (moving, conts)
     }
 
@@ -267,6 +277,15 @@ impl World {
                 self.nodes[i].receiving.insert(id, copy);
                 self.tell(i, id, Happened::Received);
             }
+            Effect::Describe => {
+                let happened = if self.chance(self.faults.fail / 3.0) {
+                    Happened::Refused("a disk that does not move".into())
+                } else {
+                    Happened::Described { spec: b"spec".to_vec(), ram_bytes: 1 << 20 }
+                };
+                self.tell(i, id, happened);
+            }
+            Effect::Pace(_) => {}
             Effect::Transfer { to, .. } => {
                 self.nodes[i].sending.insert(id, (vm, index(to)));
                 let start = self.nodes[i].start;
@@ -350,9 +369,11 @@ impl World {
         if !self.nodes[to].receiving.contains_key(&id) && self.chance(0.05) {
             return self.tell(i, id, Happened::TransferFailed("no connection".into()));
         }
+        // Members of a cluster converge one after the other, and not for ever.
+        let passes = u64::from(self.vms.len() == 1 || self.chance(0.8));
         let figures = Progress {
             disks_ready: true,
-            passes: 1,
+            passes,
             link_bytes_per_s: 1_000_000,
             rtt_ms: 40,
             wire_per_guest_ppm: 500_000,
@@ -364,7 +385,7 @@ impl World {
     }
 
     fn stream(&mut self, at: usize, id: MigrationId, until: Time) {
-        let Some((_, to)) = self.nodes[at].sending.get(&id).copied() else { return };
+        let Some((vm, to)) = self.nodes[at].sending.get(&id).copied() else { return };
         let start = self.nodes[at].start;
         let cut = self.cut.contains(&(at, to)) || self.cut.contains(&(to, at));
         if cut && self.now < until {
@@ -380,6 +401,12 @@ impl World {
         }
         let (start, ms) = (self.nodes[to].start, 1 + self.below(60));
         self.at(ms, Event::Load(to, start, id, copy));
+        // The last byte arrived; that it did is not heard.
+        if self.mutant == Mutant::LostReply && self.chance(self.faults.loss) {
+            let stopped = |c: &Copy| c.vm == vm && c.at == at && c.qemu == Qemu::Stopped;
+            let copy = self.copies.iter().find(|(_, c)| stopped(c)).map(|(id, _)| *id);
+            copy.into_iter().for_each(|id| self.run_copy(id));
+        }
     }
 
     fn load(&mut self, i: usize, id: MigrationId, copy: CopyId) {

@@ -8,11 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use godwit_protocol::core::{Command, Config, Core, Key, Value};
 use godwit_protocol::epoch::Hard;
 use godwit_protocol::id::{CopyId, Epoch, HostId, MigrationId, StoreId, VmId};
-use godwit_protocol::migrate::source::Begin;
 use godwit_protocol::migrate::{Effect, Happened};
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::control::Control;
-use godwit_protocol::wire::migrate::{Options, Status};
+use godwit_protocol::wire::epoch::Body as Vote;
+use godwit_protocol::wire::migrate::{Body, Status};
 use godwit_protocol::wire::record::{Cause, Placement, Record, Voter};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -57,8 +57,9 @@ pub fn voter(i: usize) -> Voter {
     Voter { host: host(i), store: StoreId([i as u8 + 1; 16]) }
 }
 
+/// Apart from each other even when mixed with a VM's id.
 pub fn migration(n: u8) -> MigrationId {
-    MigrationId([n; 16])
+    MigrationId([n << 5; 16])
 }
 
 /// What is wrong on purpose: each must be caught.
@@ -75,6 +76,16 @@ pub enum Mutant {
     VoteEarly,
     /// The source copy goes when the move is decided.
     DiscardEarly,
+    /// What a voter has accepted is not told to the next proposer.
+    NoAdoption,
+    /// The source resumes when the connection is lost after it has stopped.
+    LostReply,
+    /// A record is taken to name a host, not a copy.
+    HostOnly,
+    /// The record of a cluster began below its members' own epochs.
+    MergeBelow,
+    /// The proposer waits for its own member only.
+    Alone,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -94,7 +105,12 @@ pub enum Event {
     Work(usize, u64, MigrationId),
     Happened(usize, u64, MigrationId, Box<Happened>),
     Figures(usize, u64, MigrationId),
-    Stream { at: usize, start: u64, id: MigrationId, until: Time },
+    Stream {
+        at: usize,
+        start: u64,
+        id: MigrationId,
+        until: Time,
+    },
     Load(usize, u64, MigrationId, CopyId),
     Gone(usize, u64, CopyId),
     Flush(usize, u64),
@@ -103,6 +119,8 @@ pub enum Event {
     Heal,
     Kill(bool),
     Ask(u8),
+    /// Members of the cluster, each to the k-th of the other hosts.
+    AskCluster(u8, Vec<(VmId, usize)>),
     Abort(u8),
 }
 
@@ -131,6 +149,10 @@ pub struct World {
     pub vms: Vec<VmId>,
     /// These guests may be lost: their only copy was killed.
     pub may_lose: BTreeSet<VmId>,
+    /// These are switched off.
+    pub off: BTreeSet<VmId>,
+    /// Which members were asked to move together.
+    pub teams: BTreeSet<BTreeSet<VmId>>,
     pub decided: BTreeMap<(VmId, Epoch), Record>,
     pub cut: BTreeSet<(usize, usize)>,
     /// Messages that match are kept here in place of the queue.
@@ -163,6 +185,8 @@ impl World {
             minted: 0,
             vms: Vec::new(),
             may_lose: BTreeSet::new(),
+            off: BTreeSet::new(),
+            teams: BTreeSet::new(),
             decided: BTreeMap::new(),
             cut: BTreeSet::new(),
             hold: |_| false,
@@ -178,6 +202,13 @@ impl World {
         let copy = self.mint(vm, at);
         let placement = vec![placed(vm, at, copy)];
         self.decree(first(vm, epoch, voters, placement));
+    }
+
+    /// VMs that run on those hosts as one cluster, VM k on the k-th.
+    pub fn add_cluster(&mut self, epoch: u64, hosts: &[usize], voters: &[usize]) {
+        let member = |(k, at): (usize, &usize)| placed(vm(k), *at, self.mint(vm(k), *at));
+        let placement = hosts.iter().enumerate().map(member).collect();
+        self.decree(first(CLUSTER, epoch, voters, placement));
     }
 
     /// A record that every node has from the start.
@@ -303,12 +334,19 @@ impl World {
             Command::Persist(key, None) => drop(self.nodes[i].disk.remove(&key)),
             Command::Send(to, message) => self.send(i, index(to), message),
             Command::Effect { id, vm, effect } => {
+                let ends = matches!(effect, Effect::Discard(_) | Effect::DropReceived);
                 self.nodes[i].work.entry(id).or_default().push_back((vm, effect));
-                let (start, ms) = (self.nodes[i].start, 1 + self.below(20));
+                // To end a QEMU can take long.
+                let slow = ends && self.vms.len() > 1 && self.chance(0.2);
+                let ms = 1 + self.below(if slow { 4000 } else { 20 });
+                let start = self.nodes[i].start;
                 self.at(ms, Event::Work(i, start, id));
             }
             Command::Decided(_) if self.mutant == Mutant::DiscardEarly => {
                 self.discard_superseded(i);
+            }
+            Command::Decided(record) if self.mutant == Mutant::HostOnly => {
+                self.run_all_named(i, &record);
             }
             Command::Decided(_)
             | Command::Undecided(..)
@@ -334,6 +372,7 @@ impl World {
         if (self.hold)(&message) {
             return self.held.push((from, to, message));
         }
+        let message = self.mutated(message);
         let copies = if self.chance(self.faults.double) { 2 } else { 1 };
         for _ in 0..copies {
             if self.cut.contains(&(from, to)) || self.chance(self.faults.loss) {
@@ -344,6 +383,25 @@ impl World {
                 ms += self.below(30_000); // A straggler.
             }
             self.at(ms, Event::Deliver(from, to, Box::new(message.clone())));
+        }
+    }
+
+    /// [`Mutant::NoAdoption`], [`Mutant::Alone`].
+    fn mutated(&self, message: Control) -> Control {
+        match message {
+            Control::Epoch(mut m) if self.mutant == Mutant::NoAdoption => {
+                if let Vote::Promise { accepted, .. } = &mut m.body {
+                    *accepted = None;
+                }
+                Control::Epoch(m)
+            }
+            Control::Migrate(mut m) if self.mutant == Mutant::Alone => {
+                if let Body::PrepareBallot(team) = &mut m.body {
+                    team.retain(|s| s.vm == m.vm);
+                }
+                Control::Migrate(m)
+            }
+            other => other,
         }
     }
 
@@ -408,6 +466,7 @@ impl World {
                 let first = self.below(others) as usize;
                 self.ask(n, |k| (first + k) % others as usize);
             }
+            Event::AskCluster(n, to) => drop(self.ask_cluster(n, &to)),
             Event::Abort(n) => {
                 for i in 0..self.nodes.len() {
                     self.act(i, |core, now| core.abort(now, migration(n)));
@@ -415,20 +474,5 @@ impl World {
             }
             other => self.handle_qemu(other),
         }
-    }
-
-    /// Asks the host that runs the VM to move it; `order` picks the k-th candidate of the others.
-    pub fn ask(&mut self, n: u8, order: impl Fn(usize) -> usize) -> bool {
-        let Some((copy, at)) = self.running(VM) else { return false };
-        let Some(core) = self.nodes[at].core.as_ref() else { return false };
-        let Some(record) = core.newest(VM).cloned() else { return false };
-        let others: Vec<HostId> = (0..self.nodes.len()).filter(|j| *j != at).map(host).collect();
-        let candidates = (0..others.len()).map(|k| others[order(k)]).collect();
-        let on = others[others.len() - 1];
-        let status = Status::new(migration(n), VM, record.name.clone(), host(at), on, &record);
-        let options = Options { deadline_s: 60, ..Options::default() };
-        let spec = b"spec".to_vec();
-        let begin = Begin { status, record, copy, spec, options, candidates };
-        self.act(at, |core, now| core.request(now, begin)).is_some_and(|r| r.is_ok())
     }
 }

@@ -112,6 +112,9 @@ pub(super) mod tests {
             chunks_literal: 0,
             total_ms: 12_300,
             downtime_us: Some(209_001),
+            members: vec![],
+            stop_spread_us: None,
+            resume_spread_us: None,
             timeline: vec![],
         }
     }

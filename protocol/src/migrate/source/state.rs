@@ -1,12 +1,15 @@
 //! Where the source of a migration stands. Owns the states and what is shown; the transitions are the parent's.
 
 use crate::migrate::Progress;
+use crate::migrate::ballot::Ballot;
 use crate::time::Time;
 use crate::wire::migrate::Status;
 
 /// Where the source stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum State {
+    /// A cluster's member: the driver tells what the destination has to know.
+    Describing { until: Time },
     /// Waiting for the destination's answer, which is asked again.
     Preparing { until: Time, ask_at: Time },
     /// Pages cross; with what is known of the ballot, and when the destination was last heard.
@@ -20,13 +23,6 @@ pub(super) enum State {
     Resuming { ask_at: Time },
     /// Nothing more.
     Over,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ballot {
-    None,
-    Asked(Time),
-    Ready(Time),
 }
 
 /// Puts what was measured into what is shown.

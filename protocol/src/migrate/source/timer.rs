@@ -1,0 +1,85 @@
+//! What a source does when nothing came in time. Owns no state.
+
+use super::{Action, Body, Effect, Phase, Source, State, wait};
+use crate::time::Time;
+
+impl Source {
+    pub(super) fn on_timer(&mut self, now: Time, out: &mut Vec<Action>) {
+        if self.is_left(now) {
+            return self.give_up("the lead of the cluster's migration does not answer".into(), out);
+        }
+        match &mut self.state {
+            State::Describing { until } if now >= *until => {
+                self.end(Phase::Stayed, "the source node is busy".into(), out);
+            }
+            State::Preparing { until, .. } if now >= *until => {
+                self.refusals.push("the destination did not answer in time".into());
+                out.push(Action::Send(self.peer, Body::Cancel("no answer in time".into())));
+                self.ask_next(now, out);
+            }
+            State::Preparing { ask_at, .. } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::PREPARE_AGAIN_MS);
+                out.push(Action::Send(self.peer, self.prepare()));
+            }
+            State::Transfer { until, .. } if now >= *until => {
+                let cause = format!(
+                    "deadline: not converged after {} s (the guest dirties {} KB/s, the path gives \
+                     {} KB/s); allow a longer --max-downtime",
+                    now.ms_since(self.started) / 1000,
+                    self.last.dirty_bytes_per_s / 1000,
+                    self.last.link_bytes_per_s / 1000
+                );
+                self.give_up(cause, out);
+            }
+            State::Transfer { heard, .. } if now >= heard.plus_ms(wait::HEARD_MS) => {
+                self.give_up("the destination does not answer any more".into(), out);
+            }
+            State::Transfer { ask_at, .. } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::SILENCE_MS);
+                out.push(Action::Send(self.peer, Body::Where));
+            }
+            State::Stopped { until, .. } if now >= *until => {
+                *until = now.plus_ms(wait::DECISION_MS);
+                out.push(Action::Resolve("no decision in time while the guest stood still".into()));
+            }
+            State::Stopped { ask_at, .. } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::ASK_MS);
+                out.push(Action::Send(self.peer, Body::Where));
+            }
+            State::Starting { ask_at, until } if now >= *ask_at => {
+                if now >= *until && self.status.cause.is_empty() {
+                    // Nothing may be started here any more: the copy stays, stopped, and so does
+                    // the question.
+                    self.status.cause = "decided for the destination, which does not answer; \
+                        the stopped source copy is kept"
+                        .into();
+                    out.push(Action::Report);
+                }
+                let pause = if now >= *until { wait::SILENCE_MS } else { wait::ASK_MS };
+                *ask_at = now.plus_ms(pause);
+                out.push(Action::Send(self.peer, Body::Where));
+            }
+            State::Resuming { ask_at } if now >= *ask_at => {
+                *ask_at = now.plus_ms(wait::SILENCE_MS);
+                out.push(Action::Effect(Effect::Cont(self.copy)));
+            }
+            _ => {}
+        }
+    }
+
+    /// When the next step is due.
+    pub(super) fn next_timer(&self) -> Option<Time> {
+        let own = match &self.state {
+            State::Describing { until } => Some(*until),
+            State::Preparing { until, ask_at } | State::Stopped { until, ask_at } => {
+                Some(*until.min(ask_at))
+            }
+            State::Transfer { until, ask_at, heard, .. } => {
+                Some(heard.plus_ms(wait::HEARD_MS).min(*until).min(*ask_at))
+            }
+            State::Starting { ask_at, .. } | State::Resuming { ask_at } => Some(*ask_at),
+            State::Over => None,
+        };
+        own.map(|t| self.left_at().map_or(t, |left| left.min(t)))
+    }
+}

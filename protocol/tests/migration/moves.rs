@@ -1,0 +1,299 @@
+//! Clusters of two to five VMs move between three to five hosts: all of a team, or none of it.
+
+use std::collections::BTreeSet;
+
+use godwit_protocol::id::{CopyId, Epoch, VmId};
+use godwit_protocol::wire::control::Control;
+use godwit_protocol::wire::migrate::{Body, Phase};
+use godwit_protocol::wire::record::{Cause, Record};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::qemu::Qemu;
+use super::world::{CLUSTER, Event, Faults, Mutant, World, host, vm, voter};
+use super::{catch_mutants, random_events, random_faults, replay_seeds, run_seeds, settle, status};
+
+/// A cluster, its migrations and its faults, all from one number.
+fn random_cluster(seed: u64, mutant: Mutant) -> World {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let nodes = rng.random_range(3..=5);
+    let vms = rng.random_range(2..=5);
+    let voters: &[usize] = match rng.random_range(0..6) {
+        0 => &[0],
+        1 => &[0, 1],
+        2 => &[1, 2, 0],
+        _ => &[0, 1, 2],
+    };
+    let faults = random_faults(&mut rng);
+    let mut world = World::empty(nodes, seed, faults);
+    world.mutant = mutant;
+    let hosts: Vec<usize> = (0..vms).map(|_| rng.random_range(0..nodes)).collect();
+    world.add_cluster(10, &hosts, voters);
+    if mutant == Mutant::MergeBelow {
+        for placed in world.decided.values().next().unwrap().placement.clone() {
+            world.decree(Record {
+                cluster: placed.vm,
+                name: placed.name.clone(),
+                epoch: Epoch(50),
+                voters: vec![voter(0)],
+                placement: vec![placed],
+                departed: Vec::new(),
+                cause: Cause::Joined(CLUSTER),
+            });
+        }
+    }
+    world.boot();
+    for n in 1..=rng.random_range(1..=3_u8) {
+        let start = u64::from(n - 1) * 8000;
+        let stays = if rng.random_bool(0.3) { rng.random_range(0..vms) } else { vms };
+        let to = (0..vms).filter(|k| *k != stays).map(|k| (vm(k), rng.random_range(0..nodes)));
+        let to = to.collect();
+        world.at(start, Event::AskCluster(n, to));
+        random_events(&mut world, &mut rng, n, start);
+    }
+    world
+}
+
+/// Every record that moves copies moves those of a whole team.
+fn together(world: &World) {
+    let records: Vec<&Record> = world.decided.values().filter(|r| r.cluster == CLUSTER).collect();
+    for pair in records.windows(2) {
+        let [old, new] = pair else { continue };
+        let moved = new.placement.iter().filter(|p| old.placement_of(p.vm) != Some(*p));
+        let moved: BTreeSet<VmId> = moved.map(|p| p.vm).collect();
+        assert_eq!(moved.is_empty(), new.cause != Cause::Move, "{new:?}");
+        assert!(
+            moved.is_empty() || world.teams.contains(&moved),
+            "a part of the cluster moved: {moved:?}"
+        );
+    }
+}
+
+fn run_cluster(seed: u64, mutant: Mutant) -> World {
+    let mut world = random_cluster(seed, mutant);
+    world.run(28_000);
+    settle(&mut world);
+    together(&world);
+    world
+}
+
+#[test]
+fn clusters_end_well() {
+    let ends = run_seeds("replay_clusters", 0..3000, run_cluster);
+    for (what, least) in [("moved", 300), ("stayed", 300), ("lost", 5), ("crashes", 400)] {
+        assert!(ends.get(what).is_some_and(|n| *n >= least), "the faults miss: {ends:?}");
+    }
+}
+
+#[test]
+fn more_clusters_end_well() {
+    run_seeds("replay_clusters", 10_000..13_000, run_cluster);
+}
+
+#[test]
+fn replay_clusters() {
+    replay_seeds("replay_clusters", run_cluster);
+}
+
+#[test]
+fn every_mutant_of_a_cluster_is_caught() {
+    let mutants = [
+        (Mutant::CleanRead, "two copies run"),
+        (Mutant::ContEarly, "no decided record names the copy that runs|two copies run"),
+        (Mutant::Unbound, "two copies run"),
+        (Mutant::VoteEarly, "two records for one epoch"),
+        (Mutant::DiscardEarly, "the source copy went before its successor ran"),
+        (Mutant::NoAdoption, "two records for one epoch"),
+        (Mutant::LostReply, "two copies run"),
+        (Mutant::HostOnly, "no decided record names the copy that runs|two copies run"),
+        (Mutant::MergeBelow, "never ends|names another copy"),
+        (Mutant::Alone, "a part of the cluster moved"),
+    ];
+    catch_mutants(&mutants, run_cluster);
+}
+
+/// Three VMs on hosts 0, 0 and 1 of five; all move to hosts 3 and 4.
+fn quiet(seed: u64) -> World {
+    let mut world = World::empty(5, seed, Faults { delay_ms: 20, ..Faults::default() });
+    world.add_cluster(10, &[0, 0, 1], &[0, 1, 2]);
+    world.boot();
+    world
+}
+
+fn ask(world: &mut World) {
+    // The k-th of the others: of 0's that is k + 1.
+    assert!(world.ask_cluster(1, &[(vm(0), 2), (vm(1), 3), (vm(2), 3)]));
+}
+
+fn asked() -> World {
+    let mut world = quiet(1);
+    ask(&mut world);
+    world
+}
+
+fn at(world: &World) -> Vec<usize> {
+    (0..3).filter_map(|k| world.running(vm(k)).map(|(_, at)| at)).collect()
+}
+
+fn loaded(world: &World) -> usize {
+    world.copies.values().filter(|c| c.qemu == Qemu::Loaded).count()
+}
+
+fn says(message: &Control, f: fn(&Body) -> bool) -> bool {
+    matches!(message, Control::Migrate(m) if f(&m.body))
+}
+
+fn cut_off(world: &mut World, i: usize) {
+    for j in (0..world.nodes.len()).filter(|j| *j != i) {
+        world.cut.extend([(i, j), (j, i)]);
+    }
+}
+
+#[test]
+fn three_vms_move_in_one_epoch() {
+    let mut world = asked();
+    settle(&mut world);
+    assert_eq!(at(&world), [3, 4, 4]);
+    assert_eq!(world.decided.len(), 2);
+    let lead = status(&world, 0, 1).unwrap();
+    assert_eq!((lead.phase, lead.members.len(), lead.done_ppm), (Phase::Moved, 3, 1_000_000));
+    assert!(lead.members.iter().all(|m| m.phase == Phase::Moved && m.downtime_us.is_some()));
+    let (stop, resume) = (lead.stop_spread_us.unwrap(), lead.resume_spread_us.unwrap());
+    assert!(stop < 100_000 && resume < 100_000, "{stop} {resume}");
+    assert!(lead.downtime_us.is_some());
+    // Who asked was told.
+    assert_eq!(status(&world, 4, 1).unwrap().phase, Phase::Moved);
+    // And back: host 3 leads now.
+    assert!(world.ask_cluster(2, &[(vm(0), 0), (vm(1), 1), (vm(2), 2)]));
+    settle(&mut world);
+    assert_eq!(at(&world), [0, 1, 2]);
+}
+
+/// Every host that has a part dies before each of its steps in turn, and comes back.
+#[test]
+fn every_crash_point_of_a_cluster_ends_well() {
+    let (mut points, mut moved) = (0, 0);
+    for i in [0, 1, 2, 3, 4] {
+        for after in 1.. {
+            let mut world = quiet(after);
+            world.nodes[i].crash_at = Some(world.nodes[i].steps + after);
+            ask(&mut world);
+            world.run(5000);
+            settle(&mut world);
+            super::moves::together(&world);
+            assert_eq!(at(&world).len(), 3, "node {i} at {after}");
+            moved += usize::from(at(&world) == [3, 4, 4]);
+            if world.nodes[i].start == 0 {
+                break;
+            }
+            points += 1;
+        }
+    }
+    eprintln!("{points} crash points, {moved} moved");
+    assert!(points > 200 && moved > 50 && moved < points);
+}
+
+#[test]
+fn a_lead_that_dies_after_the_stop_is_not_needed() {
+    let mut world = asked();
+    assert!(world.run_until(60_000, |w| loaded(w) == 3));
+    // Host 2 votes, and leads nothing: the proposer needs host 1 and 2.
+    world.crash(0, 100_000);
+    assert!(world.run_until(10_000, |w| at(w) == [3, 4, 4]), "decided without its lead");
+    settle(&mut world);
+    assert_eq!(status(&world, 0, 1).unwrap().phase, Phase::Moved);
+}
+
+#[test]
+fn a_lead_that_dies_before_the_stop_ends_the_move() {
+    let mut world = asked();
+    world.hold = |m| says(m, |b| matches!(b, Body::BallotReady));
+    assert!(world.run_until(60_000, |w| !w.held.is_empty()));
+    world.held.clear();
+    world.crash(0, 300_000);
+    assert!(world.run_until(120_000, |w| w.copies.len() == 3), "nothing is left of it");
+    settle(&mut world);
+    assert_eq!((at(&world), world.decided.len()), (vec![0, 0, 1], 1));
+}
+
+#[test]
+fn one_member_that_does_not_load_keeps_all() {
+    let mut world = asked();
+    // The word of host 4's members never reaches the proposer on host 3.
+    world.hold = |m| says(m, |b| matches!(b, Body::LoadedToo(..)));
+    assert!(world.run_until(60_000, |w| loaded(w) == 3));
+    let stopped = world.now;
+    assert!(world.run_until(30_000, |w| at(w) == [0, 0, 1]), "the stop phase has a deadline");
+    assert!(world.now.ms_since(stopped) < 13_000);
+    settle(&mut world);
+    assert_eq!(at(&world), [0, 0, 1]);
+    let lead = status(&world, 0, 1).unwrap();
+    assert!(lead.phase == Phase::Stayed && lead.cause.contains("stood still"), "{}", lead.cause);
+}
+
+#[test]
+fn a_member_that_does_not_stop_in_time_keeps_all() {
+    let mut world = asked();
+    let stop = |m: &Control| matches!(m, Control::Migrate(m) if matches!(m.body, Body::Stop(_)) && m.vm == vm(2));
+    world.hold = stop;
+    assert!(world.run_until(60_000, |w| w.copies.values().any(|c| c.qemu == Qemu::Stopped)));
+    let stopped = world.now;
+    assert!(world.run_until(30_000, |w| w.decided.len() == 2));
+    assert!(world.now.ms_since(stopped) < 4_000, "long before the deadline of the phase");
+    world.release();
+    settle(&mut world);
+    assert_eq!(at(&world), [0, 0, 1]);
+}
+
+#[test]
+fn a_lead_in_the_minority_is_moved_without() {
+    let mut world = asked();
+    assert!(world.run_until(60_000, |w| loaded(w) == 3));
+    cut_off(&mut world, 0);
+    assert!(world.run_until(30_000, |w| at(w) == [3, 4, 4]));
+    world.run(60_000);
+    settle(&mut world);
+    assert_eq!(at(&world), [3, 4, 4]);
+    assert_eq!(status(&world, 0, 1).unwrap().phase, Phase::Moved);
+}
+
+#[test]
+fn a_proposer_in_the_minority_is_stayed_without() {
+    let mut world = asked();
+    assert!(world.run_until(60_000, |w| loaded(w) == 2));
+    cut_off(&mut world, 3);
+    assert!(world.run_until(60_000, |w| at(w) == [0, 0, 1]));
+    settle(&mut world);
+    assert_eq!(at(&world), [0, 0, 1]);
+}
+
+#[test]
+fn a_member_that_is_switched_off_moves_by_the_record() {
+    let mut world = World::empty(4, 1, Faults { delay_ms: 20, ..Faults::default() });
+    world.add_cluster(10, &[0, 1], &[0, 1, 2]);
+    let mut record = world.decided.values().next().unwrap().clone();
+    let copy = CopyId([99; 16]);
+    record.placement.push(super::world::placed(vm(2), 1, copy));
+    record.placement[2].off = true;
+    world.decided.clear();
+    world.decree(record);
+    world.boot();
+    assert!(world.ask_cluster(1, &[(vm(0), 2), (vm(2), 2)]));
+    settle(&mut world);
+    let newest = world.decided.values().next_back().unwrap();
+    let off = newest.placement_of(vm(2)).unwrap();
+    assert_eq!((off.host, off.copy, off.off), (host(3), copy, true));
+    assert!(!newest.names(vm(2), host(3), copy), "no copy of it may run");
+    assert_eq!((world.running(vm(0)).unwrap().1, world.running(vm(1)).unwrap().1), (3, 1));
+}
+
+#[test]
+fn a_change_of_the_record_ends_a_move_and_nobody_is_lost() {
+    let mut world = asked();
+    assert!(world.run_until(60_000, |w| loaded(w) >= 1));
+    // Somebody else's view: host 2 lets a member leave.
+    world.act(2, |core, now| core.release(now, CLUSTER, &[vm(2)], false)).unwrap().unwrap();
+    settle(&mut world);
+    assert_eq!(at(&world).len(), 3);
+    super::clusters::owned_once(&world);
+}
