@@ -69,6 +69,11 @@ impl Member {
         self.stand.as_ref().and_then(|s| s.figures)
     }
 
+    /// Its source was heard, and not that its guest was stopped.
+    fn runs_on(&self) -> bool {
+        self.stand.is_some() && matches!(self.phase(), Phase::Preparing | Phase::Transfer)
+    }
+
     fn is_over(&self) -> bool {
         self.off || self.forgotten || self.phase().is_end()
     }
@@ -216,7 +221,7 @@ impl Lead {
     /// Gives up before anybody was told to stop.
     fn give_up(&mut self, cause: String, out: &mut Vec<Action>) {
         for m in self.members.iter().filter(|m| !m.off) {
-            out.push(self.tell(m.from, m.vm, Body::NoLead));
+            out.push(self.tell(m.from, m.vm, Body::Cancel(clip(cause.clone()))));
         }
         self.end(Phase::Stayed, cause, out);
     }
@@ -376,7 +381,7 @@ impl Lead {
             }
             State::Stopping { stopped_by, .. } if now >= *stopped_by => {
                 *stopped_by = Time(u64::MAX);
-                if self.members.iter().any(|m| m.phase() == Phase::Transfer) {
+                if self.members.iter().any(Member::runs_on) {
                     out.push(Action::Resolve("not all members stopped in time".into()));
                 }
             }

@@ -126,7 +126,7 @@ pub enum Body {
     PrepareBallot(Vec<Seat>),
     /// The answer: a majority has promised; stop when you like.
     BallotReady,
-    /// Source to destination: gave up before the stop; forget the reservation.
+    /// Source to destination, lead to source: gave up before the stop; forget the reservation.
     Cancel(String),
     /// Destination to source: gave up before *loaded*; it will never run this copy.
     Failed(String),

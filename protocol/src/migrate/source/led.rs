@@ -28,7 +28,10 @@ pub struct Ordered {
 
 /// Whether it is a lead that says this.
 pub(super) fn is_lead_s(body: &Body) -> bool {
-    matches!(body, Body::Order { .. } | Body::How { .. } | Body::Stop(_) | Body::NoLead)
+    matches!(
+        body,
+        Body::Order { .. } | Body::How { .. } | Body::Stop(_) | Body::Cancel(_) | Body::NoLead
+    )
 }
 
 impl Source {
@@ -99,18 +102,20 @@ impl Source {
                 self.tell_lead(out);
             }
             Body::Order { .. } => self.tell_lead(out),
-            Body::NoLead => self.on_no_lead(out),
+            Body::Cancel(cause) => self.on_no_lead(cause, out),
+            Body::NoLead => {
+                self.on_no_lead("the lead of the cluster's migration forgot it".into(), out);
+            }
             _ => {}
         }
     }
 
-    fn on_no_lead(&mut self, out: &mut Vec<Action>) {
-        let cause = "the lead of the cluster's migration forgot it";
+    fn on_no_lead(&mut self, cause: String, out: &mut Vec<Action>) {
         match self.state {
             State::Describing { .. } | State::Preparing { .. } | State::Transfer { .. } => {
-                self.give_up(cause.into(), out);
+                self.give_up(cause, out);
             }
-            State::Stopped { .. } => out.push(Action::Resolve(cause.into())),
+            State::Stopped { .. } => out.push(Action::Resolve(cause)),
             State::Starting { .. } | State::Resuming { .. } | State::Over => {}
         }
     }
