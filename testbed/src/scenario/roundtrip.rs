@@ -38,20 +38,24 @@ struct World {
     db: Guest,
 }
 
-/// Runs it.
-pub fn roundtrip() -> Result<Value> {
-    let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
+/// Three nodes whose QEMUs are watched. They keep nothing of a move: the next one would be so short
+/// that neither a deadline nor a cut could strike within it.
+fn watched_swarm() -> Result<(Swarm, QemuWatch)> {
     let mut qemus = None;
     let swarm = Swarm::up(&LabConfig::demo(LAB), |node| {
         let watch = qemus.get_or_insert_with(|| QemuWatch::start(&run_dir(LAB).join("qemus")));
         if let Ok(watch) = watch {
             node.arg("--qemu").arg(&watch.program().display().to_string());
         }
-        // What is kept of a move would make the next one so short that neither a deadline nor a cut
-        // could strike within it.
         node.arg("--keep-bytes").arg("0");
     })?;
-    let qemus = qemus.context("a lab without hosts")??;
+    Ok((swarm, qemus.context("a lab without hosts")??))
+}
+
+/// Runs it.
+pub fn roundtrip() -> Result<Value> {
+    let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
+    let (swarm, qemus) = watched_swarm()?;
     let disk = swarm.lab.dir().join("shared.img");
     std::fs::File::create(&disk)?.set_len(16 << 20)?;
     let plan = GuestPlan { disks: vec![SpecDisk::shared(disk)], ..GuestPlan::new("web", 5, 256) };
