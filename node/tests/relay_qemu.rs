@@ -28,6 +28,8 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{sleep, timeout};
 
+/// The last word of a source that gives up may not get through: then its silence tells.
+const SILENCE: Duration = Duration::from_secs(15);
 const RAM: u64 = 128 << 20;
 const WAIT: Duration = Duration::from_secs(60);
 
@@ -184,7 +186,7 @@ async fn sessions(dir: &Path, memory: &File) -> (SourceHandle, DestHandle) {
         layout: Layout::new(RAM, &[]).unwrap(),
         settle: None,
         migration,
-        silence_deadline: WAIT,
+        silence_deadline: SILENCE,
         load_deadline: WAIT,
     })
     .unwrap();
