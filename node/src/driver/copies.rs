@@ -63,7 +63,8 @@ pub(super) struct Copies {
     promised: Mutex<BTreeMap<CopyId, u64>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks, also if a thread panicked while it held the lock: what is guarded is whole between calls.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

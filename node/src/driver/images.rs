@@ -7,14 +7,14 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::layout::{Layout, Place};
 use godwit_protocol::id::{CopyId, VmId};
 use godwit_protocol::limits::CHUNK_BYTES;
 
-use super::copies::Copy;
+use super::copies::{Copy, lock};
 use super::node::Node;
 use super::{bulk, hold, mirrors};
 use crate::nbd::Client;
@@ -65,10 +65,6 @@ struct Disk {
     written: AtomicU64,
     /// A fault that the lab asked for: the first block written is altered.
     altered: AtomicBool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Disk {

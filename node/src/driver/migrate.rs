@@ -18,7 +18,6 @@ use super::copies::Copy;
 use super::node::{Node, random};
 use super::{boot, timeline};
 use crate::api::types::{ApiError, Done, Event, Migration};
-use crate::vmm::ResolvedSpec;
 
 /// A request as it reached the lead.
 pub(super) struct Wanted {
@@ -44,8 +43,7 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
     let copy = node.copies.running(w.vm).ok_or("the VM does not run on this host any more")?;
     let record = core.record_of(w.vm).cloned().ok_or("this host holds no record of the VM")?;
     let name = &copy.spec.name;
-    copy.spec.check_movable().map_err(|e| e.to_string())?;
-    node.caps.check_migration().map_err(|e| e.to_string())?;
+    let spec = described(node, &copy)?;
     let others: Vec<_> = node
         .net
         .members()
@@ -67,20 +65,22 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
     }
     let mut status = Status::new(w.id, w.vm, name.clone(), node.me, w.from, &record);
     status.ram_bytes = copy.spec.memory;
-    let spec = spec_now(&copy).encode().map_err(|e| e.to_string())?;
     let begin = Begin { status, record, copy: copy.id, spec, options: w.options, candidates };
     core.request(now, begin)
 }
 
-/// The spec with what its disks take by now: they were empty when the VM was made.
-fn spec_now(copy: &Copy) -> ResolvedSpec {
+/// What a destination has to know of a VM that can move, with what its disks take by now: they were
+/// empty when it was made.
+pub(super) fn described(node: &Node, copy: &Copy) -> Result<Vec<u8>, String> {
+    copy.spec.check_movable().map_err(|e| e.to_string())?;
+    node.caps.check_migration().map_err(|e| e.to_string())?;
     let mut spec = copy.spec.clone();
     for disk in spec.disks.iter_mut().filter(|disk| disk.moves()) {
         if let Err(error) = disk.measure() {
             tracing::warn!(disk = disk.id, %error, "an image cannot be measured");
         }
     }
-    spec
+    spec.encode().map_err(|e| e.to_string())
 }
 
 /// What this node tells others of itself.

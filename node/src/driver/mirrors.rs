@@ -8,8 +8,8 @@
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use godwit_protocol::chunk::layout::DiskSpace;
@@ -17,7 +17,7 @@ use godwit_protocol::migrate::wait;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
-use super::copies::Copy;
+use super::copies::{Copy, lock};
 use crate::nbd::{self, BlockSize, Client, Export, Extent};
 use crate::relay::{ImageReader, Inlet};
 use crate::vmm::{Mirror, MirrorParams, Qemu, ResolvedDisk};
@@ -91,8 +91,8 @@ struct Target {
 }
 
 impl Target {
-    fn image(&self) -> std::sync::MutexGuard<'_, Client> {
-        self.image.lock().unwrap_or_else(PoisonError::into_inner)
+    fn image(&self) -> MutexGuard<'_, Client> {
+        lock(&self.image)
     }
 }
 
@@ -149,7 +149,7 @@ pub(super) struct Copied {
 /// The mirrors of one migration.
 pub(super) struct Mirrors {
     qemu: Qemu,
-    disks: Vec<ResolvedDisk>,
+    images: Images,
     inlets: Vec<Arc<Inlet>>,
     servers: Vec<JoinHandle<()>>,
     streams: Streams,
@@ -161,7 +161,7 @@ type Streams = Arc<Mutex<Vec<UnixStream>>>;
 impl Drop for Mirrors {
     fn drop(&mut self) {
         self.servers.iter().for_each(JoinHandle::abort);
-        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for stream in lock(&self.streams).drain(..) {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -171,25 +171,27 @@ impl Mirrors {
     /// Starts to copy every disk.
     pub async fn start(
         copy: &Copy,
-        images: &Images,
+        images: Images,
         inlets: &[Arc<Inlet>],
         speed: u64,
     ) -> Result<Self, String> {
         let mut this = Self {
             qemu: copy.qemu(),
-            disks: images.disks.clone(),
+            images,
             inlets: inlets.to_vec(),
             servers: Vec::new(),
             streams: Streams::default(),
         };
-        for (disk, inlet) in images.disks.iter().zip(inlets) {
+        for (disk, inlet) in this.images.disks.iter().zip(inlets) {
             if disk.backing.is_empty() {
-                note_content(images.client(disk).await?, Arc::clone(inlet)).await?;
+                note_content(this.images.client(disk).await?, Arc::clone(inlet)).await?;
             }
             let socket = copy.dir.join(format!("mirror-{}.sock", disk.id));
-            let target =
-                Target { inlet: Arc::clone(inlet), image: Mutex::new(images.client(disk).await?) };
-            this.serve(&socket, &disk.id, target)?;
+            let target = Target {
+                inlet: Arc::clone(inlet),
+                image: Mutex::new(this.images.client(disk).await?),
+            };
+            this.servers.push(serve(&this.streams, &socket, &disk.id, target)?);
             let params = MirrorParams {
                 disk: &disk.id,
                 socket: &socket,
@@ -202,40 +204,14 @@ impl Mirrors {
         Ok(this)
     }
 
-    fn serve(&mut self, socket: &PathBuf, name: &str, target: Target) -> Result<(), String> {
-        let _ = std::fs::remove_file(socket);
-        let listener =
-            UnixListener::bind(socket).map_err(|e| format!("{}: {e}", socket.display()))?;
-        let (target, streams) = (Arc::new(target), Arc::clone(&self.streams));
-        let name = name.to_owned();
-        self.servers.push(tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let Ok(stream) = stream.into_std() else { continue };
-                let both = stream.set_nonblocking(false).and_then(|()| stream.try_clone());
-                let Ok(other) = both else { continue };
-                streams.lock().unwrap_or_else(PoisonError::into_inner).push(other);
-                let (target, name) = (Arc::clone(&target), name.clone());
-                let serve = move || {
-                    if let Err(error) = nbd::serve(stream, &name, &*target) {
-                        tracing::debug!(disk = name, %error, "a mirror's connection ended");
-                    }
-                };
-                if std::thread::Builder::new().name("mirror".into()).spawn(serve).is_err() {
-                    return;
-                }
-            }
-        }));
-        Ok(())
-    }
-
     /// How far they are; an error if one failed.
     pub async fn copied(&self) -> Result<Copied, String> {
-        if self.disks.is_empty() {
+        if self.images.disks.is_empty() {
             return Ok(Copied { ready: true, ..Copied::default() });
         }
         let mirrors = self.qemu.mirror_status().await.map_err(|e| e.to_string())?;
         let mut all = Copied { ready: true, ..Copied::default() };
-        for disk in &self.disks {
+        for disk in &self.images.disks {
             let mirror = mirrors.iter().find(|mirror| mirror.disk == disk.id);
             let Some(mirror) = mirror else {
                 return Err(format!("the copy of {} ended by itself", disk.id));
@@ -256,19 +232,49 @@ impl Mirrors {
 
     /// The guest stands still: ends the mirrors, so that the relay has every byte, and the images'
     /// exports, so that QEMU can give the disks away.
-    pub async fn finish(&self, images: &Images) -> Result<(), String> {
-        for disk in &self.disks {
+    pub async fn finish(&self) -> Result<(), String> {
+        for disk in &self.images.disks {
             self.qemu.mirror_finish(&disk.id, FINISH).await.map_err(|e| e.to_string())?;
         }
         let inlets = self.inlets.clone();
         let finish = move || inlets.iter().try_for_each(|inlet| inlet.finish(FINISH));
         let finished = tokio::task::spawn_blocking(finish).await.map_err(|e| e.to_string())?;
         finished.map_err(|e| format!("reading the disks at the source: {e}"))?;
-        for disk in &images.disks {
+        for disk in &self.images.disks {
             self.qemu.nbd_unexport(&disk.id).await.map_err(|e| e.to_string())?;
         }
         self.qemu.nbd_stop().await.map_err(|e| e.to_string())
     }
+}
+
+/// Serves one disk's mirror until it is aborted.
+fn serve(
+    streams: &Streams,
+    socket: &Path,
+    name: &str,
+    target: Target,
+) -> Result<JoinHandle<()>, String> {
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).map_err(|e| format!("{}: {e}", socket.display()))?;
+    let (target, streams) = (Arc::new(target), Arc::clone(streams));
+    let name = name.to_owned();
+    Ok(tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(stream) = stream.into_std() else { continue };
+            let both = stream.set_nonblocking(false).and_then(|()| stream.try_clone());
+            let Ok(other) = both else { continue };
+            lock(&streams).push(other);
+            let (target, name) = (Arc::clone(&target), name.clone());
+            let serve = move || {
+                if let Err(error) = nbd::serve(stream, &name, &*target) {
+                    tracing::debug!(disk = name, %error, "a mirror's connection ended");
+                }
+            };
+            if std::thread::Builder::new().name("mirror".into()).spawn(serve).is_err() {
+                return;
+            }
+        }
+    }))
 }
 
 /// Why a mirror does not go on, in QEMU's words.

@@ -45,7 +45,6 @@ const SWITCHOVER: Duration = Duration::from_secs(10);
 pub(super) struct Sending {
     copy: Arc<Copy>,
     session: Arc<SourceHandle>,
-    images: Images,
     mirrors: Arc<Mirrors>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -83,13 +82,13 @@ impl Worker {
         let finished = std::mem::replace(&mut session.finished, tokio::spawn(pending()));
         let session = Arc::new(session);
         let speed = options.disk_bandwidth_bytes_per_s;
-        let mirrors = Arc::new(Mirrors::start(&copy, &images, session.inlets(), speed).await?);
+        let mirrors = Arc::new(Mirrors::start(&copy, images, session.inlets(), speed).await?);
         let tasks = vec![
             self.watch_figures(&session, &copy, &mirrors),
             self.watch_end(finished),
             self.stream_when_copied(&copy, socket, &mirrors),
         ];
-        self.sending = Some(Sending { copy, session, images, mirrors, tasks });
+        self.sending = Some(Sending { copy, session, mirrors, tasks });
         Ok(())
     }
 
@@ -180,7 +179,7 @@ impl Worker {
         if sending.copy.spec.moving().next().is_some() {
             qemu.wait_pre_switchover(SWITCHOVER).await.map_err(|e| e.to_string())?;
             hold::at("mirrored").await;
-            sending.mirrors.finish(&sending.images).await?;
+            sending.mirrors.finish().await?;
             qemu.migrate_continue().await.map_err(|e| e.to_string())?;
         }
         Ok(at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0)))

@@ -12,7 +12,7 @@ use super::copies::Copy;
 use super::destination::Receiving;
 use super::node::{Node, wall_us};
 use super::source::Sending;
-use super::{hold, images, wires};
+use super::{hold, images, migrate, wires};
 
 /// Effects that may wait at one worker. A migration has few at a time.
 const EFFECTS: usize = 32;
@@ -114,10 +114,7 @@ impl Worker {
     fn describe(&self) -> Result<(Vec<u8>, u64), String> {
         let copy = self.node.copies.running(self.vm);
         let copy = copy.ok_or("the VM does not run on this host any more")?;
-        copy.spec.check_movable().map_err(|e| e.to_string())?;
-        self.node.caps.check_migration().map_err(|e| e.to_string())?;
-        let spec = copy.spec.encode().map_err(|e| e.to_string())?;
-        Ok((spec, copy.spec.memory))
+        Ok((migrate::described(&self.node, &copy)?, copy.spec.memory))
     }
 
     /// A decided record names this copy: its guest may run.
