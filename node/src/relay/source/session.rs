@@ -38,6 +38,9 @@ const NEAR_US: u64 = 3000;
 const BELIEVE_BYTES: u64 = 16 << 20;
 /// A connection on which nothing was heard for so long is given up.
 const SILENCE: Duration = Duration::from_secs(8);
+/// How long the answer to the first hello is waited for: an end that is near is known by then, a
+/// far one has nothing to tell, and the round trip would be lost.
+const FIRST_ANSWER: Duration = Duration::from_micros(2 * NEAR_US);
 /// How long connecting and the first answer may take together.
 const CONNECT: Duration = Duration::from_secs(10);
 /// What is read from QEMU after its first pass, in time of the link beyond a round trip, and at least.
@@ -126,6 +129,10 @@ pub(super) struct Session {
     meter: Arc<Meter>,
     began: Instant,
     best_rtt_us: u64,
+    /// When the first hello was said, until it is answered.
+    unanswered: Option<Instant>,
+    /// Whether a destination was ever spoken to.
+    greeted: bool,
 }
 
 impl Session {
@@ -146,6 +153,8 @@ impl Session {
             meter,
             began: Instant::now(),
             best_rtt_us: u64::MAX,
+            unanswered: None,
+            greeted: false,
         }
     }
 
@@ -259,13 +268,22 @@ impl Session {
         if conn.outgoing.send(hello.into()).await.is_err() {
             return Ok(None);
         }
-        match conn.incoming.recv().await {
+        self.unanswered = None;
+        let answer = if self.greeted {
+            conn.incoming.recv().await
+        } else {
+            self.greeted = true;
+            let Ok(answer) = timeout(FIRST_ANSWER, conn.incoming.recv()).await else {
+                self.unanswered = Some(said);
+                self.go_on(0, 0);
+                return Ok(Some(conn));
+            };
+            answer
+        };
+        match answer {
             Some(Ok(Frame { head: Head::Welcome { placed, opaque }, .. })) => {
                 self.note_rtt(said.elapsed().as_micros() as u64);
-                let near = self.best_rtt_us <= NEAR_US;
-                self.exchange.levels.expect(near, self.params.bandwidth);
-                self.follow_link();
-                self.exchange.resume(placed, opaque);
+                self.go_on(placed, opaque);
                 Ok(Some(conn))
             }
             Some(Ok(Frame { head: Head::Failed { cause }, .. })) => Err(RelayError::Peer(cause)),
@@ -275,6 +293,14 @@ impl Session {
             Some(Err(cause)) => Err(cause),
             None => Ok(None),
         }
+    }
+
+    /// Goes on from what the destination has.
+    fn go_on(&mut self, placed: u32, opaque: u64) {
+        let near = self.best_rtt_us <= NEAR_US;
+        self.exchange.levels.expect(near, self.params.bandwidth);
+        self.follow_link();
+        self.exchange.resume(placed, opaque);
     }
 
     async fn serve(
@@ -327,6 +353,12 @@ impl Session {
         if let Head::Pong { stamp } = frame.head {
             let now = self.began.elapsed().as_micros() as u64;
             self.note_rtt(now.saturating_sub(stamp).max(1));
+            return Ok(false);
+        }
+        if let Head::Welcome { placed: 0, opaque: 0 } = frame.head
+            && let Some(said) = self.unanswered.take()
+        {
+            self.note_rtt(said.elapsed().as_micros() as u64);
             return Ok(false);
         }
         self.exchange.heard(frame)
