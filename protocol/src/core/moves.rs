@@ -342,6 +342,8 @@ impl Core {
         for action in actions {
             match action {
                 Action::Persist(moving) => {
+                    // What was measured so far outlives the node, too.
+                    self.persist_status(&status);
                     let value = Value::Moving(moving);
                     self.out.push_back(Command::Persist(Key::Moving(id), Some(value)));
                 }

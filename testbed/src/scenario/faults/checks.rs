@@ -79,6 +79,9 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
         format!("sent {} and received {} times", starts[0], starts[1]),
     );
     check(!goes_on || zeros < 1.5, format!("zero pages crossed {zeros:.1} times"));
+    let chunks = ["chunks_zero", "chunks_known", "chunks_literal"].map(|key| shown[key].as_u64());
+    let crossed: u64 = chunks.iter().flatten().sum();
+    check(outcome != "moved" || crossed > 0, "moved, but what crossed is forgotten".to_owned());
     check(!case.back_first || outcome == "stayed", format!("{outcome}, decided twice?"));
     check(facts.ended_ms <= END.as_millis() as u64, format!("ended after {} ms", facts.ended_ms));
     let straight = match outcome.as_str() {
@@ -107,7 +110,7 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
         "pages_corrupt": facts.verified.as_ref().map(|v| v.pages_corrupt),
         "transfers": starts,
         "zero_passes": zeros,
-        "chunks": [shown["chunks_zero"], shown["chunks_known"], shown["chunks_literal"]],
+        "chunks": chunks,
         "frames": left.len(),
         "frames_left_from": order,
         "runs_on": running,
