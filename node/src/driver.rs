@@ -23,6 +23,7 @@ mod images;
 mod migrate;
 mod mirrors;
 mod node;
+mod ports;
 mod restart;
 mod source;
 mod throttle;

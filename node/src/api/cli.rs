@@ -181,8 +181,8 @@ fn request(command: &Command) -> Result<Request, ApiError> {
         Command::Routes => Request::Routes {},
         Command::Status => Request::Status {},
         Command::Wires => Request::WireInfo {},
-        Command::Wire { command: WireCommand::Port { wire, mac } } => {
-            Request::WirePort { wire: wire.clone(), mac: mac.clone() }
+        Command::Wire { command: WireCommand::Port { wire, mac, remove } } => {
+            Request::WirePort { wire: wire.clone(), mac: mac.clone(), remove: *remove }
         }
         Command::Init(_)
         | Command::Join(_)

@@ -109,12 +109,15 @@ pub enum Request {
     /// What this node is. Answer: [`NodeStatus`].
     Status {},
     /// Connect something that is no VM (a physical port, a test) to a wire of this host: its address
-    /// is told to the other hosts. Answer: [`WireStatus`].
+    /// is told to the other hosts, also after a restart. Answer: [`WireStatus`].
     WirePort {
         /// The wire; made if it is not there.
         wire: Name,
         /// The Ethernet address behind the port.
         mac: String,
+        /// Forget it instead.
+        #[serde(default)]
+        remove: bool,
     },
     /// The wires of this host. Answer: `Vec<`[`WireStatus`]`>`.
     WireInfo {},

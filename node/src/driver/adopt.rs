@@ -16,11 +16,12 @@ use godwit_protocol::migrate::{Moving, Role};
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::migrate::Status;
 use godwit_protocol::wire::record::{self, Record};
+use godwit_protocol::wire::route::Nic;
 use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
-use super::{boot, images, mirrors, wires};
+use super::{boot, images, mirrors, ports, wires};
 use crate::store::Hard;
 use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy};
 
@@ -32,6 +33,7 @@ pub(super) struct Saved {
     votes: BTreeMap<VmId, Votes>,
     moving: Vec<Moving>,
     statuses: Vec<Status>,
+    ports: Vec<Nic>,
 }
 
 impl Saved {
@@ -42,6 +44,7 @@ impl Saved {
             votes: votes.into_iter().map(|v| (v.decided().cluster, v)).collect(),
             moving: read(hard, b"moving/")?,
             statuses: read(hard, b"status/")?,
+            ports: read(hard, ports::KEYS)?,
         })
     }
 
@@ -83,7 +86,9 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     end_superseded(node, &saved, &mut living).await?;
     for copy in living.values() {
         node.copies.insert(Arc::clone(copy));
-        wires::adopt(node, copy).await;
+        for nic in &copy.spec.nics {
+            wires::adopt(node, &nic.wire).await;
+        }
         if copy.ran() && !saved.binds(copy.id) {
             // What an unfinished migration of the last daemon left.
             mirrors::clear(copy).await;
@@ -115,6 +120,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         statuses: saved.statuses,
     };
     let mut core = Core::new(node.now(), config);
+    ports::adopt(node, &mut core, saved.ports).await;
     for (epoch, named, copy) in unbound {
         if !named && !copy.qemu().run_state().await.is_ok_and(|s| s.running) {
             continue; // Until the record is known that says whether it may.

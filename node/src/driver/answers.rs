@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::node::{self, DriverError, Node};
-use super::{boot, migrate, wires};
+use super::{boot, migrate, ports, wires};
 use crate::api::server::Listener;
 use crate::api::types::{
     ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token, WireStatus,
@@ -112,7 +112,9 @@ async fn answer(
         }
         Request::Status {} => value(status(node)),
         Request::WireInfo {} => value(wire_info(node).await),
-        Request::WirePort { wire, mac } => value(wires::port(node, &wire, &mac).await?),
+        Request::WirePort { wire, mac, remove } => {
+            value(ports::set(node, &wire, &mac, remove).await?)
+        }
     }
 }
 

@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use godwit_protocol::id::{CopyId, Epoch, HostId, Mac, Name, VmId};
-use godwit_protocol::wire::route::{Kind, Nic, Route};
+use godwit_protocol::id::{Epoch, HostId, Mac, Name, VmId};
+use godwit_protocol::wire::route::Route;
 use tokio::sync::mpsc;
 
 use super::boot;
@@ -56,14 +56,12 @@ pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError
     Ok(())
 }
 
-/// After a restart: the kernel still has what the running guest uses.
-pub(super) async fn adopt(node: &Arc<Node>, copy: &Arc<Copy>) {
-    for nic in &copy.spec.nics {
-        let adopted = node.links.ensure_wire(&nic.wire).await;
-        node.carry(&nic.wire);
-        if let Err(error) = adopted {
-            tracing::error!(wire = %nic.wire, %error, "cannot take the wire up");
-        }
+/// After a restart: the kernel still has what this host uses of the wire.
+pub(super) async fn adopt(node: &Node, wire: &Name) {
+    let adopted = node.links.ensure_wire(wire).await;
+    node.carry(wire);
+    if let Err(error) = adopted {
+        tracing::error!(%wire, %error, "cannot take the wire up");
     }
 }
 
@@ -243,30 +241,6 @@ impl Node {
             _ => Where::Tunnel,
         }
     }
-}
-
-/// Connects an address that is no VM's to a wire of this host: a route of its own, with an id made
-/// from wire and address, so that the same port named twice is one.
-pub(super) async fn port(node: &Arc<Node>, wire: &Name, mac: &str) -> Result<WireStatus, ApiError> {
-    let digits: String = mac.chars().filter(|c| *c != ':').collect();
-    let mac: Mac = digits.parse().map_err(|_| {
-        ApiError::new(format!("{mac} is no Ethernet address"), "write it as 52:54:00:12:34:56")
-    })?;
-    ensure(node, wire).await?;
-    let hash = blake3::hash(&[b"port/", wire.as_str().as_bytes(), b"/", &mac.0].concat());
-    let mut id = [0; 16];
-    id.copy_from_slice(&hash.as_bytes()[..16]);
-    let name = format!("port-{mac}").parse().map_err(ApiError::plain)?;
-    let (host, nic) = (node.me, Nic { wire: wire.clone(), mac });
-    node.with_core(move |core, now| {
-        let epoch = core.routes().get(VmId(id)).map_or(Epoch(1), |r| r.epoch.next());
-        let nics = vec![nic];
-        let copy = CopyId(id);
-        let (vm, kind) = (VmId(id), Kind::Port);
-        core.announce(now, Route { vm, name, host, copy, epoch, nics, kind, gone: false });
-    })
-    .await?;
-    Ok(status(node, wire).await)
 }
 
 /// What can be told of a wire.

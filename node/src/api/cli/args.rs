@@ -140,6 +140,9 @@ pub enum WireCommand {
         /// The Ethernet address behind the port
         #[arg(long)]
         mac: String,
+        /// Forget the port instead
+        #[arg(long)]
+        remove: bool,
     },
 }
 

@@ -1,0 +1,78 @@
+//! Ports: addresses on a wire that are no VM's (a physical port put into the bridge, a container).
+//!
+//! Owns what this host has of them, across restarts, and the routes that tell of them. A port's route
+//! has an id made from wire and address, so that the same port named twice is one.
+
+use std::sync::Arc;
+
+use godwit_protocol::core::Core;
+use godwit_protocol::id::{CopyId, Epoch, Mac, Name, VmId};
+use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
+use godwit_protocol::time::Time;
+use godwit_protocol::wire::codec;
+use godwit_protocol::wire::route::{Kind, Nic, Route};
+
+use super::node::Node;
+use super::wires;
+use crate::api::types::{ApiError, WireStatus};
+
+/// Where ports are in the hard state.
+pub(super) const KEYS: &[u8] = b"port/";
+
+/// Connects an address that is no VM's to a wire of this host, or forgets it (`gone`).
+pub(super) async fn set(
+    node: &Arc<Node>,
+    wire: &Name,
+    mac: &str,
+    gone: bool,
+) -> Result<WireStatus, ApiError> {
+    let digits: String = mac.chars().filter(|c| *c != ':').collect();
+    let mac: Mac = digits.parse().map_err(|_| {
+        ApiError::new(format!("{mac} is no Ethernet address"), "write it as 52:54:00:12:34:56")
+    })?;
+    wires::ensure(node, wire).await?;
+    let nic = Nic { wire: wire.clone(), mac };
+    let route = Route { gone, ..route(node, nic.clone())? };
+    keep(node, nic, gone).await?;
+    node.with_core(move |core, now| announce(core, now, route)).await?;
+    Ok(wires::status(node, wire).await)
+}
+
+/// The ports that the last daemon had: their wires are taken up and their routes told.
+pub(super) async fn adopt(node: &Node, core: &mut Core, ports: Vec<Nic>) {
+    for nic in ports {
+        wires::adopt(node, &nic.wire).await;
+        match route(node, nic) {
+            Ok(route) => announce(core, node.now(), route),
+            Err(error) => tracing::error!(error = %error.message, "a port is not taken up"),
+        }
+    }
+}
+
+async fn keep(node: &Arc<Node>, nic: Nic, gone: bool) -> Result<(), ApiError> {
+    let (hard, key) = (Arc::clone(&node.hard), [KEYS, &id(&nic)].concat());
+    let value = codec::encode(&nic, CONTROL_MESSAGE_BYTES).map_err(ApiError::plain)?;
+    let put = move || hard.put_many(&[(&key, Some(value.as_slice()).filter(|_| !gone))]);
+    let kept = tokio::task::spawn_blocking(put).await;
+    kept.map_err(ApiError::plain)?.map_err(ApiError::plain)
+}
+
+fn id(nic: &Nic) -> [u8; 16] {
+    let hash = blake3::hash(&[b"port/", nic.wire.as_str().as_bytes(), b"/", &nic.mac.0].concat());
+    let mut id = [0; 16];
+    id.copy_from_slice(&hash.as_bytes()[..16]);
+    id
+}
+
+fn route(node: &Node, nic: Nic) -> Result<Route, ApiError> {
+    let id = id(&nic);
+    let name = format!("port-{}", nic.mac).parse().map_err(ApiError::plain)?;
+    let (vm, copy, host) = (VmId(id), CopyId(id), node.me);
+    let (epoch, nics, kind) = (Epoch(1), vec![nic], Kind::Port);
+    Ok(Route { vm, name, host, copy, epoch, nics, kind, gone: false })
+}
+
+fn announce(core: &mut Core, now: Time, route: Route) {
+    let epoch = core.routes().get(route.vm).map_or(route.epoch, |known| known.epoch.next());
+    core.announce(now, Route { epoch, ..route });
+}
