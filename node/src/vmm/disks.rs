@@ -28,8 +28,6 @@ use super::migration::socket_path;
 use super::process::{ProcessError, Qemu};
 use super::qmp::{COMMAND_DEADLINE, QmpError};
 
-/// Seconds that a mirror waits for its target to come back: a restart of the node.
-const RECONNECT_SECONDS: u64 = 15;
 /// Most bytes of a mirror in flight: what `stop` has to wait for.
 const IN_FLIGHT_BYTES: u64 = 4 << 20;
 /// Up to this size of a disk its mirror tracks writes in blocks of 4 KiB, above in QEMU's 64 KiB: a bit a block.
@@ -204,7 +202,9 @@ impl Qemu {
             "node-name": target(&disk.id),
             "server": { "type": "unix", "path": socket_path(params.socket)? },
             "export": params.export,
-            "reconnect-delay": RECONNECT_SECONDS,
+            // No waiting for a server to come back: QEMU's main loop, and with it the guest's own
+            // disk, would stand still meanwhile, and a node that starts again begins anew.
+            "reconnect-delay": 0,
         });
         let mut mirror = json!({
             "job-id": job(&disk.id),
