@@ -124,10 +124,12 @@ impl Book {
             .unwrap_or_else(|error| json!({"passed": false, "failures": [format!("{error:#}")]}));
         report["case"] = name.into();
         println!("    {report}");
+        if let Some(stage) = &stage {
+            stage.world.keep_logs(name);
+        }
         if report["passed"] != true
             && let Some(stage) = stage.take()
         {
-            stage.world.keep_logs(name);
             match stage.down().context("after a failure") {
                 Ok(seen) => self.close(seen),
                 // Its guest may be gone; what was lost until then is in the case.

@@ -230,15 +230,17 @@ impl World {
         Ok(())
     }
 
-    /// Copies the nodes' logs to `$GODWIT_LAB_LOGS/CASE` if that is set.
+    /// Copies the nodes' logs and what is known of moves to `$GODWIT_LAB_LOGS/CASE` if that is set.
     pub fn keep_logs(&self, case: &str) {
         let Some(dir) = std::env::var_os("GODWIT_LAB_LOGS") else { return };
-        let dir = PathBuf::from(dir).join(case.replace(' ', "-"));
+        let dir = PathBuf::from(dir).join(case.replace([' ', '/'], "-"));
         let copy = || -> Result<()> {
             fs::create_dir_all(&dir)?;
             for node in self.swarm.nodes() {
                 fs::copy(node.log_path(), dir.join(format!("{}.log", node.host().name)))?;
             }
+            let moves = self.swarm.ask(REQUESTER, &["migrations"])?;
+            fs::write(dir.join("migrations.json"), format!("{moves:#}"))?;
             fs::write(dir.join("qemus"), format!("{:#?}", self.qemus.seen()))?;
             Ok(())
         };
