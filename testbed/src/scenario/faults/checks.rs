@@ -84,11 +84,7 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
     check(outcome != "moved" || crossed > 0, "moved, but what crossed is forgotten".to_owned());
     check(!case.back_first || outcome == "stayed", format!("{outcome}, decided twice?"));
     check(facts.ended_ms <= END.as_millis() as u64, format!("ended after {} ms", facts.ended_ms));
-    let straight = match outcome.as_str() {
-        "moved" | "lost" => vec![facts.source.clone(), facts.destination.clone()],
-        _ => vec![facts.source.clone()],
-    };
-    let interleaved = !straight.starts_with(&order) && order != straight[straight.len() - 1..];
+    let interleaved = is_interleaved(facts, &outcome, &order);
     check(!interleaved, format!("frames left from {order:?}"));
     let frames_double = interleaved && double.is_empty();
     check(left.len() >= 10, format!("only {} frames left the guest", left.len()));
@@ -115,6 +111,15 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
         "frames_left_from": order,
         "runs_on": running,
     })
+}
+
+/// Whether frames left from hosts in another order than that in which the guest may have run there.
+fn is_interleaved(facts: &Facts, outcome: &str, order: &[String]) -> bool {
+    let straight = match outcome {
+        "moved" | "lost" => vec![facts.source.clone(), facts.destination.clone()],
+        _ => vec![facts.source.clone()],
+    };
+    !straight.starts_with(order) && *order != straight[straight.len() - 1..]
 }
 
 /// How often the source's QEMU began to send in this case, and how many QEMUs received.
