@@ -5,6 +5,7 @@
 //! Exit codes: 0 done or *moved*, 1 error, 2 wrong usage, 3 *stayed*, 4 *lost*, 130 left by Ctrl-C.
 
 pub mod args;
+mod cluster;
 mod console;
 pub mod human;
 mod migrate;
@@ -139,7 +140,7 @@ async fn dispatch(cli: &Cli, local: &impl Local) -> Result<Answer, ApiError> {
         Command::Migrate(options) => migrate::run(state, options).await,
         Command::Migrations { command: Some(MigrationsCommand::Show { id }) } => {
             let id = find_migration(state, id).await?;
-            timeline::show(call(state, Request::Migrations { id: Some(id) }).await?)
+            timeline::show(state, call(state, Request::Migrations { id: Some(id) }).await?).await
         }
         Command::Abort { id } => {
             let id = find_migration(state, id).await?;
@@ -161,7 +162,9 @@ fn request(command: &Command) -> Result<Request, ApiError> {
         Command::Token { ttl } => Request::Token { ttl_s: ttl.as_secs() },
         Command::Leave => Request::Leave {},
         Command::Hosts => Request::Hosts {},
-        Command::Revoke { host } => Request::Revoke { host: host.clone() },
+        Command::Revoke { host, now } => Request::Revoke { host: host.clone(), now: *now },
+        Command::Drain { undo } => Request::Drain { undo: *undo },
+        Command::Cluster { command } => cluster::request(command)?,
         Command::Vm { command } => match command {
             VmCommand::Run { spec } => read_spec(spec)?,
             VmCommand::List => Request::VmList {},

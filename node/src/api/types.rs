@@ -1,15 +1,20 @@
 //! What is said on the local socket. Owns the forms of requests, events, answers and errors; does
 //! no input or output. A field that people see carries its unit in its name.
 
+mod answers;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use godwit_protocol::id::{CopyId, Epoch, HostId, MigrationId, Name, StoreId, SwarmId, VmId};
-use godwit_protocol::wire::migrate::Status;
-use godwit_protocol::wire::route::Nic;
+use godwit_protocol::id::{MigrationId, Name, VmId};
 use serde::{Deserialize, Serialize};
+
+pub use answers::{
+    ClusterInfo, Console, Done, Drained, HostInfo, ImageInfo, MemberInfo, Migration, NodeStatus,
+    Plan, Planned, RouteInfo, Token, VmInfo, WireStatus,
+};
 
 /// Longest line on the socket, bytes, in either direction.
 pub const LINE_BYTES: usize = 4 << 20;
@@ -48,13 +53,19 @@ pub enum Request {
         /// Name or id.
         vm: String,
     },
-    /// Move a VM. Events: [`Event::Progress`]. Answer: [`Migration`], at its start, or with `wait`
-    /// at its end.
+    /// Move a VM, or a cluster's members together. Events: [`Event::Progress`]. Answer: [`Migration`],
+    /// at its start, or with `wait` at its end; with `dry_run` a [`Plan`].
     Migrate {
-        /// Name or id.
+        /// Name or id of a VM or of a cluster.
         vm: String,
-        /// `HOST`, `site:S` or `auto`.
+        /// `HOST`, `HOST,HOST`, `site:S` or `auto`; empty: only those in `place` move.
         to: String,
+        /// Members that shall go to these hosts, by name or id.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        place: BTreeMap<String, String>,
+        /// Only say where each would go, and what would refuse.
+        #[serde(default)]
+        dry_run: bool,
         /// Answer only when the migration has ended, with progress events until then.
         wait: bool,
         /// Most bytes per second; 0: what the path gives.
@@ -87,10 +98,62 @@ pub enum Request {
         /// How long it can be redeemed, seconds.
         ttl_s: u64,
     },
-    /// Take a member's certificate away, for ever. Answer: [`Done`].
+    /// Take a member's certificate away, for ever, once it votes no more. Answer: [`Done`].
     Revoke {
         /// Name or id.
         host: String,
+        /// At once, whatever runs there and wherever it votes.
+        #[serde(default)]
+        now: bool,
+    },
+    /// This host votes no more and takes no VMs, or does again. Answer: [`Drained`].
+    Drain {
+        /// It does again.
+        undo: bool,
+    },
+    /// Make a cluster of VMs that run, or finish making it. Answer: [`ClusterInfo`].
+    ClusterCreate {
+        /// Its name.
+        cluster: Name,
+        /// Names or ids; the host of the first one leads.
+        vms: Vec<String>,
+        /// The request's id, minted by the client, becomes the cluster's.
+        id: Option<VmId>,
+    },
+    /// All clusters. Answer: `Vec<`[`ClusterInfo`]`>`.
+    ClusterList {},
+    /// One cluster. Answer: [`ClusterInfo`].
+    ClusterShow {
+        /// Name or id.
+        cluster: String,
+    },
+    /// Let a VM join. Answer: [`ClusterInfo`].
+    ClusterAdd {
+        /// Name or id.
+        cluster: String,
+        /// Name or id.
+        vm: String,
+    },
+    /// Let a member go: it runs on by itself. Answer: [`ClusterInfo`].
+    ClusterRemove {
+        /// Name or id.
+        cluster: String,
+        /// Name or id.
+        vm: String,
+    },
+    /// Delete a cluster: its members run on by themselves. Answer: [`Done`].
+    ClusterDelete {
+        /// Name or id.
+        cluster: String,
+    },
+    /// Write a new record, because a majority of the voters is lost for ever. Answer: [`ClusterInfo`].
+    ClusterForce {
+        /// Name or id of the cluster, or of a VM that belongs to none.
+        cluster: String,
+        /// Who wants it, for the record.
+        by: String,
+        /// Why.
+        why: String,
     },
     /// Leave the swarm. Answer: [`Done`].
     Leave {},
@@ -135,37 +198,12 @@ impl Request {
                 Duration::from_secs(own.min(30 * 24 * 3600)) + AFTER_STOP
             }
             Self::ImageAdd { .. } => Duration::from_secs(3600),
-            Self::VmRun { .. } | Self::VmStop { .. } | Self::Leave {} => Duration::from_secs(180),
+            Self::VmRun { .. }
+            | Self::VmStop { .. }
+            | Self::ClusterCreate { .. }
+            | Self::ClusterAdd { .. }
+            | Self::Leave {} => Duration::from_secs(180),
             _ => Duration::from_secs(60),
-        }
-    }
-}
-
-/// The parsed form of `--to`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum To {
-    /// A host by name or id.
-    Host(String),
-    /// Any host of a site.
-    Site(Name),
-    /// Any other host.
-    Auto,
-}
-
-impl std::str::FromStr for To {
-    type Err = ApiError;
-    fn from_str(text: &str) -> Result<Self, ApiError> {
-        if text == "auto" {
-            return Ok(Self::Auto);
-        }
-        let hint = "write --to HOST, --to site:SITE or --to auto";
-        let name = |name: &str| {
-            name.parse::<Name>().map_err(|e| ApiError::new(format!("{name:?}: {e}"), hint))
-        };
-        match text.strip_prefix("site:") {
-            Some(site) => Ok(Self::Site(name(site)?)),
-            None if text.parse::<HostId>().is_ok() => Ok(Self::Host(text.to_owned())),
-            None => Ok(Self::Host(name(text)?.into())),
         }
     }
 }
@@ -229,200 +267,6 @@ impl fmt::Display for ApiError {
 }
 
 impl std::error::Error for ApiError {}
-
-/// Nothing more to say than that it was done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Done {
-    /// One line for people.
-    pub done: String,
-}
-
-/// A one-line token.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Token {
-    /// What the new host types after `godwit join`.
-    pub token: String,
-    /// Until then, seconds since 1970.
-    pub expires_s: u64,
-}
-
-/// A serial console.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Console {
-    /// Path of the unix socket.
-    pub socket: PathBuf,
-}
-
-/// One VM as this node knows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VmInfo {
-    /// Its alias.
-    pub name: Name,
-    /// Its id.
-    pub vm: VmId,
-    /// `running`, `paused`, `moving`, `elsewhere` or `gone`.
-    pub state: String,
-    /// The name of the host that runs it.
-    pub host: String,
-    /// The copy that runs.
-    pub copy: Option<CopyId>,
-    /// The epoch of its newest known record.
-    pub epoch: Epoch,
-    /// Guest memory, bytes; 0: not known here.
-    pub memory_bytes: u64,
-    /// `kvm` or `tcg`; empty: not known here.
-    pub accel: String,
-    /// The machine type of its QEMU; empty: not known here.
-    pub machine: String,
-    /// Process id of its QEMU on this host.
-    pub pid: Option<u32>,
-    /// Its NICs.
-    pub nics: Vec<Nic>,
-    /// More that the VM driver can tell (free form).
-    #[serde(default)]
-    pub detail: BTreeMap<String, serde_json::Value>,
-}
-
-/// One member.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostInfo {
-    /// Its name.
-    pub name: String,
-    /// Its id.
-    pub host: HostId,
-    /// Its site.
-    pub site: String,
-    /// `alive`, `suspect`, `down`, `unknown` or `revoked`.
-    pub state: String,
-    /// Whether it is this node.
-    pub here: bool,
-    /// Where it can be reached.
-    pub addresses: Vec<String>,
-    /// VMs that run there; none: not known.
-    pub vms: Option<u32>,
-    /// Guest memory still to give, bytes; none: not known.
-    pub memory_free_bytes: Option<u64>,
-    /// Round trip of a control message there and back, measured now, microseconds; none: this node, or no answer.
-    pub rtt_us: Option<u64>,
-}
-
-/// One entry of the routing table.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RouteInfo {
-    /// The VM's alias.
-    pub name: Name,
-    /// The VM.
-    pub vm: VmId,
-    /// The name of the host that carries it.
-    pub host: String,
-    /// That host.
-    pub host_id: HostId,
-    /// Since which epoch.
-    pub epoch: Epoch,
-    /// Its NICs.
-    pub nics: Vec<Nic>,
-    /// How frames get there: `local`, `vxlan`, `tunnel` or `none`.
-    pub via: String,
-}
-
-/// One file whose chunks may be used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageInfo {
-    /// Where it is.
-    pub path: PathBuf,
-    /// `image` (named by the operator), `disk` (of a VM on this host), `kept-disk` or `kept-memory` (of
-    /// a VM that moved away or was received in vain).
-    pub kind: String,
-    /// Its length, bytes.
-    pub bytes: u64,
-    /// What it takes on the disk, bytes.
-    pub allocated_bytes: u64,
-    /// `ready`, `indexing` or `dropped: cause`.
-    pub state: String,
-    /// Distinct non-zero chunks that it can produce.
-    pub chunks: u64,
-    /// Whose it was, of what is kept.
-    pub vm: Option<VmId>,
-    /// Until when it is kept, seconds since 1970.
-    pub expires_s: Option<u64>,
-}
-
-/// One wire on this host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WireStatus {
-    /// Its name.
-    pub wire: Name,
-    /// The bridge.
-    pub bridge: String,
-    /// Its MTU, bytes.
-    pub mtu: u32,
-    /// Counters by name.
-    pub counters: BTreeMap<String, u64>,
-}
-
-/// What this node is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NodeStatus {
-    /// Its name.
-    pub name: String,
-    /// Its id.
-    pub host: HostId,
-    /// Its site.
-    pub site: String,
-    /// Its swarm.
-    pub swarm: SwarmId,
-    /// Its hard state.
-    pub store: StoreId,
-    /// The program's version.
-    pub version: String,
-    /// The version of the wire messages.
-    pub wire_version: u16,
-    /// VMs that run here.
-    pub vms: u32,
-    /// More that the driver can tell (free form).
-    #[serde(default)]
-    pub detail: BTreeMap<String, serde_json::Value>,
-}
-
-/// One migration, with the names of its hosts: what progress and results show.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Migration {
-    /// What the two ends know.
-    #[serde(flatten)]
-    pub status: Status,
-    /// The name of the source.
-    pub from_name: String,
-    /// The name of the destination, once one is chosen.
-    pub to_name: Option<String>,
-    /// The name of the node that took the request.
-    pub requested_on_name: String,
-}
-
-impl Migration {
-    /// Adds the hosts' names to a status.
-    pub fn new(status: Status, name: impl Fn(HostId) -> String) -> Self {
-        Self {
-            from_name: name(status.from),
-            to_name: status.to.map(&name),
-            requested_on_name: name(status.requested_on),
-            status,
-        }
-    }
-
-    /// The name of a host of this migration; its first digits if it is none of them.
-    #[must_use]
-    pub fn host_name(&self, host: HostId) -> String {
-        if host == self.status.from {
-            self.from_name.clone()
-        } else if Some(host) == self.status.to {
-            self.to_name.clone().unwrap_or_default()
-        } else if host == self.status.requested_on {
-            self.requested_on_name.clone()
-        } else {
-            host.to_string().chars().take(8).collect()
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests {

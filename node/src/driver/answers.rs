@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use godwit_protocol::membership::State;
 use godwit_protocol::wire::codec::WIRE_VERSION;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::node::{self, DriverError, Node};
-use super::{boot, migrate, ports, wires};
+use super::{boot, clusters, group, leave, migrate, ports, wires};
 use crate::api::server::Listener;
 use crate::api::types::{
     ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token, WireStatus,
@@ -39,10 +40,12 @@ fn value<T: serde::Serialize>(answer: T) -> Result<Value, ApiError> {
 }
 
 /// What a request to move a VM asks for.
-fn asked(request: Request) -> Result<migrate::Asked, ApiError> {
+fn asked(node: &Node, request: Request) -> Result<migrate::Asked, ApiError> {
     let Request::Migrate {
         vm,
         to,
+        place,
+        dry_run: _,
         wait,
         bandwidth_bytes_per_s,
         max_downtime_ms,
@@ -55,7 +58,8 @@ fn asked(request: Request) -> Result<migrate::Asked, ApiError> {
     };
     let options =
         Options { bandwidth_bytes_per_s, max_downtime_ms, deadline_s, disk_bandwidth_bytes_per_s };
-    Ok(migrate::Asked { vm, to, wait, options, id })
+    let target = migrate::target(node, &to)?;
+    Ok(migrate::Asked { vm, target, place, wait, options, id })
 }
 
 async fn answer(
@@ -69,7 +73,21 @@ async fn answer(
         Request::VmShow { vm } => value(boot::show(node, &vm).await?),
         Request::VmStop { vm, kill } => value(boot::stop(node, &vm, kill).await?),
         Request::VmConsole { vm } => value(boot::console(node, &vm).await?),
-        Request::Migrate { .. } => value(migrate::migrate(node, asked(request)?, events).await?),
+        Request::Migrate { dry_run: true, .. } => {
+            let asked = asked(node, request)?;
+            let route = boot::find(node, &asked.vm).await?;
+            value(group::plan(node, &route, &asked).await?)
+        }
+        Request::Migrate { .. } => {
+            value(migrate::migrate(node, asked(node, request)?, events).await?)
+        }
+        Request::ClusterCreate { .. }
+        | Request::ClusterList {}
+        | Request::ClusterShow { .. }
+        | Request::ClusterAdd { .. }
+        | Request::ClusterRemove { .. }
+        | Request::ClusterDelete { .. }
+        | Request::ClusterForce { .. } => of_clusters(node, request).await,
         Request::Migrations { id } => value(migrate::list(node, id).await?),
         Request::Abort { id } => value(migrate::abort(node, id).await?),
         Request::Routes {} => value(routes(node).await?),
@@ -80,11 +98,8 @@ async fn answer(
             let expires_s = node::wall_us() / 1_000_000 + ttl_s;
             value(Token { token, expires_s })
         }
-        Request::Revoke { host } => {
-            let id = migrate::host(node, &host)?;
-            node.net.revoke(id).await.map_err(ApiError::plain)?;
-            value(Done { done: format!("{host} is revoked, for ever") })
-        }
+        Request::Revoke { host, now } => value(leave::revoke(node, &host, now).await?),
+        Request::Drain { undo } => value(leave::drain(node, undo).await?),
         Request::Leave {} => {
             if node.copies.all().iter().any(|c| c.ran()) {
                 return Err(ApiError::new(
@@ -115,6 +130,25 @@ async fn answer(
         Request::WirePort { wire, mac, remove } => {
             value(ports::set(node, &wire, &mac, remove).await?)
         }
+    }
+}
+
+async fn of_clusters(node: &Arc<Node>, request: Request) -> Result<Value, ApiError> {
+    match request {
+        Request::ClusterCreate { cluster, vms, id } => {
+            value(clusters::create(node, cluster, &vms, id).await?)
+        }
+        Request::ClusterList {} => value(clusters::list(node).await?),
+        Request::ClusterShow { cluster } => value(clusters::show(node, &cluster).await?),
+        Request::ClusterAdd { cluster, vm } => value(clusters::add(node, &cluster, &vm).await?),
+        Request::ClusterRemove { cluster, vm } => {
+            value(clusters::remove(node, &cluster, &vm).await?)
+        }
+        Request::ClusterDelete { cluster } => value(clusters::delete(node, &cluster).await?),
+        Request::ClusterForce { cluster, by, why } => {
+            value(clusters::force(node, &cluster, &by, &why).await?)
+        }
+        _ => Err(ApiError::plain("no request about a cluster")),
     }
 }
 
@@ -223,6 +257,7 @@ fn status(node: &Node) -> NodeStatus {
     detail.insert("memory_limit_bytes".into(), json!(node.memory_limit));
     detail.insert("memory_used_bytes".into(), json!(node.copies.used()));
     let (pages, bytes) = node.corpus.size();
+    detail.insert("draining".into(), json!(node.draining.load(Ordering::SeqCst)));
     detail.insert("corpus_chunks".into(), json!(pages));
     detail.insert("corpus_index_bytes".into(), json!(bytes));
     NodeStatus {

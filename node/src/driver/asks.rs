@@ -13,8 +13,8 @@ use godwit_protocol::time::Time;
 use godwit_protocol::wire::control::{Answer, Ask, Control};
 use tokio::sync::oneshot;
 
-use super::migrate;
 use super::node::Node;
+use super::{destination, group, leave, migrate};
 use crate::api::types::ApiError;
 
 /// Questions that may be open at once.
@@ -80,7 +80,21 @@ impl Node {
     }
 }
 
-/// Answers another node's question. Short work is done here, on the core.
+impl Node {
+    /// Asks a host, which may be this one.
+    pub async fn ask_at(self: &Arc<Self>, host: HostId, ask: Ask) -> Result<Answer, ApiError> {
+        if host != self.me {
+            return self.ask(host, ask).await;
+        }
+        let (node, me) = (Arc::clone(self), self.me);
+        match self.with_core(move |core, now| at_once(&node, core, now, me, ask)).await? {
+            Ok(answer) => Ok(answer),
+            Err(ask) => slowly(self, me, ask).await,
+        }
+    }
+}
+
+/// Answers another node's question.
 pub(super) fn answer(
     node: &Arc<Node>,
     core: &mut Core,
@@ -89,27 +103,49 @@ pub(super) fn answer(
     number: u64,
     ask: Ask,
 ) {
-    let taken = |result: Result<(), String>| match result {
+    match at_once(node, core, now, from, ask) {
+        Ok(answer) => reply(node, from, number, answer),
+        Err(ask) => {
+            let node = Arc::clone(node);
+            tokio::spawn(async move {
+                // Fails only when the engine has ended.
+                if let Ok(answer) = slowly(&node, from, ask).await {
+                    reply(&node, from, number, answer);
+                }
+            });
+        }
+    }
+}
+
+fn taken(result: Result<(), String>) -> Answer {
+    match result {
         Ok(()) => Answer::Done,
         Err(cause) => Answer::Refused(cause),
-    };
-    let answer = match ask {
+    }
+}
+
+/// Short work, done on the core; a question that takes longer comes back.
+fn at_once(
+    node: &Arc<Node>,
+    core: &mut Core,
+    now: Time,
+    from: HostId,
+    ask: Ask,
+) -> Result<Answer, Box<Ask>> {
+    Ok(match ask {
+        Ask::Migrate { vm, .. } | Ask::Describe(vm) if core.is_releasing(vm) => {
+            return Err(Box::new(ask));
+        }
+        Ask::Describe(_) | Ask::Fits { .. } => return Err(Box::new(ask)),
         Ask::Migrate { id, vm, target, options } => {
-            let wanted = migrate::Wanted { id, vm, target, options, from };
-            if !core.is_releasing(vm) {
-                taken(migrate::lead(node, core, now, wanted))
-            } else {
-                let node = Arc::clone(node);
-                tokio::spawn(async move {
-                    migrate::settled(&node, vm).await;
-                    let lead = Arc::clone(&node);
-                    let work = move |core: &mut Core, now| migrate::lead(&lead, core, now, wanted);
-                    if let Ok(result) = node.with_core(work).await {
-                        reply(&node, from, number, taken(result));
-                    }
-                });
-                return;
-            }
+            taken(migrate::lead(node, core, now, migrate::Wanted { id, vm, target, options, from }))
+        }
+        Ask::MigrateCluster { id, cluster, members, options } => {
+            let wanted = group::Wanted { id, cluster, members, options, from };
+            taken(match core.newest(cluster).cloned() {
+                Some(record) => core.request_cluster(now, group::begin(node.me, record, wanted)),
+                None => Err("this host holds no record of the cluster".into()),
+            })
         }
         Ask::Abort(id) => taken(core.abort(now, id)),
         Ask::Migrations(id) => Answer::Migrations(
@@ -124,8 +160,31 @@ pub(super) fn answer(
         Ask::Join { vm, cluster } => taken(core.join(now, vm, *cluster)),
         Ask::Release { cluster, vms } => taken(core.release(now, cluster, &vms, false)),
         Ask::Dissolve(cluster) => taken(core.dissolve(now, cluster)),
-    };
-    reply(node, from, number, answer);
+        Ask::Unfit { host, unfit } => leave::unfit(core, now, host, unfit),
+    })
+}
+
+/// Work off the engine.
+async fn slowly(node: &Arc<Node>, from: HostId, ask: Box<Ask>) -> Result<Answer, ApiError> {
+    Ok(match *ask {
+        Ask::Migrate { id, vm, target, options } => {
+            migrate::settled(node, vm).await;
+            let (lead, wanted) =
+                (Arc::clone(node), migrate::Wanted { id, vm, target, options, from });
+            taken(node.with_core(move |core, now| migrate::lead(&lead, core, now, wanted)).await?)
+        }
+        Ask::Describe(vm) => {
+            migrate::settled(node, vm).await;
+            match migrate::describe(node, vm).await {
+                Ok(description) => Answer::Description(description),
+                Err(cause) => Answer::Refused(cause),
+            }
+        }
+        Ask::Fits { spec, beside_bytes } => {
+            taken(destination::would_take(node, &spec, beside_bytes).await)
+        }
+        _ => Answer::Refused("this question makes no sense here".into()),
+    })
 }
 
 fn reply(node: &Node, from: HostId, number: u64, answer: Answer) {

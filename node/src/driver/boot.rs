@@ -12,6 +12,7 @@ use std::time::Duration;
 use godwit_protocol::id::{CopyId, Mac, VmId};
 use godwit_protocol::wire::route::{Kind, Nic, Route};
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::copies::Copy;
 use super::node::{Input, Node, random};
@@ -23,6 +24,9 @@ use crate::vmm::{
 
 /// How long a guest may take to power down before the user is told.
 const POWERDOWN: Duration = Duration::from_secs(60);
+/// How long the record of a VM that has ended may take to say so, and how often it is looked at.
+const ENDED: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(200);
 
 pub(super) fn budget(node: &Node) -> MemoryBudget {
     MemoryBudget { limit: node.memory_limit, used: node.copies.used() }
@@ -92,11 +96,12 @@ pub(super) fn watch(node: &Arc<Node>, copy: &Arc<Copy>) {
 /// `godwit vm run`.
 pub(super) async fn run(node: &Arc<Node>, text: &str) -> Result<VmInfo, ApiError> {
     let spec: VmSpec = text.parse().map_err(ApiError::plain)?;
+    node.takes_vms().map_err(ApiError::plain)?;
     let name = spec.name.clone();
     let taken = node.with_core(move |core, _| core.routes().by_name(&name).is_ok()).await?;
     if taken {
         return Err(ApiError::new(
-            format!("the swarm has a VM called {} already", spec.name),
+            format!("the swarm has a VM or a cluster called {} already", spec.name),
             "choose another name, or stop that one: godwit vm stop",
         ));
     }
@@ -167,9 +172,22 @@ pub(super) async fn find(node: &Arc<Node>, vm: &str) -> Result<Route, ApiError> 
     found.map_err(ApiError::plain)
 }
 
+/// Finds a VM by name or id: no cluster.
+pub(super) async fn find_vm(node: &Arc<Node>, vm: &str) -> Result<Route, ApiError> {
+    let route = find(node, vm).await?;
+    match route.kind {
+        Kind::Vm => Ok(route),
+        Kind::Cluster => {
+            let hint = format!("see godwit cluster show {vm}");
+            Err(ApiError::new(format!("{vm} is a cluster, no VM"), hint))
+        }
+        Kind::Port => Err(ApiError::new(format!("{vm} is no VM"), "see godwit vm list")),
+    }
+}
+
 /// `godwit vm show`.
 pub(super) async fn show(node: &Arc<Node>, vm: &str) -> Result<VmInfo, ApiError> {
-    let route = find(node, vm).await?;
+    let route = find_vm(node, vm).await?;
     info(node, route).await
 }
 
@@ -177,7 +195,7 @@ pub(super) async fn show(node: &Arc<Node>, vm: &str) -> Result<VmInfo, ApiError>
 pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<VmInfo>, ApiError> {
     let routes = node
         .with_core(|core, _| {
-            let shown = |r: &&Route| !r.gone && r.kind != Kind::Cluster;
+            let shown = |r: &&Route| !r.gone && r.kind == Kind::Vm;
             core.routes().iter().filter(shown).cloned().collect::<Vec<_>>()
         })
         .await?;
@@ -209,6 +227,9 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
     if let Some(record) = record {
         let voters: Vec<_> = record.voters.iter().map(|v| node.host_name(v.host)).collect();
         info.detail.insert("voters".into(), json!(voters));
+        if !record.is_lone() {
+            info.detail.insert("cluster".into(), json!(record.name));
+        }
     }
     if let Some(copy) = node.copies.running(vm) {
         let qemu = copy.qemu();
@@ -243,7 +264,7 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
 
 /// The copy of a VM that runs on this host.
 pub(super) async fn local(node: &Arc<Node>, vm: &str) -> Result<Arc<Copy>, ApiError> {
-    let route = find(node, vm).await?;
+    let route = find_vm(node, vm).await?;
     node.copies.running(route.vm).ok_or_else(|| {
         ApiError::new(
             format!("{vm} runs on {}", node.host_name(route.host)),
@@ -257,10 +278,38 @@ pub(super) async fn console(node: &Arc<Node>, vm: &str) -> Result<Console, ApiEr
     Ok(Console { socket: local(node, vm).await?.qemu().console() })
 }
 
-/// `godwit vm stop`: the guest ends, then its record.
+/// Proposes the end of a VM until a record says it: that of a cluster may be changing.
+async fn end_record(node: &Arc<Node>, vm: VmId) -> Result<(), ApiError> {
+    let until = Instant::now() + ENDED;
+    loop {
+        let left = node
+            .with_core(move |core, now| match core.record_of(vm) {
+                Some(record) if record.placement_of(vm).is_some() => Some(core.delete(now, vm)),
+                _ => None,
+            })
+            .await?;
+        match left {
+            None => return Ok(()),
+            Some(Err(cause)) if Instant::now() >= until => return Err(ApiError::plain(cause)),
+            // It is proposed, and not decided for want of voters.
+            Some(Ok(())) if Instant::now() >= until => {
+                let hint = "its guest has ended; see godwit hosts for who is away, then ask again";
+                return Err(ApiError::new("no majority has agreed to its end yet", hint));
+            }
+            Some(_) => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
+/// `godwit vm stop`: the guest ends, then its record. A VM whose QEMU has ended by itself has only that.
 pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done, ApiError> {
+    let route = find_vm(node, vm).await?;
+    let id = route.vm;
+    if node.copies.running(id).is_none() && route.host == node.me {
+        end_record(node, id).await?;
+        return Ok(Done { done: format!("{vm}, which ran no more, is removed") });
+    }
     let copy = local(node, vm).await?;
-    let id = copy.vm();
     if node.with_core(move |core, _| core.is_moving(id)).await? {
         return Err(ApiError::new(
             format!("{vm} is moving"),
@@ -279,7 +328,7 @@ pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done,
     }
     worker::discard(node, copy.id).await;
     node.images.detach_disks(copy.id);
-    node.with_core(move |core, now| core.delete(now, id)).await?.map_err(ApiError::plain)?;
+    end_record(node, id).await?;
     let disks: Vec<_> = copy.spec.moving().map(|d| d.path.display().to_string()).collect();
     let disks = if disks.is_empty() {
         String::new()

@@ -22,6 +22,7 @@ use super::node::Node;
 use crate::net::BulkStream;
 use crate::relay::corpus::Extent;
 use crate::relay::{Connector, Corpus as RelayCorpus, PageSink};
+use crate::store::SourceId;
 use crate::vmm::GuestMemory;
 
 /// How long a new connection may take to say which migration it is for.
@@ -82,7 +83,9 @@ impl Dialled {
 
     /// Dials when a migration from here begins to prepare, forgets it at the end.
     pub fn follow(&self, node: &Node, status: &Status) {
-        let Some(to) = status.to.filter(|_| status.from == node.me) else { return };
+        // A cluster's own migration carries nothing: its members' do.
+        let carries = status.from == node.me && status.members.is_empty();
+        let Some(to) = status.to.filter(|_| carries) else { return };
         if status.phase.is_end() {
             self.lock().remove(&status.id);
         } else if status.phase == Phase::Preparing {
@@ -152,24 +155,50 @@ impl PageSink for Sink {
     }
 }
 
-struct Known(Arc<crate::store::Corpus>);
+struct Known {
+    corpus: Arc<crate::store::Corpus>,
+    /// The memory that is being filled, as far as it is: the members of a cluster have much in common.
+    filled: Option<SourceId>,
+    /// Its pages; disks come behind.
+    pages: u64,
+}
 
-/// What this host can produce, for the relay.
-pub(super) fn corpus(node: &Node) -> Arc<dyn RelayCorpus> {
-    Arc::new(Known(Arc::clone(&node.corpus)))
+impl Drop for Known {
+    fn drop(&mut self) {
+        if let Some(filled) = self.filled {
+            self.corpus.remove(filled);
+        }
+    }
+}
+
+/// What this host can produce, for the relay; what is placed into `copy`'s memory is of use to others at
+/// once.
+pub(super) fn corpus(node: &Node, copy: &Copy) -> Arc<dyn RelayCorpus> {
+    let corpus = Arc::clone(&node.corpus);
+    let memory = Arc::new(Readable(Arc::clone(&copy.memory)));
+    // Without room for one more source, nobody else profits.
+    let filled = corpus.add_memory(memory).ok();
+    Arc::new(Known { corpus, filled, pages: copy.memory.size() / 4096 })
 }
 
 impl RelayCorpus for Known {
     fn has(&self, ids: &[ChunkId]) -> Vec<bool> {
-        ids.iter().map(|id| self.0.has(id)).collect()
+        ids.iter().map(|id| self.corpus.has(id)).collect()
     }
 
     fn read(&self, id: &ChunkId, page: &mut [u8; 4096]) -> bool {
-        self.0.read(id, page)
+        self.corpus.read(id, page)
     }
 
     fn read_extent(&self, id: &ChunkId, extent: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]> {
-        self.0.read_extent(id, extent)
+        self.corpus.read_extent(id, extent)
+    }
+
+    fn learn(&self, contents: &[(u32, ChunkId)]) {
+        let Some(filled) = self.filled else { return };
+        for (page, id) in contents.iter().filter(|(page, _)| u64::from(*page) < self.pages) {
+            self.corpus.learn(filled, id, *page);
+        }
     }
 }
 

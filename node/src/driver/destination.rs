@@ -12,11 +12,12 @@ use godwit_protocol::migrate::Happened;
 use super::boot;
 use super::copies::Copy;
 use super::images::{self, Room};
-use super::node::random;
+use super::node::{Node, random};
 use super::worker::Worker;
 use super::{bulk, hold};
 use crate::relay::dest::feed_blob;
 use crate::relay::{DestHandle, DestParams, DestinationSession};
+use crate::vmm::probe::MemoryBudget;
 use crate::vmm::{Mode, ResolvedSpec, image};
 
 /// The stored device state of a copy that was loaded and not started yet.
@@ -46,6 +47,7 @@ impl Worker {
             return Err("the source's description is of another VM".into());
         }
         let budget = boot::budget(&self.node);
+        self.node.takes_vms()?;
         self.node.caps.check_accepts(&spec, budget).await.map_err(|e| e.to_string())?;
         self.index_memory();
         let id = CopyId(random().map_err(|e| e.to_string())?);
@@ -93,7 +95,7 @@ impl Worker {
         let session = DestinationSession::spawn(DestParams {
             qemu_socket: socket,
             sink: filling.sink,
-            corpus: bulk::corpus(&self.node),
+            corpus: bulk::corpus(&self.node, copy),
             key: ChunkKey(self.node.chunk_key),
             layout: filling.layout,
             settle: filling.settle,
@@ -158,6 +160,19 @@ impl Worker {
         tracing::info!(copy = %id, "built again from its memory and the stored device state");
         Ok(())
     }
+}
+
+/// Whether this host would take a VM of that description, were others with so much memory to come, too.
+/// Nothing is reserved or made.
+pub(super) async fn would_take(node: &Arc<Node>, spec: &[u8], beside: u64) -> Result<(), String> {
+    let spec = ResolvedSpec::decode(spec).map_err(|e| format!("the source's VM: {e}"))?;
+    node.takes_vms()?;
+    let budget = boot::budget(node);
+    let budget = MemoryBudget { used: budget.used.saturating_add(beside), ..budget };
+    node.caps.check_accepts(&spec, budget).await.map_err(|e| e.to_string())?;
+    let node = Arc::clone(node);
+    let room = tokio::task::spawn_blocking(move || images::has_room(&node, &spec)).await;
+    room.map_err(|e| e.to_string())?
 }
 
 async fn until_loaded(

@@ -57,6 +57,15 @@ pub(super) fn make(node: &Node, spec: &ResolvedSpec, copy: CopyId) -> Result<Roo
     Ok(Room { spec, reserved })
 }
 
+/// Whether disks of `spec` that move would find their bases and room here. Makes nothing. Blocks.
+pub(super) fn has_room(node: &Node, spec: &ResolvedSpec) -> Result<(), String> {
+    let dir = &node.options.image_dir;
+    std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    let find = |base: &Backing| node.images.find(&base.blake3, base.bytes);
+    let spec = spec.place(dir, CopyId([0; 16]), find).map_err(|e| e.to_string())?;
+    reserve::check_room(&spec, dir).map_err(|e| e.to_string())
+}
+
 /// One disk as it is filled.
 struct Disk {
     clients: Vec<Mutex<Client>>,

@@ -2,7 +2,9 @@
 //!
 //! Owns the choice of candidates and the way of a request. The lead is the host that runs the VM.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use godwit_protocol::core::Core;
@@ -11,12 +13,13 @@ use godwit_protocol::migrate::source::Begin;
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::control::{Answer, Ask};
 use godwit_protocol::wire::migrate::{Options, Phase, Status, Target};
+use godwit_protocol::wire::route::{Kind, Route};
 use serde_json::json;
 use tokio::sync::{broadcast, mpsc};
 
 use super::copies::Copy;
 use super::node::{Node, random};
-use super::{boot, timeline};
+use super::{boot, group, timeline};
 use crate::api::types::{ApiError, Done, Event, Migration};
 
 /// A request as it reached the lead.
@@ -59,6 +62,10 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
         Target::Host(host) => vec![*host],
         Target::Site(site) => others.iter().filter(|m| m.site == *site).map(|m| m.host).collect(),
         Target::Auto => others.iter().map(|m| m.host).collect(),
+        Target::AnyOf(hosts) if hosts.contains(&node.me) => {
+            return Err(format!("{name} runs on {} already", node.name));
+        }
+        Target::AnyOf(hosts) => hosts.clone(),
     };
     if candidates.is_empty() {
         return Err("no connected host fits the target: see godwit hosts".into());
@@ -83,28 +90,44 @@ pub(super) fn described(node: &Node, copy: &Copy) -> Result<Vec<u8>, String> {
     spec.encode().map_err(|e| e.to_string())
 }
 
+/// What a destination has to know of a VM that runs here.
+pub(super) async fn describe(node: &Arc<Node>, vm: VmId) -> Result<Vec<u8>, String> {
+    let copy = node.copies.running(vm).ok_or("it does not run on this host any more: ask again")?;
+    let node = Arc::clone(node);
+    let described = tokio::task::spawn_blocking(move || described(&node, &copy)).await;
+    described.map_err(|e| e.to_string())?
+}
+
 /// What this node tells others of itself.
 pub(super) fn host_json(node: &Node) -> String {
     json!({
         "vms": node.copies.all().iter().filter(|c| c.ran()).count(),
         "memory_free_bytes": node.memory_limit.saturating_sub(node.copies.used()),
+        "draining": node.draining.load(Ordering::SeqCst),
     })
     .to_string()
 }
 
-/// `HOST`, `site:S` or `auto`.
-fn target(node: &Node, text: &str) -> Result<Target, ApiError> {
+/// `HOST`, `HOST,HOST`, `site:S` or `auto`; none: nothing.
+pub(super) fn target(node: &Node, text: &str) -> Result<Option<Target>, ApiError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    if text.contains(',') {
+        let hosts = text.split(',').map(|text| host(node, text)).collect::<Result<_, _>>()?;
+        return Ok(Some(Target::AnyOf(hosts)));
+    }
     if text == "auto" {
-        return Ok(Target::Auto);
+        return Ok(Some(Target::Auto));
     }
     if let Some(site) = text.strip_prefix("site:") {
         let site: Name = site.parse().map_err(ApiError::plain)?;
         if node.net.members().iter().any(|m| m.site == site) {
-            return Ok(Target::Site(site));
+            return Ok(Some(Target::Site(site)));
         }
         return Err(ApiError::new(format!("no host is at site {site}"), "see godwit hosts"));
     }
-    host(node, text).map(Target::Host)
+    Ok(Some(Target::Host(host(node, text)?)))
 }
 
 /// A member by name or id.
@@ -122,7 +145,8 @@ pub(super) fn host(node: &Node, text: &str) -> Result<HostId, ApiError> {
 /// What `godwit migrate` asks for.
 pub(super) struct Asked {
     pub vm: String,
-    pub to: String,
+    pub target: Option<Target>,
+    pub place: BTreeMap<String, String>,
     pub wait: bool,
     pub options: Options,
     pub id: Option<MigrationId>,
@@ -134,7 +158,6 @@ pub(super) async fn migrate(
     asked: Asked,
     events: mpsc::Sender<Event>,
 ) -> Result<Migration, ApiError> {
-    let target = target(node, &asked.to)?;
     let route = boot::find(node, &asked.vm).await?;
     let id = match asked.id {
         Some(id) => id,
@@ -143,29 +166,30 @@ pub(super) async fn migrate(
     // Heard from before the request is sent, so that no word of it is missed.
     let mut heard = node.statuses.subscribe();
     let (vm, options) = (route.vm, asked.options);
-    if route.host == node.me {
-        settled(node, vm).await;
-        let (node_, from) = (Arc::clone(node), node.me);
-        let wanted = Wanted { id, vm, target, options, from };
-        node.with_core(move |core, now| lead(&node_, core, now, wanted))
-            .await?
-            .map_err(ApiError::plain)?;
-    } else {
-        match node.ask(route.host, Ask::Migrate { id, vm, target, options }).await? {
-            Answer::Done => {}
-            Answer::Refused(cause) => return Err(ApiError::plain(cause)),
-            _ => return Err(ApiError::plain("the lead gave an answer that makes no sense")),
+    let (lead, ask) = match route.kind {
+        Kind::Cluster => {
+            let (lead, members) = group::team(node, &route, &asked).await?;
+            (lead, Ask::MigrateCluster { id, cluster: vm, members, options })
         }
+        Kind::Vm | Kind::Port => {
+            let target = alone(node, &route, &asked)?;
+            (route.host, Ask::Migrate { id, vm, target, options })
+        }
+    };
+    match node.ask_at(lead, ask).await? {
+        Answer::Done => {}
+        Answer::Refused(cause) => return Err(ApiError::plain(cause)),
+        _ => return Err(ApiError::plain("the lead gave an answer that makes no sense")),
     }
     let named = |status: Status| Migration::new(status, |h| node.host_name(h));
     let mut shown = None;
     loop {
-        let status = next(node, &mut heard, id, route.host).await?;
+        let status = next(node, &mut heard, id, lead).await?;
         if let Some(status) = status {
             let status = forward(&mut shown, status);
             let end = status.phase.is_end();
             if end {
-                return Ok(named(with_figures(node, route.host, &mut shown, status).await));
+                return Ok(named(with_figures(node, lead, &mut shown, status).await));
             }
             if !asked.wait {
                 return Ok(named(status));
@@ -176,6 +200,23 @@ pub(super) async fn migrate(
         if asked.wait && events.is_closed() {
             return Err(ApiError::plain("the client has gone; the migration goes on"));
         }
+    }
+}
+
+/// Where a VM that is asked for by its own name goes.
+fn alone(node: &Node, route: &Route, asked: &Asked) -> Result<Target, ApiError> {
+    let placed = match asked.place.iter().next() {
+        Some((text, to)) if asked.place.len() == 1 && *text == route.name.as_str() => Some(to),
+        Some((text, _)) => {
+            let hint = "--place is for the members of a cluster";
+            return Err(ApiError::new(format!("{text} is not {}", route.name), hint));
+        }
+        None => None,
+    };
+    match (placed, &asked.target) {
+        (Some(to), _) => host(node, to).map(Target::Host),
+        (None, Some(target)) => Ok(target.clone()),
+        (None, None) => Err(ApiError::new("no host is named", "write --to HOST, site:S or auto")),
     }
 }
 
@@ -306,7 +347,7 @@ pub(super) async fn list(
         })
         .await?;
     let own = own.into_iter().map(|s| (s.id, node.with_timeline(s, id.is_some())));
-    let mut found: std::collections::BTreeMap<MigrationId, Status> = own.collect();
+    let mut found: BTreeMap<MigrationId, Status> = own.collect();
     let others: Vec<HostId> = node
         .net
         .members()
@@ -329,17 +370,15 @@ pub(super) async fn list(
         ));
     }
     let mut found: Vec<Status> = found.into_values().collect();
+    // A member's is a part of its cluster's; who asks for it by its id sees it.
+    found.retain(|s| id.is_some() || s.cluster == s.vm);
     found.sort_by_key(|s| s.timeline.first().map_or(0, |m| m.at_us));
     Ok(found.into_iter().map(|s| Migration::new(s, |h| node.host_name(h))).collect())
 }
 
 /// Joins two ends' knowledge: the timelines of both, the state of the source unless only the other
 /// has seen the end.
-fn merge(
-    found: &mut std::collections::BTreeMap<MigrationId, Status>,
-    status: Status,
-    told_by: HostId,
-) {
+fn merge(found: &mut BTreeMap<MigrationId, Status>, status: Status, told_by: HostId) {
     let Some(known) = found.get_mut(&status.id) else {
         found.insert(status.id, status);
         return;

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -92,6 +93,8 @@ pub(super) struct Node {
     pub chunk_key: [u8; 32],
     pub copies: Copies,
     pub asks: Asks,
+    /// This host takes no VMs: it is about to go.
+    pub draining: AtomicBool,
     pub timelines: super::timeline::Timelines,
     pub wires: Mutex<super::wires::Table>,
     pub frames: Frames,
@@ -148,6 +151,20 @@ impl Node {
         &self,
     ) -> std::sync::MutexGuard<'_, BTreeMap<MigrationId, mpsc::Sender<BulkStream>>> {
         self.receiving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this host takes VMs, or is about to go.
+    pub fn takes_vms(&self) -> Result<(), String> {
+        if self.draining.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(format!("{} is drained: it takes no VMs (godwit drain --undo)", self.name));
+        }
+        Ok(())
+    }
+
+    /// The hosts that can be asked now, this one first.
+    pub fn reachable(&self) -> Vec<HostId> {
+        let others = self.net.members().into_iter().filter(|m| m.connected && m.host != self.me);
+        std::iter::once(self.me).chain(others.map(|m| m.host)).collect()
     }
 
     /// The name of a member, for people.

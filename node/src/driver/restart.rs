@@ -2,6 +2,7 @@
 //!
 //! Owns the order of start; what outlived the last daemon is `adopt`'s.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use godwit_protocol::core::Core;
@@ -13,7 +14,7 @@ use super::asks::Asks;
 use super::copies::Copies;
 use super::engine::INPUTS;
 use super::node::{DriverError, Input, Node, RunOptions};
-use super::{answers, bulk, wires};
+use super::{answers, bulk, leave, wires};
 use crate::link::{self, Links};
 use crate::net::{Net, NetConfig, NetEvent};
 use crate::store::{Corpus, Hard, Images, Settings};
@@ -45,6 +46,7 @@ pub(super) struct Started {
 pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let hard = Arc::new(Hard::open(&options.state).map_err(DriverError::of)?);
     let saved = Saved::read(&hard)?;
+    let drained = leave::was_drained(&hard)?;
     let caps = HostCaps::probe(&options.qemu).await.map_err(DriverError::of)?;
     if let Err(refusal) = caps.check_migration() {
         tracing::warn!(%refusal, "this host takes no part in moves");
@@ -92,6 +94,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         chunk_key,
         copies: Copies::default(),
         asks: Asks::default(),
+        draining: AtomicBool::new(drained),
         timelines: super::timeline::Timelines::default(),
         receiving: Mutex::default(),
         dialled: bulk::Dialled::default(),
@@ -101,7 +104,8 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         net,
         options,
     });
-    let core = adopt::adopt(&node, saved).await?;
+    let mut core = adopt::adopt(&node, saved).await?;
+    core.leaving(node.now(), drained);
     let background = vec![
         index_images(&node),
         ask_cpu_ahead(&node),

@@ -6,6 +6,7 @@
 use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
@@ -46,7 +47,44 @@ pub(super) struct Sending {
     copy: Arc<Copy>,
     session: Arc<SourceHandle>,
     mirrors: Arc<Mirrors>,
+    paced: Arc<Paced>,
     tasks: Vec<JoinHandle<()>>,
+}
+
+impl Sending {
+    /// What this exchange may take of the path from now on, bytes per second; 0: what the path gives.
+    pub(super) fn pace(&self, share: u64) {
+        self.paced.share.store(share, Ordering::Relaxed);
+        self.session.set_bandwidth(least(self.paced.limit, share));
+    }
+}
+
+/// The lower of two limits, of which 0 is none.
+fn least(a: u64, b: u64) -> u64 {
+    if a == 0 || b == 0 { a.max(b) } else { a.min(b) }
+}
+
+/// What an exchange may take of its path, and what the path gave while that did not hold it back: the
+/// members of a cluster are stopped together, and none is held back then.
+struct Paced {
+    /// What the user allows, bytes per second; 0: no limit.
+    limit: u64,
+    /// This member's share; 0: no limit.
+    share: AtomicU64,
+    free: AtomicU64,
+}
+
+impl Paced {
+    /// The rate to plan the stop with, given the one that was measured.
+    fn rate(&self, measured: u64) -> u64 {
+        let share = self.share.load(Ordering::Relaxed);
+        // Nearly as much as it may: the path might give more.
+        let held = share > 0 && measured >= share / 5 * 4;
+        if !held {
+            self.free.store(measured, Ordering::Relaxed);
+        }
+        self.free.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for Sending {
@@ -83,12 +121,15 @@ impl Worker {
         let session = Arc::new(session);
         let speed = options.disk_bandwidth_bytes_per_s;
         let mirrors = Arc::new(Mirrors::start(&copy, images, session.inlets(), speed).await?);
+        let limit = options.bandwidth_bytes_per_s;
+        let (share, free) = (AtomicU64::new(0), AtomicU64::new(0));
+        let paced = Arc::new(Paced { limit, share, free });
         let tasks = vec![
-            self.watch_figures(&session, &copy, &mirrors),
+            self.watch_figures(&session, &copy, &mirrors, &paced),
             self.watch_end(finished),
             self.stream_when_copied(&copy, socket, &mirrors),
         ];
-        self.sending = Some(Sending { copy, session, mirrors, tasks });
+        self.sending = Some(Sending { copy, session, mirrors, paced, tasks });
         Ok(())
     }
 
@@ -123,7 +164,9 @@ impl Worker {
         session: &Arc<SourceHandle>,
         copy: &Arc<Copy>,
         mirrors: &Arc<Mirrors>,
+        paced: &Arc<Paced>,
     ) -> JoinHandle<()> {
+        let paced = Arc::clone(paced);
         let (node, id, session) = (Arc::clone(&self.node), self.id, Arc::clone(session));
         let (qemu, mirrors) = (copy.qemu(), Arc::clone(mirrors));
         let mut throttle = Throttle::new(Arc::clone(copy));
@@ -145,6 +188,7 @@ impl Worker {
                 };
                 throttle.follow(&now, &copied, cost.ppm()).await;
                 let mut figures = figures(&now, &cost, &info.ram.unwrap_or_default());
+                figures.link_bytes_per_s = paced.rate(figures.link_bytes_per_s);
                 figures.disk_bytes = copied.bytes;
                 figures.disk_left_bytes = copied.left;
                 figures.disks_ready = copied.ready;
@@ -172,6 +216,7 @@ impl Worker {
     pub(super) async fn stop(&mut self) -> Result<u64, String> {
         let sending = self.sending.as_ref().ok_or("there is no transfer")?;
         sending.tasks.iter().for_each(JoinHandle::abort);
+        sending.session.set_bandwidth(sending.paced.limit);
         // Before the stop: QEMU waits in it for what its mirrors have under way.
         sending.session.begin_cutover();
         let qemu = sending.copy.qemu();
@@ -289,6 +334,18 @@ mod tests {
             SourceProgress { unplaced_bytes: 3072 * 4096, wire_bytes_out: 3072 * 2048, ..full };
         cost.learn(&half);
         assert_eq!(cost.of(half.unplaced_bytes), 3072 * 2048);
+    }
+
+    #[test]
+    fn the_stop_is_planned_with_what_the_path_gives_when_nothing_holds_it_back() {
+        let (share, free) = (AtomicU64::new(0), AtomicU64::new(0));
+        let paced = Paced { limit: 0, share, free };
+        assert_eq!(paced.rate(3_000_000), 3_000_000);
+        paced.share.store(500_000, Ordering::Relaxed);
+        assert_eq!(paced.rate(490_000), 3_000_000, "held back");
+        paced.share.store(9_000_000, Ordering::Relaxed);
+        assert_eq!(paced.rate(5_000_000), 5_000_000);
+        assert_eq!((least(0, 7), least(7, 0), least(7, 9), least(0, 0)), (7, 7, 7, 0));
     }
 
     #[test]

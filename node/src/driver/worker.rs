@@ -59,9 +59,11 @@ impl Worker {
                 };
                 self.node.happened(self.id, happened).await;
             }
-            // The exchange takes what the path gives; a share is a hint that it does not follow yet.
             Effect::Pace(bytes_per_s) => {
                 tracing::debug!(vm = %self.vm, bytes_per_s, "share of the path");
+                if let Some(sending) = &self.sending {
+                    sending.pace(bytes_per_s);
+                }
             }
             Effect::Transfer { to, options } => {
                 if let Err(cause) = self.transfer(to, options).await {

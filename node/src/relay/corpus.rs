@@ -17,6 +17,9 @@ pub trait Corpus: Send + Sync {
 
     /// Copies a whole extent into `extent` and answers the ids of its pages, which were compared.
     fn read_extent(&self, id: &ChunkId, extent: &mut Extent) -> Option<[ChunkId; EXTENT_CHUNKS]>;
+
+    /// These contents are now in those pages of what this session fills: others may use them.
+    fn learn(&self, _contents: &[(u32, ChunkId)]) {}
 }
 
 /// The bytes of one extent.

@@ -34,6 +34,8 @@ pub type Connector =
 
 /// Bytes that are written before the rate is looked at again.
 const SLICE: usize = 64 << 10;
+/// How often a limit is looked at again while it makes the stream wait.
+const LOOK: Duration = Duration::from_millis(20);
 /// Messages that wait between a task and the session.
 const QUEUE: usize = 1;
 /// How long a last word may take.
@@ -61,6 +63,8 @@ pub(super) struct Meter {
     pub(super) bytes_in: AtomicU64,
     /// Nanoseconds during which the stream was taking bytes.
     pub(super) busy: AtomicU64,
+    /// Most bytes per second that leave; 0: no limit. May change at any time.
+    pub(super) cap: AtomicU64,
 }
 
 /// A connection: closed queues mean that it is lost.
@@ -77,8 +81,8 @@ impl Drop for Conn {
 }
 
 impl Conn {
-    /// Starts the tasks; at most `cap` bytes per second leave (0: no limit).
-    pub(super) fn start(stream: Stream, meter: Arc<Meter>, cap: u64) -> Self {
+    /// Starts the tasks; no more leaves than the meter's cap says.
+    pub(super) fn start(stream: Stream, meter: Arc<Meter>) -> Self {
         let (mut read, write) = tokio::io::split(stream);
         let (to_session, incoming) = mpsc::channel(QUEUE);
         let (outgoing, from_session) = mpsc::channel(QUEUE);
@@ -98,7 +102,7 @@ impl Conn {
             }
         });
         let writer = tokio::spawn(async move {
-            if let Err(cause) = send_all(write, from_session, &meter, cap).await {
+            if let Err(cause) = send_all(write, from_session, &meter).await {
                 tracing::debug!(%cause, "bulk stream lost");
             }
         });
@@ -163,7 +167,6 @@ async fn send_all(
     mut write: impl AsyncWrite + Unpin,
     mut frames: mpsc::Receiver<Frame>,
     meter: &Meter,
-    cap: u64,
 ) -> io::Result<()> {
     let mut due = Instant::now();
     while let Some(frame) = frames.recv().await {
@@ -177,7 +180,7 @@ async fn send_all(
             write.write_all(&bytes).await?;
             for slice in frame.payload.chunks(SLICE) {
                 write.write_all(slice).await?;
-                due = pace(due, slice.len(), cap).await;
+                due = pace(due, slice.len(), &meter.cap).await;
             }
         }
         if frames.is_empty() {
@@ -189,12 +192,19 @@ async fn send_all(
     write.shutdown().await
 }
 
-/// Waits until `len` more bytes keep within `cap` bytes per second.
-async fn pace(due: Instant, len: usize, cap: u64) -> Instant {
-    if cap == 0 {
+/// Waits until `len` more bytes keep within `cap` bytes per second. A cap that was raised meanwhile
+/// shortens the wait: what is due under a low one may be a second away.
+async fn pace(due: Instant, len: usize, cap: &AtomicU64) -> Instant {
+    let at = cap.load(Ordering::Relaxed);
+    if at == 0 {
         return due;
     }
-    let next = due.max(Instant::now()) + Duration::from_secs_f64(len as f64 / cap as f64);
-    tokio::time::sleep_until(due).await;
+    let next = due.max(Instant::now()) + Duration::from_secs_f64(len as f64 / at as f64);
+    while Instant::now() < due {
+        tokio::time::sleep_until(due.min(Instant::now() + LOOK)).await;
+        if cap.load(Ordering::Relaxed) != at {
+            return Instant::now();
+        }
+    }
     next
 }

@@ -22,7 +22,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::frames::Connector;
+use super::frames::{Connector, Meter};
 use super::{RelayError, pool::Pool};
 pub use inlet::{ImageReader, Inlet};
 use shared::Shared;
@@ -123,6 +123,7 @@ pub struct SourceSession;
 /// migration before, or QEMU goes on at the source by itself.
 pub struct SourceHandle {
     shared: Arc<Shared>,
+    meter: Arc<Meter>,
     inlets: Vec<Arc<Inlet>>,
     progress: watch::Receiver<SourceProgress>,
     abort: mpsc::Sender<()>,
@@ -157,6 +158,8 @@ impl SourceSession {
             }
         })?;
         let pool = Arc::new(pool);
+        let meter = Arc::new(Meter::default());
+        meter.cap.store(params.bandwidth, Ordering::Relaxed);
         let mut inlets = Vec::with_capacity(spaces.len());
         for (index, (space, image)) in params.disks.into_iter().enumerate() {
             let pages = layout.disk(index).unwrap_or_default();
@@ -172,19 +175,19 @@ impl SourceSession {
             Arc::clone(&shared),
             pool,
             session::Channels { events_out, events, progress: progress_out },
+            Arc::clone(&meter),
             session::Params {
                 connect: params.connect,
                 ram_block: params.ram_block,
                 ram_bytes: params.ram_bytes,
                 disks: spaces.len(),
                 migration: params.migration,
-                bandwidth: params.bandwidth,
                 accept_deadline: params.accept_deadline,
                 reconnect_deadline: params.reconnect_deadline,
             },
         );
         let finished = tokio::spawn(session.run(params.listener, aborted));
-        Ok(SourceHandle { shared, inlets, progress, abort, finished })
+        Ok(SourceHandle { shared, meter, inlets, progress, abort, finished })
     }
 }
 
@@ -206,6 +209,11 @@ impl SourceHandle {
     #[must_use]
     pub fn inlets(&self) -> &[Arc<Inlet>] {
         &self.inlets
+    }
+
+    /// From now on at most so many bytes per second leave; 0: what the path gives.
+    pub fn set_bandwidth(&self, bytes_per_s: u64) {
+        self.meter.cap.store(bytes_per_s, Ordering::Relaxed);
     }
 
     /// The guest is about to stop: from now on batches are small and go without asking.

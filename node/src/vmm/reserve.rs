@@ -70,17 +70,7 @@ pub(super) fn reserve_path(image: &Path) -> PathBuf {
 /// # Errors
 /// [`Refusal::Space`]; nothing is held then.
 pub fn reserve(spec: &ResolvedSpec, dir: &Path) -> Result<Vec<Reservation>, Refusal> {
-    let need = |allocated: u64| allocated.saturating_add(allocated / 20);
-    let total = spec.moving().fold(0_u64, |sum, disk| sum.saturating_add(need(disk.allocated)));
-    let free = free_bytes(dir).map_err(|error| file_refusal(dir, &error))?;
-    let no_space = || Refusal::Space {
-        need_mib: total.div_ceil(1 << 20),
-        free_mib: free >> 20,
-        dir: dir.display().to_string(),
-    };
-    if total > free {
-        return Err(no_space());
-    }
+    let no_space = room(spec, dir)?;
     let mut held = Vec::new();
     for disk in spec.moving() {
         let path = reserve_path(&disk.path);
@@ -94,6 +84,32 @@ pub fn reserve(spec: &ResolvedSpec, dir: &Path) -> Result<Vec<Reservation>, Refu
         })?);
     }
     Ok(held)
+}
+
+/// Whether what [`reserve`] would hold is free in `dir`.
+///
+/// # Errors
+/// [`Refusal::Space`].
+pub fn check_room(spec: &ResolvedSpec, dir: &Path) -> Result<(), Refusal> {
+    room(spec, dir).map(drop)
+}
+
+/// What a disk that takes so much at its source needs, bytes.
+fn need(allocated: u64) -> u64 {
+    allocated.saturating_add(allocated / 20)
+}
+
+/// Checks that there is room; answers with what to say if it turns out otherwise.
+fn room(spec: &ResolvedSpec, dir: &Path) -> Result<impl Fn() -> Refusal + use<>, Refusal> {
+    let total = spec.moving().fold(0_u64, |sum, disk| sum.saturating_add(need(disk.allocated)));
+    let free = free_bytes(dir).map_err(|error| file_refusal(dir, &error))?;
+    let dir = dir.display().to_string();
+    let no_space = move || Refusal::Space {
+        need_mib: total.div_ceil(1 << 20),
+        free_mib: free >> 20,
+        dir: dir.clone(),
+    };
+    if total > free { Err(no_space()) } else { Ok(no_space) }
 }
 
 /// What a user may still allocate where `dir` lies, in bytes.

@@ -140,6 +140,12 @@ impl Core {
         self.part(now, base, Vec::new(), members.clone(), Cause::Dissolve(members))
     }
 
+    /// A record that another host holds as decided.
+    pub fn learned(&mut self, now: Time, record: Record) {
+        self.epochs.learned(now, record);
+        self.drain(now);
+    }
+
     /// Writes a new record after the majority of a cluster's voters was lost for ever: this host votes
     /// alone, the placement is as it was. To be used when those voters will never come back.
     ///

@@ -47,7 +47,10 @@ impl Core {
         }
         if !begin.record.is_lone() {
             let cluster = &begin.record.name;
-            return Err(format!("{name} belongs to {cluster}, which moves as one: migrate that"));
+            return Err(format!(
+                "{name} belongs to {cluster}, which moves as one: godwit migrate {cluster}, with \
+                 --place {name}=HOST if nothing else shall move"
+            ));
         }
         if begin.record.is_closed() {
             return Err(format!("{name} is joining a cluster just now: ask again"));

@@ -26,7 +26,7 @@ const SITES: usize = 3;
 impl Core {
     /// Proposes better voters for each record that this host looks after and that is not changing.
     pub(super) fn look_after_voters(&mut self, now: Time) {
-        let mine = |r: &&Record| !r.is_closed() && self.leader(now, r) == Some(self.me.host);
+        let mine = |r: &&Record| !r.is_closed() && self.looks_after(now, r);
         let records: Vec<Record> = self.epochs.records().filter(mine).cloned().collect();
         for record in records {
             let cluster = record.cluster;
@@ -62,6 +62,24 @@ impl Core {
             self.unfit.insert(host);
         }
         self.voters_at = now;
+    }
+
+    /// That host is not revoked after all.
+    pub fn fit_again(&mut self, now: Time, host: HostId) {
+        self.unfit.remove(&host);
+        self.voters_at = now;
+    }
+
+    /// The records on which that host votes, by the newest of each that is known here.
+    pub fn voted_by(&self, host: HostId) -> impl Iterator<Item = &Record> {
+        let votes = move |r: &&Record| !r.is_closed() && r.voters.iter().any(|v| v.host == host);
+        self.epochs.records().filter(votes)
+    }
+
+    /// Whether this host looks after a record's voters.
+    #[must_use]
+    pub fn looks_after(&self, now: Time, record: &Record) -> bool {
+        self.leader(now, record) == Some(self.me.host)
     }
 
     fn runs_lone(&self, record: &Record) -> bool {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::migrate::{Options, Status, Target};
 use super::record::{Record, Voter};
 use super::{epoch, migrate, route};
-use crate::id::{MigrationId, VmId};
+use crate::id::{HostId, MigrationId, VmId};
 
 /// One control message between two members. Order between messages is not promised.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +84,34 @@ pub enum Ask {
     },
     /// To a cluster's lead: delete it; its members are lone VMs again.
     Dissolve(VmId),
+    /// To a cluster's lead: move these members together.
+    MigrateCluster {
+        /// The request's id: asked twice, it moves once.
+        id: MigrationId,
+        /// The cluster.
+        cluster: VmId,
+        /// Who moves, each with the hosts to try, best first.
+        members: Vec<(VmId, Vec<HostId>)>,
+        /// How.
+        options: Options,
+    },
+    /// To the host that runs a VM: what a destination has to know of it.
+    Describe(VmId),
+    /// To a host: would it take a VM of that description? Nothing is reserved.
+    Fits {
+        /// The VM's description.
+        spec: Vec<u8>,
+        /// Memory of other VMs that would come with it, bytes.
+        beside_bytes: u64,
+    },
+    /// To any node: that host shall not vote any more, or may vote after all. The answer is a JSON text:
+    /// the names of the records that this node looks after and that name it as a voter.
+    Unfit {
+        /// The host.
+        host: HostId,
+        /// Whether it shall not vote.
+        unfit: bool,
+    },
 }
 
 /// The answer to an [`Ask`].
@@ -99,4 +127,6 @@ pub enum Answer {
     Json(String),
     /// The newest record that is known, if any.
     Record(Option<Box<Record>>),
+    /// A VM's description.
+    Description(Vec<u8>),
 }

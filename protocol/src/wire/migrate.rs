@@ -14,6 +14,8 @@ pub enum Target {
     Site(Name),
     /// Any other host that accepts the VM.
     Auto,
+    /// One of these hosts, the first that accepts the VM.
+    AnyOf(Vec<HostId>),
 }
 
 /// What the requester asks for. Units in names; zero means *no limit* or *the default*.

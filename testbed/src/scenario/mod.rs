@@ -4,6 +4,7 @@
 //! guest's own check), not told by a node.
 
 pub mod acked;
+pub mod cluster;
 pub mod demo;
 pub mod disks;
 pub mod faults;
@@ -30,6 +31,16 @@ pub struct Scenario {
 
 /// All scenarios.
 pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: "cluster",
+        about: "three guests move together, there and back, through an abort and a killed daemon (about a minute)",
+        run: cluster::small,
+    },
+    Scenario {
+        name: "cluster-faults",
+        about: "kill -9 and a cut WAN at each step of a cluster's cutover, and voters that are split (about 25 minutes)",
+        run: cluster::faults::full,
+    },
     Scenario {
         name: "faults",
         about: "kill -9, a cut WAN and late accepts in every phase of a move (about 20 minutes)",

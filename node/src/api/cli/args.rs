@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use godwit_protocol::id::Name;
 
+use super::cluster::ClusterCommand;
 use super::human;
 
 /// `godwit`.
@@ -55,10 +56,19 @@ pub enum Command {
     Leave,
     /// List the members
     Hosts,
-    /// Take a member's certificate away, for ever
+    /// Take a member's certificate away, for ever, once it votes on nothing any more
     Revoke {
         /// Name or id of the member
         host: String,
+        /// At once, whatever runs there and wherever it votes
+        #[arg(long)]
+        now: bool,
+    },
+    /// Let this host vote on nothing and take no virtual machines, before it is switched off
+    Drain {
+        /// It is a host like any other again
+        #[arg(long)]
+        undo: bool,
     },
     /// Start, list, show and stop virtual machines
     Vm {
@@ -66,7 +76,13 @@ pub enum Command {
         #[command(subcommand)]
         command: VmCommand,
     },
-    /// Move a running virtual machine to another host
+    /// Name virtual machines that move together: all or none of them
+    Cluster {
+        /// What to do.
+        #[command(subcommand)]
+        command: ClusterCommand,
+    },
+    /// Move a running virtual machine, or a cluster of them, to other hosts
     Migrate(MigrateOptions),
     /// List migrations, or show one with its timeline
     Migrations {
@@ -241,11 +257,17 @@ pub struct RunOptions {
 /// `godwit migrate`.
 #[derive(Debug, Clone, Args)]
 pub struct MigrateOptions {
-    /// Name or id of the virtual machine
+    /// Name or id of the virtual machine or cluster
     pub vm: String,
-    /// Where to: HOST, site:SITE or auto
+    /// Where to: HOST, several hosts (h4,h5), site:SITE or auto
+    #[arg(long, required_unless_present = "place")]
+    pub to: Option<String>,
+    /// Where members of a cluster shall go, such as a=h4,b=h5; without --to only they move
+    #[arg(long, value_name = "VM=HOST", value_delimiter = ',', value_parser = placed)]
+    pub place: Vec<(String, String)>,
+    /// Print where each would go and what would refuse; change nothing
     #[arg(long)]
-    pub to: String,
+    pub dry_run: bool,
     /// Show progress until it ends (exit code 0 moved, 3 stayed, 4 lost)
     #[arg(long)]
     pub wait: bool,
@@ -337,6 +359,13 @@ fn advertise(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
+/// `VM=HOST`.
+fn placed(text: &str) -> Result<(String, String), String> {
+    let parts = text.split_once('=').filter(|(vm, host)| !vm.is_empty() && !host.is_empty());
+    let (vm, host) = parts.ok_or_else(|| format!("{text}: write VM=HOST, such as a=h4"))?;
+    Ok((vm.to_owned(), host.to_owned()))
+}
+
 /// A size; nothing needs no unit.
 fn kept_bytes(text: &str) -> Result<u64, String> {
     if text == "0" { Ok(0) } else { human::bytes(text) }
@@ -385,6 +414,18 @@ mod tests {
             "godwit vm console web",
             "godwit migrate web --to site:tokyo --wait --bandwidth 10M --max-downtime 300ms \
              --deadline 10m --json",
+            "godwit migrate web --to h4,h5 --place a=h4,b=h5 --dry-run",
+            "godwit migrate web --place a=h4",
+            "godwit cluster create web --vms a,b,c",
+            "godwit cluster list",
+            "godwit cluster show web --json",
+            "godwit cluster add web d",
+            "godwit cluster remove web d",
+            "godwit cluster delete web",
+            "godwit cluster force web --i-am-sure --why both-sites-burnt",
+            "godwit drain",
+            "godwit drain --undo",
+            "godwit revoke b --now",
             "godwit migrations",
             "godwit migrations show abcd",
             "godwit abort abcd",
@@ -406,6 +447,8 @@ mod tests {
             ("godwit run --trusted-lan 10.0.0.1/24", "write 10.0.0.0/24"),
             ("godwit migrate web --to b --max-downtime 300", "unit"),
             ("godwit migrate web", "--to"),
+            ("godwit migrate web --place a", "VM=HOST"),
+            ("godwit cluster force web", "--i-am-sure"),
             ("godwit run --advertise nowhere", "IP address"),
         ] {
             let error = parse(line).err().map(|e| e.to_string()).unwrap_or_default();

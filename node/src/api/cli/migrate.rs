@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::Answer;
 use super::args::MigrateOptions;
 use super::progress::Progress;
+use super::show;
 use super::timeline::{exit_code, outcome};
 use crate::api::client::{call, read_answer};
 use crate::api::types::{ApiError, Event, Migration, Request};
@@ -20,7 +21,9 @@ pub async fn run(state: &Path, options: &MigrateOptions) -> Result<Answer, ApiEr
     let ms = |d: std::time::Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     let request = Request::Migrate {
         vm: options.vm.clone(),
-        to: options.to.clone(),
+        to: options.to.clone().unwrap_or_default(),
+        place: options.place.iter().cloned().collect(),
+        dry_run: options.dry_run,
         wait: options.wait,
         bandwidth_bytes_per_s: options.bandwidth.unwrap_or(0),
         max_downtime_ms: options.max_downtime.map_or(0, ms),
@@ -29,7 +32,11 @@ pub async fn run(state: &Path, options: &MigrateOptions) -> Result<Answer, ApiEr
         disk_bandwidth_bytes_per_s: options.disk_bandwidth.unwrap_or(0),
         id: Some(id),
     };
-    if options.wait { follow(state, &request, id).await } else { start(state, &request).await }
+    match (options.dry_run, options.wait) {
+        (true, _) => show::answer(&request, call(state, &request, |_| {}).await?),
+        (false, true) => follow(state, &request, id).await,
+        (false, false) => start(state, &request).await,
+    }
 }
 
 async fn start(state: &Path, request: &Request) -> Result<Answer, ApiError> {

@@ -4,9 +4,9 @@ use godwit_protocol::wire::route::Nic;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::Answer;
 use super::human::{show_bytes, show_ms};
 use super::progress::phase;
+use super::{Answer, cluster};
 use crate::api::client::read_answer;
 use crate::api::types::{
     ApiError, Done, HostInfo, ImageInfo, Migration, NodeStatus, Request, RouteInfo, Token, VmInfo,
@@ -30,6 +30,13 @@ pub fn answer(request: &Request, value: Value) -> Result<Answer, ApiError> {
         Request::ImageList {} => rows(&value, &IMAGE_HEAD, image_row)?,
         Request::Status {} => status(&read_answer(value.clone())?),
         Request::WireInfo {} => rows(&value, &WIRE_HEAD, wire_row)?,
+        Request::Migrate { dry_run: true, .. } => cluster::plan(&read_answer(value.clone())?),
+        Request::ClusterList {} => rows(&value, &cluster::HEAD, cluster::row)?,
+        Request::ClusterCreate { .. }
+        | Request::ClusterShow { .. }
+        | Request::ClusterAdd { .. }
+        | Request::ClusterRemove { .. }
+        | Request::ClusterForce { .. } => cluster::show(&read_answer(value.clone())?),
         _ => return Ok(done(value)),
     };
     Ok(Answer::Show(text, value))
@@ -197,7 +204,7 @@ fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-fn pairs(lines: &[(&str, String)]) -> String {
+pub fn pairs(lines: &[(&str, String)]) -> String {
     let width = lines.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
     lines.iter().map(|(key, value)| format!("{key:<width$}  {value}\n")).collect()
 }

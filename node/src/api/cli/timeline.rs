@@ -1,14 +1,16 @@
 //! One migration for people: its outcome in one line, and its timeline from both ends.
 
-use godwit_protocol::wire::migrate::Phase;
+use std::path::Path;
+
+use godwit_protocol::wire::migrate::{Phase, Status, of_member};
 use serde_json::Value;
 
 use super::Answer;
 use super::human::{show_bytes, show_ms};
 use super::progress::{dedup_percent, phase};
 use super::show::table;
-use crate::api::client::read_answer;
-use crate::api::types::{ApiError, Migration};
+use crate::api::client::{call, read_answer};
+use crate::api::types::{ApiError, Migration, Request};
 
 /// The outcome, or how far it is.
 pub fn outcome(migration: &Migration) -> String {
@@ -20,8 +22,9 @@ pub fn outcome(migration: &Migration) -> String {
         Phase::Moved => {
             let down = s.downtime_us.map_or("unknown".into(), |us| show_ms(us.div_ceil(1000)));
             let known = dedup_percent(s).map(|p| format!(", {p} % not sent again"));
+            let together = together(s);
             format!(
-                "moved: {} runs on {to} (epoch {}) after {}, downtime {down}, {} sent of {}{}{cause}",
+                "moved: {} runs on {to} (epoch {}) after {}, downtime {down}{together}, {} sent of {}{}{cause}",
                 s.name,
                 s.epoch_after.unwrap_or(s.epoch_before.next()),
                 show_ms(s.total_ms),
@@ -34,6 +37,15 @@ pub fn outcome(migration: &Migration) -> String {
         Phase::Lost => format!("lost: {} ran on {to} and its QEMU is gone{cause}", s.name),
         _ => format!("{word}: {} from {} to {to}{cause}", s.name, migration.from_name),
     }
+}
+
+/// How far apart the members of a cluster were stopped and resumed.
+fn together(status: &Status) -> String {
+    let (Some(stop), Some(resume)) = (status.stop_spread_us, status.resume_spread_us) else {
+        return String::new();
+    };
+    let ms = |us: u64| show_ms(us.div_ceil(1000));
+    format!(" (stopped within {}, resumed within {})", ms(stop), ms(resume))
 }
 
 /// Exit code of a migration that was waited for; none: it has not ended.
@@ -59,8 +71,8 @@ pub fn timeline(migration: &Migration) -> String {
     table(&["TIME", "HOST", "EVENT"], rows.collect())
 }
 
-/// `godwit migrations show`.
-pub fn show(value: Value) -> Result<Answer, ApiError> {
+/// `godwit migrations show`; of a cluster with the timeline of each member.
+pub async fn show(state: &Path, value: Value) -> Result<Answer, ApiError> {
     let all: Vec<Migration> = read_answer(value)?;
     let migration = all
         .into_iter()
@@ -74,15 +86,41 @@ pub fn show(value: Value) -> Result<Answer, ApiError> {
         s.chunks_zero, s.chunks_known, s.chunks_literal
     );
     text += &timeline(&migration);
-    let value = serde_json::to_value(&migration).map_err(ApiError::plain)?;
+    let mut value = serde_json::to_value(&migration).map_err(ApiError::plain)?;
+    if !s.members.is_empty() {
+        text += &format!("\n{}", members(&migration));
+        let mut all = Vec::new();
+        for member in &s.members {
+            let id = Some(of_member(s.id, member.vm));
+            // One that did not begin has no timeline, and a host may be away.
+            let Ok(told) = call(state, &Request::Migrations { id }, |_| {}).await else { continue };
+            let Some(told) = read_answer::<Vec<Migration>>(told)?.into_iter().next() else {
+                continue;
+            };
+            text += &format!("\n{} ({})\n{}", member.name, told.status.id, timeline(&told));
+            all.push(told);
+        }
+        value["member_migrations"] = serde_json::to_value(&all).map_err(ApiError::plain)?;
+    }
     Ok(Answer::Show(text, value))
+}
+
+/// The members of a cluster's migration, one line each.
+fn members(migration: &Migration) -> String {
+    let rows = migration.status.members.iter().map(|m| {
+        let down = m.downtime_us.map_or("-".into(), |us| show_ms(us.div_ceil(1000)));
+        let to = m.to.map_or("?".into(), |to| migration.host_name(to));
+        let from = migration.host_name(m.from);
+        vec![m.name.to_string(), from, to, phase(m.phase).1.into(), down, m.cause.clone()]
+    });
+    table(&["MEMBER", "FROM", "TO", "PHASE", "DOWNTIME", "CAUSE"], rows.collect())
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
     use godwit_protocol::id::{Epoch, HostId, MigrationId, VmId};
-    use godwit_protocol::wire::migrate::{Moment, Status};
+    use godwit_protocol::wire::migrate::Moment;
 
     pub fn status(phase: Phase) -> Status {
         Status {

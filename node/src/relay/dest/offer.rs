@@ -135,7 +135,7 @@ impl Worker {
             self_check(&placer, page, sum, &found.ids[i], &mut learnt);
         })?;
         placer.known.fetch_add(found.ids.len() as u64, Ordering::Relaxed);
-        lock(&placer.state).learn(&learnt);
+        placer.learn(&learnt);
         Ok(())
     }
 

@@ -68,6 +68,14 @@ impl Placer {
             altered: AtomicU64::new(0),
         }
     }
+
+    /// Notes contents that were placed, for this session and for the others of this host.
+    pub(super) fn learn(&self, contents: &[(u32, ChunkId)]) {
+        if !contents.is_empty() {
+            lock(&self.state).learn(contents);
+            self.corpus.learn(contents);
+        }
+    }
 }
 
 impl Worker {
@@ -204,9 +212,8 @@ impl Worker {
         if sum != Sum::Id {
             learnt.clear();
         }
-        let mut state = lock(&self.placer.state);
-        state.learn(&learnt);
-        state.finish(seq);
+        self.placer.learn(&learnt);
+        lock(&self.placer.state).finish(seq);
         Ok(vec![Head::Placed { seq }.into()])
     }
 
@@ -261,12 +268,9 @@ impl Worker {
         let mut settled = vec![(seq, wanted.len())];
         for ((_, id), page) in wanted.iter().zip(content.chunks_exact(CHUNK_BYTES)) {
             // Known before nobody waits for it any more: whoever comes between finds it.
-            let waiters = {
-                let mut state = lock(&placer.state);
-                state.learn(&learnt);
-                learnt.clear();
-                state.waiters(id)
-            };
+            placer.learn(&learnt);
+            learnt.clear();
+            let waiters = lock(&placer.state).waiters(id);
             for (seq, at) in waiters {
                 self.put(seq, Sum::Id, at, page, |_, page, sum| {
                     self_check(&placer, page, sum, id, &mut Vec::new());

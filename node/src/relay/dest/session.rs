@@ -239,7 +239,7 @@ impl Session {
         stream: Stream,
         meter: &Arc<Meter>,
     ) -> Result<Option<Conn>, RelayError> {
-        let mut conn = Conn::start(stream, Arc::clone(meter), 0);
+        let mut conn = Conn::start(stream, Arc::clone(meter));
         let hello = match timeout(HELLO, conn.incoming.recv()).await {
             Ok(Some(Ok(frame))) => frame.head,
             _ => return Ok(None),

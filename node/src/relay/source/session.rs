@@ -109,7 +109,6 @@ pub(super) struct Params {
     /// How many disks move.
     pub(super) disks: usize,
     pub(super) migration: MigrationId,
-    pub(super) bandwidth: u64,
     pub(super) accept_deadline: Duration,
     pub(super) reconnect_deadline: Duration,
 }
@@ -140,10 +139,10 @@ impl Session {
         shared: Arc<Shared>,
         pool: Arc<Pool<Job>>,
         channels: Channels,
+        meter: Arc<Meter>,
         params: Params,
     ) -> Self {
         let exchange = Exchange::new(Arc::clone(&shared), Arc::clone(&pool), params.disks);
-        let meter = Arc::new(Meter::default());
         Self {
             shared,
             pool,
@@ -258,7 +257,7 @@ impl Session {
                 return Ok(None);
             }
         };
-        let mut conn = Conn::start(stream, Arc::clone(&self.meter), self.params.bandwidth);
+        let mut conn = Conn::start(stream, Arc::clone(&self.meter));
         let hello = Head::Hello {
             version: WIRE_VERSION,
             migration: self.params.migration,
@@ -298,7 +297,7 @@ impl Session {
     /// Goes on from what the destination has.
     fn go_on(&mut self, placed: u32, opaque: u64) {
         let near = self.best_rtt_us <= NEAR_US;
-        self.exchange.levels.expect(near, self.params.bandwidth);
+        self.exchange.levels.expect(near, self.meter.cap.load(Ordering::Relaxed));
         self.follow_link();
         self.exchange.resume(placed, opaque);
     }

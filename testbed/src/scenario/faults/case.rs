@@ -82,7 +82,7 @@ impl Phase {
         [Self::Transfer, Self::Stopped, Self::Loaded, Self::Decided, Self::Running];
 
     /// Whether pages or blocks cross while the guest runs: it is hit there by the progress, not at a point.
-    fn moves_on(self) -> bool {
+    pub(crate) fn moves_on(self) -> bool {
         matches!(self, Self::Transfer | Self::Disk)
     }
 
@@ -394,14 +394,14 @@ fn verify(mut control: GuestControl) -> Result<crate::guest::wire::Verified> {
     })
 }
 
-fn release(point: &Path) -> Result<()> {
+pub(crate) fn release(point: &Path) -> Result<()> {
     match fs::remove_file(point) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(()),
     }
 }
 
-fn until(deadline: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
+pub(crate) fn until(deadline: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
     let end = Instant::now() + deadline;
     while !done() {
         ensure!(Instant::now() < end, "not within {deadline:?}");
@@ -411,13 +411,13 @@ fn until(deadline: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
     Ok(())
 }
 
-fn now_us() -> u64 {
+pub(crate) fn now_us() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |d| d.as_micros() as u64)
 }
 
 /// `more`'s members added to `object`.
-fn merge(mut object: Value, more: Value) -> Value {
+pub(crate) fn merge(mut object: Value, more: Value) -> Value {
     if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
         object.extend(more);
     }

@@ -46,6 +46,17 @@ pub struct Follow {
 impl Follow {
     /// Asks the node of that state directory to move `vm` to `to`.
     pub fn start(state: &Path, vm: &str, to: &str, pace: Pace) -> Result<Self> {
+        Self::placed(state, vm, to, &[], pace)
+    }
+
+    /// As [`Follow::start`]; these members of a cluster go to these hosts.
+    pub fn placed(
+        state: &Path,
+        vm: &str,
+        to: &str,
+        place: &[(&str, &str)],
+        pace: Pace,
+    ) -> Result<Self> {
         let mut id = [0; 16];
         let Some(bytes) = blake3::hash(format!("{:?}", std::time::SystemTime::now()).as_bytes())
             .as_bytes()
@@ -62,6 +73,8 @@ impl Follow {
             bandwidth_bytes_per_s: pace.link,
             max_downtime_ms: 0,
             disk_bandwidth_bytes_per_s: pace.disk,
+            place: place.iter().map(|(vm, to)| ((*vm).to_owned(), (*to).to_owned())).collect(),
+            dry_run: false,
             deadline_s: 0,
             id: Some(MigrationId(id)),
         };

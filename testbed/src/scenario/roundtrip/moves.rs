@@ -43,6 +43,8 @@ impl Moving {
             bandwidth_bytes_per_s: wish.bandwidth,
             max_downtime_ms: 0,
             disk_bandwidth_bytes_per_s: 0,
+            place: Default::default(),
+            dry_run: false,
             deadline_s: wish.deadline_s,
             id: None,
         };

@@ -1,0 +1,203 @@
+//! Guests that move together, and what may go wrong on the way without harm.
+//!
+//! Owns the small scenario's steps. Where a guest runs is judged by the events of every QEMU, its memory by its own
+//! check; the node's word is compared with that, never taken for it.
+
+pub mod faults;
+pub mod world;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::faults::follow::{Follow, Pace};
+use super::faults::world::{REQUESTER, ended};
+use crate::lab::qemus::double_runs;
+use world::{CLUSTER, World, two_sites};
+
+/// How long a move may take.
+const MOVE: Duration = Duration::from_secs(90);
+/// Bytes per second of a move that shall still be in its transfer when it is hit.
+const SLOW: Pace = Pace { link: 3_000_000, disk: 0 };
+/// Pages that each guest's workload has at least.
+const PAGES: u64 = 4_000;
+/// The members and where they start.
+const MEMBERS: [(&str, &str); 3] = [("a", "h1"), ("b", "h2"), ("c", "h2")];
+
+/// Runs it.
+pub fn small() -> Result<Value> {
+    let mut world = World::up(&two_sites("cluster", 20))?;
+    world.populate(&MEMBERS)?;
+    let mut steps = Vec::new();
+    let mut step = |name: &str, world: &mut World, work: fn(&mut World) -> Result<Value>| {
+        let began = Instant::now();
+        let done = world.settled().and_then(|()| work(world));
+        let (passed, figures) = match done {
+            Ok(figures) => (true, figures),
+            Err(cause) => (false, json!({"cause": format!("{cause:#}")})),
+        };
+        let mark = if passed { "ok  " } else { "FAIL" };
+        println!("{mark} {name} ({:.1} s): {figures}", began.elapsed().as_secs_f64());
+        steps.push(json!({"step": name, "passed": passed, "figures": figures}));
+    };
+    step("what would happen", &mut world, dry);
+    step("all to the other site", &mut world, there);
+    step("a member alone, by its own name", &mut world, refused);
+    step("aborted", &mut world, aborted);
+    step("a source's daemon is killed", &mut world, killed);
+    step("back, each to its host", &mut world, back);
+    step("one of them alone", &mut world, alone);
+    step("a host is drained and is not", &mut world, drained);
+    step("one leaves, one ends, the rest part", &mut world, parted);
+    let double = double_runs(&world.qemus.seen());
+    world.down()?;
+    let passed = steps.iter().all(|s| s["passed"] == true) && double.is_empty();
+    Ok(json!({ "scenario": "cluster", "passed": passed, "steps": steps, "double_runs": double }))
+}
+
+/// Moves members by the node that is asked, to the end.
+fn moved(world: &World, to: &str, place: &[(&str, &str)]) -> Result<Value> {
+    let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+    let follow = Follow::placed(&state, CLUSTER, to, place, Pace::default())?;
+    let shown = ended(&world.swarm, &follow, MOVE)?;
+    ensure!(shown["phase"] == "moved", "it did not move: {shown}");
+    let (before, after) = (shown["epoch_before"].as_u64(), shown["epoch_after"].as_u64());
+    ensure!(before.map(|e| e + 1) == after, "not one epoch: {before:?} {after:?}");
+    Ok(json!({
+        "total_ms": shown["total_ms"],
+        "downtime_us": shown["downtime_us"],
+        "stop_spread_us": shown["stop_spread_us"],
+        "resume_spread_us": shown["resume_spread_us"],
+    }))
+}
+
+/// Every member runs where it should, by the QEMUs' events and by the record, with whole memory.
+fn whole(world: &World, hosts: &[&str]) -> Result<()> {
+    let run = world.hosts()?;
+    ensure!(run == hosts, "they run on {run:?}, not {hosts:?}");
+    let shown = world.cluster("h4")?;
+    let named = shown["members"].as_array().context("no members")?;
+    let named: Vec<&str> = named.iter().filter_map(|m| m["host"].as_str()).collect();
+    ensure!(named == hosts, "the record names {named:?}, not {hosts:?}");
+    for guest in &world.guests {
+        let v = world.verify(&guest.name)?;
+        ensure!(v.pages_corrupt == 0, "{}: {v:?}", guest.name);
+        ensure!(v.pages_verified >= PAGES, "{}: only {} pages", guest.name, v.pages_verified);
+    }
+    Ok(())
+}
+
+fn dry(world: &mut World) -> Result<Value> {
+    let plan = world.swarm.ask("h5", &["migrate", CLUSTER, "--to", "site:tokyo", "--dry-run"])?;
+    ensure!(plan["fits"] == true, "{plan}");
+    let to: Vec<&str> = plan["placement"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|p| p["to"].as_str())
+        .collect();
+    ensure!(to.len() == 3 && to.contains(&"h4") && to.contains(&"h5"), "not spread: {plan}");
+    let busy = ["migrate", CLUSTER, "--place", "a=h2", "--to", "h1,h2", "--dry-run"];
+    let plan = world.swarm.ask("h1", &busy)?;
+    let stays = |at: usize| plan["placement"][at]["to"].is_null();
+    ensure!(plan["placement"][0]["to"] == "h2" && stays(1) && stays(2), "{plan}");
+    whole(world, &["h1", "h2", "h2"])?;
+    Ok(json!({ "to": plan["placement"] }))
+}
+
+fn there(world: &mut World) -> Result<Value> {
+    let figures = moved(world, "h4,h5", &[("a", "h4"), ("b", "h5")])?;
+    let c = world.hosts()?.pop().context("no third")?;
+    whole(world, &["h4", "h5", &c])?;
+    Ok(figures)
+}
+
+fn refused(world: &mut World) -> Result<Value> {
+    let out = world.swarm.node("h1")?.cli(&["migrate", "a", "--to", "h1", "--json"], MOVE)?;
+    ensure!(out.code == 1 && out.stdout.contains("--place a=HOST"), "{out:?}");
+    let out = world.swarm.node("h1")?.cli(&["vm", "show", CLUSTER, "--json"], MOVE)?;
+    ensure!(out.code == 1 && out.stdout.contains("is a cluster"), "{out:?}");
+    out.json()
+}
+
+/// Begins to move back so slowly that it can be hit; waits until pages cross.
+fn slowly(world: &World) -> Result<Follow> {
+    let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+    let place = [("a", "h1"), ("b", "h2"), ("c", "h2")];
+    let follow = Follow::placed(&state, CLUSTER, "", &place, SLOW)?;
+    follow.wait(MOVE, |heard| heard.done_ppm > 50_000)?;
+    Ok(follow)
+}
+
+/// All stayed where they were, by the node's word and by the QEMUs' events.
+fn stayed(world: &World, follow: &Follow, hosts: &[String]) -> Result<Value> {
+    let shown = ended(&world.swarm, follow, MOVE)?;
+    ensure!(shown["phase"] == "stayed", "{shown}");
+    let hosts: Vec<&str> = hosts.iter().map(String::as_str).collect();
+    whole(world, &hosts)?;
+    Ok(json!({ "cause": shown["cause"] }))
+}
+
+fn aborted(world: &mut World) -> Result<Value> {
+    let hosts = world.hosts()?;
+    let follow = slowly(world)?;
+    world.swarm.ask("h2", &["abort", &follow.id.to_string()])?;
+    stayed(world, &follow, &hosts)
+}
+
+fn killed(world: &mut World) -> Result<Value> {
+    let hosts = world.hosts()?;
+    let follow = slowly(world)?;
+    // It runs the second member; the first one's host leads.
+    world.swarm.node_mut("h5")?.restart(Duration::from_secs(30))?;
+    stayed(world, &follow, &hosts)
+}
+
+fn back(world: &mut World) -> Result<Value> {
+    let figures = moved(world, "", &MEMBERS)?;
+    whole(world, &["h1", "h2", "h2"])?;
+    Ok(figures)
+}
+
+fn alone(world: &mut World) -> Result<Value> {
+    let figures = moved(world, "", &[("c", "h1")])?;
+    whole(world, &["h1", "h2", "h1"])?;
+    Ok(figures)
+}
+
+fn drained(world: &mut World) -> Result<Value> {
+    let drained = world.swarm.ask("h4", &["drain"])?;
+    ensure!(drained["votes"].as_array().is_some_and(Vec::is_empty), "{drained}");
+    let plan = world.swarm.ask("h1", &["migrate", CLUSTER, "--to", "site:tokyo", "--dry-run"])?;
+    let to = plan["placement"].as_array().into_iter().flatten();
+    ensure!(to.clone().count() == 3 && to.clone().all(|p| p["to"] == "h5"), "{plan}");
+    let plan = world.swarm.ask("h1", &["migrate", CLUSTER, "--to", "h4", "--dry-run"])?;
+    ensure!(plan["fits"] == false && plan["placement"][0]["refused"] != "", "{plan}");
+    let voters = world.cluster("h1")?["voters"].clone();
+    ensure!(voters.as_array().is_some_and(|v| v.iter().all(|v| v != "h4")), "{voters}");
+    let back = world.swarm.ask("h4", &["drain", "--undo"])?;
+    ensure!(back["draining"] == false, "{back}");
+    Ok(json!({ "done": drained["done"] }))
+}
+
+fn parted(world: &mut World) -> Result<Value> {
+    let left = world.swarm.ask("h5", &["cluster", "remove", CLUSTER, "c"])?;
+    ensure!(left["members"].as_array().is_some_and(|m| m.len() == 2), "{left}");
+    let out = world.swarm.node("h3")?.cli_json(&["migrate", "c", "--to", "h5", "--wait"], MOVE)?;
+    ensure!(out["phase"] == "moved" && world.runs_on("c").as_deref() == Some("h5"), "{out}");
+    world.swarm.ask("h2", &["vm", "stop", "b", "--kill"])?;
+    let shown = world.cluster("h3")?;
+    ensure!(shown["members"].as_array().is_some_and(|m| m.len() == 1), "{shown}");
+    world.swarm.ask("h4", &["cluster", "delete", CLUSTER])?;
+    let none = |swarm: &super::Swarm| {
+        let all = swarm.ask("h2", &["cluster", "list"])?;
+        let vms = swarm.ask("h2", &["vm", "list"])?;
+        Ok(all.as_array().is_some_and(Vec::is_empty)
+            && vms.as_array().is_some_and(|vms| vms.len() == 2))
+    };
+    world.swarm.wait("the cluster and b are gone", Duration::from_secs(20), none)?;
+    let runs = ["a", "c"].map(|vm| world.runs_on(vm));
+    ensure!(runs == [Some("h1".into()), Some("h5".into())], "{runs:?}");
+    Ok(json!({ "runs": runs }))
+}

@@ -1,0 +1,135 @@
+//! Faults at each step of a cluster's cutover: who is killed or cut off, and when.
+//!
+//! Owns the matrix and the report. What a case does is `case`'s, voters that are split are `split`'s.
+
+mod case;
+mod judge;
+mod split;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use self::case::{Case, Fault};
+use super::world::{World, two_sites};
+use crate::scenario::faults::case::Phase;
+
+/// The members and where they start: the first one's host leads.
+const MEMBERS: [(&str, &str); 2] = [("a", "h1"), ("b", "h2")];
+
+/// Each fault at each step; those that may end a guest come last, because the others share theirs.
+#[must_use]
+fn matrix() -> Vec<Case> {
+    let all = |fault: &Fault| Phase::ALL.map(|phase| Case { fault: *fault, phase });
+    let mut cases: Vec<Case> = Fault::ALL.iter().flat_map(all).collect();
+    cases.sort_by_key(Case::may_lose);
+    cases
+}
+
+/// A few of them, and none that ends a guest.
+#[must_use]
+pub fn some() -> Vec<String> {
+    let cases = [
+        Case { fault: Fault::Lead, phase: Phase::Stopped },
+        Case { fault: Fault::Destination, phase: Phase::Loaded },
+        Case { fault: Fault::DestinationQemu, phase: Phase::Decided },
+        Case { fault: Fault::WanCut, phase: Phase::Stopped },
+    ];
+    cases.iter().map(Case::name).collect()
+}
+
+/// `godwit-lab run cluster-faults`. With `GODWIT_LAB_CASE` only the cases whose name contains it.
+pub fn full() -> Result<Value> {
+    let wanted = std::env::var("GODWIT_LAB_CASE").unwrap_or_default();
+    run("cfaults", &|name| name.contains(&wanted))
+}
+
+/// The cases whose names are wanted, one after the other: in one swarm as long as all is well, after a failure or a lost
+/// guest in a new one.
+///
+/// # Errors
+/// If the lab cannot be removed.
+pub fn run(labid: &str, wanted: &dyn Fn(&str) -> bool) -> Result<Value> {
+    let mut world: Option<World> = None;
+    let mut reports: Vec<Value> = Vec::new();
+    let mut skipped: Vec<Value> = Vec::new();
+    for case in matrix() {
+        let name = case.name();
+        if !wanted(&name) {
+            skipped.push(json!({"case": name, "cause": "not asked for"}));
+            continue;
+        }
+        println!("==> {name}");
+        let report =
+            one(labid, &mut world, &case).unwrap_or_else(|e| case.broken(&format!("{e:#}")));
+        println!("    {report}");
+        let spent = report["passed"] != true || report["outcome"] == "lost";
+        if spent && let Some(world) = world.take() {
+            keep_logs(&world, &name);
+            world.down()?;
+        }
+        reports.push(report);
+    }
+    if let Some(world) = world {
+        world.down()?;
+    }
+    if wanted(split::NAME) {
+        println!("==> {}", split::NAME);
+        let report = split::run(labid).unwrap_or_else(|e| split::broken(&format!("{e:#}")));
+        println!("    {report}");
+        reports.push(report);
+    } else {
+        skipped.push(json!({"case": split::NAME, "cause": "not asked for"}));
+    }
+    let sum = |key: &str| reports.iter().filter_map(|r| r[key].as_u64()).sum::<u64>();
+    Ok(json!({
+        "passed": !reports.is_empty() && reports.iter().all(|r| r["passed"] == true),
+        "runs": reports.len(),
+        "double_runs": sum("double_runs"),
+        "split_clusters": sum("split_clusters"),
+        "corrupt_pages": sum("pages_corrupt"),
+        "lost": reports.iter().filter(|r| r["outcome"] == "lost").count(),
+        "skipped": skipped,
+        "cases": reports,
+    }))
+}
+
+fn one(labid: &str, world: &mut Option<World>, case: &Case) -> Result<Value> {
+    if world.is_none() {
+        let mut fresh = World::up(&two_sites(labid, 80))?;
+        fresh.populate(&MEMBERS)?;
+        *world = Some(fresh);
+    }
+    match world {
+        Some(world) => case.run(world),
+        None => anyhow::bail!("no world"),
+    }
+}
+
+/// Copies the nodes' logs to `$GODWIT_LAB_LOGS/CASE` if that is set.
+fn keep_logs(world: &World, case: &str) {
+    let Some(dir) = std::env::var_os("GODWIT_LAB_LOGS") else { return };
+    let dir = std::path::PathBuf::from(dir).join(case.replace([' ', '/'], "-"));
+    let copy = || -> Result<()> {
+        std::fs::create_dir_all(&dir)?;
+        for node in world.swarm.nodes() {
+            std::fs::copy(node.log_path(), dir.join(format!("{}.log", node.host().name)))?;
+        }
+        std::fs::write(dir.join("qemus"), format!("{:#?}", world.qemus.seen()))?;
+        Ok(())
+    };
+    if let Err(error) = copy() {
+        eprintln!("logs of {case} not kept: {error:#}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fault_meets_every_step_and_names_are_unique() {
+        let names: std::collections::BTreeSet<_> = matrix().iter().map(Case::name).collect();
+        assert_eq!((names.len(), matrix().len()), (7 * 5, 7 * 5));
+        assert!(some().iter().all(|name| names.contains(name)));
+    }
+}

@@ -1,0 +1,297 @@
+//! One case: a fresh move of the cluster, brought to its step, hit there, and looked at afterwards.
+//!
+//! Owns the order of steps and the proof that the fault landed: which guests ran at that moment, by the events of their
+//! QEMUs. What must hold afterwards is `super::judge`'s.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::judge::{self, Facts};
+use crate::lab::qemus::SeenQemu;
+use crate::scenario::cluster::world::{CLUSTER, World};
+use crate::scenario::faults::case::{Phase, merge, now_us, release, until};
+use crate::scenario::faults::follow::{Follow, Pace};
+use crate::scenario::faults::world::{REQUESTER, copy_on, ended, hold_dir, host_of};
+
+/// How long the WAN stays cut.
+const CUT: Duration = Duration::from_secs(5);
+/// Bytes per second of a move that shall still be in its transfer when it is hit.
+const SLOW: u64 = 3_000_000;
+/// Share of the work that is done then, parts per million.
+const UNDER_WAY_PPM: u32 = 100_000;
+/// How long a move may take to its step.
+const REACH: Duration = Duration::from_secs(90);
+/// How long a killed process may take to be gone.
+const GONE: Duration = Duration::from_secs(5);
+/// How long a node may take to be ready again.
+const READY: Duration = Duration::from_secs(30);
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// `kill -9` of the node that leads and runs the first member; it is started again.
+    Lead,
+    /// The same of the node that runs the second member.
+    Source,
+    /// The same of the node that receives the first member and proposes.
+    Proposer,
+    /// The same of the node that receives the second member.
+    Destination,
+    /// `kill -9` of the QEMU that receives the second member.
+    DestinationQemu,
+    /// `kill -9` of the node of a voter, one without a part in the move if there is one.
+    Voter,
+    /// No packet crosses the WAN for [`CUT`].
+    WanCut,
+}
+
+impl Fault {
+    /// All.
+    pub const ALL: [Self; 7] = [
+        Self::Lead,
+        Self::Source,
+        Self::Proposer,
+        Self::Destination,
+        Self::DestinationQemu,
+        Self::Voter,
+        Self::WanCut,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Lead => "kill lead",
+            Self::Source => "kill source node",
+            Self::Proposer => "kill proposing destination node",
+            Self::Destination => "kill destination node",
+            Self::DestinationQemu => "kill destination QEMU",
+            Self::Voter => "kill voter",
+            Self::WanCut => "cut WAN 5 s",
+        }
+    }
+}
+
+/// One case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// What is done.
+    pub fault: Fault,
+    /// When.
+    pub phase: Phase,
+}
+
+/// A case under way: the members in order, each with its hosts.
+struct Scene {
+    from: Vec<String>,
+    to: Vec<String>,
+    /// The member whose destination stands still, and is looked at.
+    held: usize,
+    follow: Follow,
+    started: Instant,
+    started_us: u64,
+    point: PathBuf,
+}
+
+impl Case {
+    /// Unique in the matrix.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("{} / {}", self.fault.name(), self.phase.name())
+    }
+
+    /// Whether the fault ends a guest that nobody else has.
+    #[must_use]
+    pub fn may_lose(&self) -> bool {
+        self.fault == Fault::DestinationQemu && self.phase == Phase::Running
+    }
+
+    fn says(&self) -> Value {
+        json!({ "case": self.name(), "fault": self.fault.name(), "phase": self.phase.name() })
+    }
+
+    /// The report of a case that could not be finished.
+    pub fn broken(&self, error: &str) -> Value {
+        merge(self.says(), json!({ "passed": false, "failures": [error] }))
+    }
+
+    /// Runs it. An error: the lab, not the product, failed, or the fault did not land.
+    pub fn run(&self, world: &mut World) -> Result<Value> {
+        world.settled()?;
+        for host in world.swarm.lab.hosts() {
+            for file in std::fs::read_dir(hold_dir(&world.swarm, &host.name)?)? {
+                std::fs::remove_file(file?.path())?;
+            }
+        }
+        let scene = self.begin(world)?;
+        let landed = self.strike(world, &scene)?;
+        let facts = self.facts(world, &scene)?;
+        let judged = judge::judge(self, world, &facts);
+        let places = json!({ "landed": landed, "from": scene.from, "to": scene.to });
+        Ok(merge(merge(self.says(), places), judged))
+    }
+
+    fn begin(&self, world: &World) -> Result<Scene> {
+        let from = world.hosts()?;
+        let there = from.iter().all(|h| h == "h1" || h == "h2");
+        let to: Vec<String> =
+            if there { ["h4", "h5"] } else { ["h1", "h2"] }.map(Into::into).into();
+        let held = usize::from(self.fault != Fault::Proposer);
+        let point = hold_dir(&world.swarm, &to[held])?.join(self.phase.name());
+        if !self.phase.moves_on() {
+            std::fs::write(&point, "")?;
+        }
+        let link = if self.phase.moves_on() { SLOW } else { 0 };
+        let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+        let names = world.guests.iter().map(|g| g.name.as_str());
+        let place: Vec<(&str, &str)> = names.zip(to.iter().map(String::as_str)).collect();
+        let started_us = now_us();
+        let follow = Follow::placed(&state, CLUSTER, "", &place, Pace { link, disk: 0 })?;
+        Ok(Scene { from, to, held, follow, started: Instant::now(), started_us, point })
+    }
+
+    /// Brings the move to its step and does the fault there. Answers with the proof.
+    fn strike(&self, world: &mut World, scene: &Scene) -> Result<Value> {
+        let reached = scene.point.with_extension("reached");
+        let heard = scene.follow.wait(REACH, |heard| match self.phase.moves_on() {
+            true => {
+                heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
+                    && heard.done_ppm > UNDER_WAY_PPM
+            }
+            false => reached.exists(),
+        });
+        let heard = heard.context("the step was not reached")?;
+        let struck = self.act(world, scene)?;
+        self.was_phase(world, scene, struck["at_us"].as_u64().context("no time")?)?;
+        Ok(json!({ "phase_shown": heard.phase, "done_ppm": heard.done_ppm, "struck": struck }))
+    }
+
+    /// Where the guests ran at the moment at which the fault was done; an error if that was not this step.
+    fn was_phase(&self, world: &World, scene: &Scene, at_us: u64) -> Result<()> {
+        let ran = |member: usize, host: &str| {
+            let copies = world.copies(&world.guests[member].name);
+            let here = |q: &&SeenQemu| host_of(&world.swarm, q).as_deref() == Some(host);
+            copies.iter().filter(here).flat_map(SeenQemu::ran).collect::<Vec<_>>()
+        };
+        let covers = |ran: &[(u64, Option<u64>)]| {
+            ran.iter().any(|(from, to)| *from <= at_us && to.is_none_or(|to| to > at_us))
+        };
+        for member in 0..world.guests.len() {
+            let source = ran(member, &scene.from[member]);
+            let destination = ran(member, &scene.to[member]);
+            let began = |(from, _): &(u64, Option<u64>)| (scene.started_us..=at_us).contains(from);
+            let arrived = destination.iter().any(began);
+            let held = member == scene.held;
+            let fits = match self.phase {
+                Phase::Transfer | Phase::Disk => covers(&source) && !arrived,
+                // Nothing is decided before all are loaded.
+                Phase::Mirrored | Phase::Stopped | Phase::Loaded => !covers(&source) && !arrived,
+                Phase::Decided => !covers(&source) && (!held || !arrived),
+                Phase::Running => !covers(&source) && (!held || arrived),
+            };
+            ensure!(fits, "at {at_us} it was not the step: {member} {source:?} {destination:?}");
+        }
+        Ok(())
+    }
+
+    fn act(&self, world: &mut World, scene: &Scene) -> Result<Value> {
+        match self.fault {
+            Fault::Lead => self.kill_node(world, scene, &scene.from[0]),
+            Fault::Source => self.kill_node(world, scene, &scene.from[1]),
+            Fault::Proposer => self.kill_node(world, scene, &scene.to[0]),
+            Fault::Destination => self.kill_node(world, scene, &scene.to[1]),
+            Fault::Voter => {
+                let shown = world.cluster(REQUESTER)?;
+                let voters: Vec<String> = shown["voters"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|v| v.as_str().map(Into::into))
+                    .collect();
+                let moves = |host: &&String| scene.from.contains(*host) || scene.to.contains(*host);
+                let apart = voters.iter().find(|host| !moves(host));
+                let voter = apart.or_else(|| voters.iter().find(|host| **host != scene.from[0]));
+                let voter = voter.context("the lead is the only voter")?.clone();
+                let done = self.kill_node(world, scene, &voter)?;
+                Ok(merge(done, json!({ "voters": voters, "killed": voter })))
+            }
+            Fault::DestinationQemu => {
+                let vm = world.guests[scene.held].name.clone();
+                let qemu = copy_on(&world.swarm, &world.qemus, &vm, &scene.to[scene.held])?;
+                kill(Pid::from_raw(qemu.pid), Signal::SIGKILL).context("kill -9 of QEMU")?;
+                let gone = || world.copies(&vm).iter().any(|q| q.pid == qemu.pid && !q.alive());
+                until(GONE, gone).context("QEMU lives on")?;
+                let at_us = now_us();
+                self.still_held(scene)?;
+                release(&scene.point)?;
+                Ok(json!({ "at_us": at_us, "killed_pid": qemu.pid }))
+            }
+            Fault::WanCut => {
+                let wan = world.swarm.lab.wan()?;
+                wan.cut()?;
+                let (before, at_us) = (wan.stats()?, now_us());
+                self.still_held(scene)?;
+                release(&scene.point)?;
+                // The fault's own length.
+                std::thread::sleep(CUT);
+                let during = wan.stats()?.since(&before);
+                wan.restore()?;
+                let passed = during.forward.delivered_packets + during.backward.delivered_packets;
+                ensure!(passed == 0, "the cut let {passed} pass");
+                Ok(json!({ "at_us": at_us }))
+            }
+        }
+    }
+
+    fn kill_node(&self, world: &mut World, scene: &Scene, host: &str) -> Result<Value> {
+        let node = world.swarm.node_mut(host)?;
+        let alive = node.exit_status()?.is_none();
+        let pid = node.pid().filter(|_| alive).context("the node did not run")?;
+        node.kill9()?;
+        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "the node lives on");
+        let at_us = now_us();
+        self.still_held(scene)?;
+        // Gone before a node that starts again could see it.
+        release(&scene.point)?;
+        node.start_ready(READY)?;
+        Ok(json!({ "at_us": at_us, "killed_pid": pid }))
+    }
+
+    /// The point is held to this moment: what was done so far was done in the step.
+    fn still_held(&self, scene: &Scene) -> Result<()> {
+        ensure!(self.phase.moves_on() || scene.point.exists(), "the point is not held");
+        Ok(())
+    }
+
+    /// Waits for the end as shown where it was asked for, then for what must come true soon after.
+    fn facts(&self, world: &World, scene: &Scene) -> Result<Facts> {
+        let left = judge::END.saturating_sub(scene.started.elapsed());
+        let shown = ended(&world.swarm, &scene.follow, left)?;
+        let ended_ms = u64::try_from(scene.started.elapsed().as_millis())?;
+        let lost = usize::from(shown["phase"] == "lost");
+        // Superseded copies go soon after the end is known, and those that may run, run.
+        let names: Vec<String> = world.guests.iter().map(|g| g.name.clone()).collect();
+        let _ = until(judge::TIDY, || {
+            let one = |vm: &String| {
+                let copies = world.copies(vm);
+                copies.iter().filter(|q| q.alive()).count() == 1
+                    && copies.iter().any(SeenQemu::runs)
+            };
+            names.iter().filter(|vm| one(vm)).count() + lost == names.len()
+        });
+        let runs_on: Vec<_> = names.iter().map(|vm| world.runs_on(vm)).collect();
+        let mut verified = Vec::new();
+        for (vm, host) in names.iter().zip(&runs_on) {
+            verified.push(match host {
+                Some(_) => Some(world.verify(vm)?),
+                None => None,
+            });
+        }
+        let (from, to) = (scene.from.clone(), scene.to.clone());
+        let (started_us, ended_us) = (scene.started_us, now_us());
+        Ok(Facts { from, to, started_us, ended_us, ended_ms, shown, runs_on, verified })
+    }
+}
