@@ -284,10 +284,21 @@ impl Cost {
         self.ppm.unwrap_or(Self::WHOLE)
     }
 
-    fn of(&self, guest_bytes: u64) -> u64 {
-        let cost = u128::from(guest_bytes) * u128::from(self.ppm()) / 1_000_000;
-        u64::try_from(cost).unwrap_or(u64::MAX)
+    /// What a byte that QEMU still holds will cost: after the first pass it is what the guest wrote
+    /// just now, which nobody else has.
+    fn to_come(&self, p: &SourceProgress) -> u64 {
+        if p.passes == 0 { self.ppm() } else { self.ppm().max(p.literal_ppm) }
     }
+
+    /// What is in the node and not placed: known to cross whole, or not asked for yet.
+    fn backlog(&self, p: &SourceProgress) -> u64 {
+        let asked = p.unplaced_bytes.saturating_sub(p.literal_bytes);
+        share(p.literal_bytes, p.literal_ppm).saturating_add(share(asked, self.ppm()))
+    }
+}
+
+fn share(bytes: u64, ppm: u64) -> u64 {
+    u64::try_from(u128::from(bytes) * u128::from(ppm) / 1_000_000).unwrap_or(u64::MAX)
 }
 
 fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
@@ -296,13 +307,13 @@ fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
     Progress {
         passes: u64::from(p.passes),
         remaining_bytes: ram.remaining,
-        backlog_bytes: cost.of(p.unplaced_bytes),
+        backlog_bytes: cost.backlog(p),
         silent_ms: p.silent_ms,
         disk_wire_bytes: p.disk_wire_bytes,
         link_bytes_per_s: p.link_bytes_per_s as u64,
         rtt_ms: p.rtt_us / 1000,
         dirty_bytes_per_s: ram.dirty_pages_rate.saturating_mul(4096),
-        wire_per_guest_ppm: cost.ppm(),
+        wire_per_guest_ppm: cost.to_come(p),
         bulk_bytes: p.wire_bytes_out + p.wire_bytes_in,
         nonzero_bytes: p.first_pass_nonzero_pages * 4096,
         first_pass_bytes: if p.passes > 0 { u64::MAX } else { (handled - disks) * 4096 },
@@ -329,11 +340,23 @@ mod tests {
             ..SourceProgress::default()
         };
         cost.learn(&full);
-        assert_eq!(cost.of(full.unplaced_bytes), full.unplaced_bytes);
+        assert_eq!(cost.backlog(&full), full.unplaced_bytes);
         let half =
             SourceProgress { unplaced_bytes: 3072 * 4096, wire_bytes_out: 3072 * 2048, ..full };
         cost.learn(&half);
-        assert_eq!(cost.of(half.unplaced_bytes), 3072 * 2048);
+        assert_eq!(cost.backlog(&half), 3072 * 2048);
+    }
+
+    #[test]
+    fn what_is_wanted_is_not_as_cheap_as_what_was_known() {
+        let mut cost = Cost::default();
+        let pages = PageCounts { known: 6144, ..PageCounts::default() };
+        let known = SourceProgress { pages, wire_bytes_out: 100_000, ..SourceProgress::default() };
+        cost.learn(&known);
+        let (unplaced_bytes, literal_bytes, literal_ppm) = (24 << 20, 20 << 20, 500_000);
+        let wanted = SourceProgress { unplaced_bytes, literal_bytes, literal_ppm, ..known };
+        assert!(cost.backlog(&wanted) > 10 << 20);
+        assert_eq!(cost.to_come(&SourceProgress { passes: 1, ..wanted }), 500_000);
     }
 
     #[test]
@@ -354,6 +377,6 @@ mod tests {
         let pages = PageCounts { known: 10, ..PageCounts::default() };
         let done = SourceProgress { pages, wire_bytes_out: 400, ..SourceProgress::default() };
         cost.learn(&done);
-        assert!(cost.of(1 << 20) < 20_000);
+        assert!(share(1 << 20, cost.ppm()) < 20_000);
     }
 }

@@ -107,6 +107,12 @@ impl Levels {
         self.link
     }
 
+    /// What a byte becomes at the level that is used now.
+    pub(super) fn ratio(&self) -> f64 {
+        let level = self.choose();
+        self.levels.iter().find(|entry| entry.level == level).map_or(1.0, |entry| entry.ratio)
+    }
+
     /// The level to use now; 0: raw.
     pub(super) fn choose(&self) -> i32 {
         let asking = |e: &Estimate| if e.level == 0 { 0.0 } else { ASKING };

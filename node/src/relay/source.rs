@@ -82,6 +82,10 @@ pub struct SourceProgress {
     pub wire_bytes_in: u64,
     /// Guest bytes read from QEMU and not yet placed.
     pub unplaced_bytes: u64,
+    /// Of these, what crosses whole: the destination wants it, or it is sent unasked.
+    pub literal_bytes: u64,
+    /// What a byte that crosses whole becomes on the link, parts per million.
+    pub literal_ppm: u64,
     /// Pages that were not all zeros when they were first read.
     pub first_pass_nonzero_pages: u64,
     /// Estimate of what the link takes, bytes per second.

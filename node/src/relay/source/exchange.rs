@@ -463,6 +463,9 @@ impl Exchange {
         let shared = &self.shared;
         let progress = &mut self.progress;
         progress.unplaced_bytes = shared.store.used() as u64;
+        let whole = self.entries.values().filter(|entry| entry.stage != Stage::Offered);
+        progress.literal_bytes = whole.map(|entry| entry.data.len() as u64).sum();
+        progress.literal_ppm = (self.levels.ratio() * 1e6) as u64;
         progress.first_pass_nonzero_pages = u64::from(shared.first_nonzero.load(Ordering::Relaxed));
         progress.passes = shared.passes.load(Ordering::Relaxed);
         progress.link_bytes_per_s = self.levels.link();
