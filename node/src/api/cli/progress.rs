@@ -108,6 +108,10 @@ impl Seen {
             text += &format!(", {share} % not sent again");
         }
         text += &format!(", dirty {}/s", show_bytes(status.dirty_bytes_per_s));
+        if status.disk_throttle_bytes_per_s > 0 {
+            let rate = show_bytes(status.disk_throttle_bytes_per_s);
+            text += &format!(", its writes to disk are held to {rate}/s");
+        }
         if let Some(left) = status.left_ms.filter(|_| status.phase == Phase::Transfer) {
             text += &format!(", {} left", show_ms(left));
         }
@@ -177,5 +181,7 @@ mod tests {
             seen.text(&status),
             "transfer, 31.0 MiB sent, 75 % not sent again, dirty 1.0 MiB/s, 12.0 s left"
         );
+        status.disk_throttle_bytes_per_s = 1 << 20;
+        assert!(seen.text(&status).contains(", its writes to disk are held to 1.0 MiB/s, "));
     }
 }

@@ -82,9 +82,15 @@ pub async fn show(state: &Path, value: Value) -> Result<Answer, ApiError> {
     let mut text = format!("{}\n", outcome(&migration));
     text += &format!("id {}, asked on {}\n", s.id, migration.requested_on_name);
     text += &format!(
-        "pages: {} zero, {} known, {} sent\n\n",
+        "pages: {} zero, {} known, {} sent\n",
         s.chunks_zero, s.chunks_known, s.chunks_literal
     );
+    if s.disk_throttled_ms > 0 {
+        let rate = show_bytes(s.disk_throttle_bytes_per_s);
+        let time = show_ms(s.disk_throttled_ms);
+        text += &format!("writes to disk were held to {rate}/s for {time}\n");
+    }
+    text.push('\n');
     text += &timeline(&migration);
     let mut value = serde_json::to_value(&migration).map_err(ApiError::plain)?;
     if !s.members.is_empty() {

@@ -22,14 +22,7 @@ impl Source {
                 out.push(Action::Send(self.peer, self.prepare()));
             }
             State::Transfer { until, .. } if now >= *until => {
-                let cause = format!(
-                    "deadline: not converged after {} s (the guest dirties {} KB/s, the path gives \
-                     {} KB/s); allow a longer --max-downtime",
-                    now.ms_since(self.started) / 1000,
-                    self.last.dirty_bytes_per_s / 1000,
-                    self.last.link_bytes_per_s / 1000
-                );
-                self.give_up(cause, out);
+                self.give_up(self.too_late(now), out);
             }
             State::Transfer { heard, .. } if now >= heard.plus_ms(wait::HEARD_MS) => {
                 self.give_up("the destination does not answer any more".into(), out);
@@ -81,5 +74,24 @@ impl Source {
             State::Over => None,
         };
         own.map(|t| self.left_at().map_or(t, |left| left.min(t)))
+    }
+
+    /// What kept the move from its end, and what would help.
+    fn too_late(&self, now: Time) -> String {
+        let (p, after_s) = (&self.last, now.ms_since(self.started) / 1000);
+        let path = p.link_bytes_per_s / 1000;
+        if p.disks_ready {
+            format!(
+                "deadline: not converged after {after_s} s (the guest dirties {} KB/s, the path gives \
+                 {path} KB/s); allow a longer --max-downtime",
+                p.dirty_bytes_per_s / 1000
+            )
+        } else {
+            format!(
+                "deadline: the disks are not copied after {after_s} s ({} MB are left, the path gives \
+                 {path} KB/s); allow a longer --deadline",
+                p.disk_left_bytes / 1_000_000
+            )
+        }
     }
 }
