@@ -35,7 +35,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     let files = GuestFiles::prepare(GuestKind::Debian, &Cache::open()?)?;
     let mut all = Vec::new();
     for case in CASES.iter().filter(|case| wanted.contains(&case.name)) {
-        all.push(compare(case, &files, options.runs, |o, t| limits(case.name, o, t))?);
+        all.push((case.name, compare(case, &files, options.runs, |o, t| limits(case.name, o, t))));
     }
     conclude("ram", all, options)
 }

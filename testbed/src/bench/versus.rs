@@ -19,8 +19,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::guest::GuestFiles;
-use crate::lab::LabConfig;
 use crate::lab::wan::{LinkParams, WanMode};
+use crate::lab::{Lab, LabConfig, check};
 use figures::{Run, medians};
 use report::Limit;
 
@@ -32,6 +32,11 @@ const SETTLE: Duration = Duration::from_secs(20);
 const AWAY: Duration = Duration::from_secs(120);
 /// Longest move on either side.
 const MOVE: Duration = Duration::from_secs(300);
+/// Least of a guest's memory that is not zero when its move begins, bytes.
+const NONZERO_MIN: u64 = 180_000_000;
+/// How long the link's rate is measured before the first run, after a ramp.
+const RATE: Duration = Duration::from_secs(3);
+const RAMP: Duration = Duration::from_secs(2);
 /// Least share of the link that a peer must use while it transfers.
 const LINK_USE_MIN: f64 = 0.7;
 
@@ -90,15 +95,28 @@ pub(super) fn chosen<'a>(options: &Options<'_>, names: &[&'a str]) -> Result<Vec
 /// nothing is an error, after the figures were written.
 ///
 /// # Errors
-/// If a run was invalid: the peer left the link idle, or a guest did not verify.
-pub(super) fn conclude(bench: &str, all: Vec<Compared>, options: &Options<'_>) -> Result<()> {
+/// If a run failed or was invalid: the peer left the link idle, or a guest did not verify.
+pub(super) fn conclude(
+    bench: &str,
+    all: Vec<(&str, Result<Compared>)>,
+    options: &Options<'_>,
+) -> Result<()> {
     let mut invalid = Vec::new();
     let mut machine = Value::Null;
     let mut cases = Vec::new();
-    for done in all {
-        invalid.extend(done.invalid);
-        machine = report::machine(&done.vm)?;
-        cases.push(done.json);
+    for (case, done) in all {
+        match done {
+            Ok(done) => {
+                invalid.extend(done.invalid);
+                machine = report::machine(&done.vm)?;
+                cases.push(done.json);
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                invalid.push(format!("{case}: {error}"));
+                cases.push(json!({"case": case, "error": error}));
+            }
+        }
     }
     let passed = invalid.is_empty()
         && cases.iter().flat_map(|c| c["limits"].as_array()).flatten().all(|l| l["passed"] == true);
@@ -136,6 +154,7 @@ pub(super) fn compare(
     runs: u32,
     limits: impl Fn(&Value, &Value) -> Vec<Limit>,
 ) -> Result<Compared> {
+    let mut invalid = link_faults(case)?;
     let mut godwit = Vec::new();
     let mut peers: Vec<(&str, Vec<Run>)> = vec![("cubic", Vec::new()), ("bbr", Vec::new())];
     let mut vm = None;
@@ -170,8 +189,7 @@ pub(super) fn compare(
         theirs["worse"] = side(runs, Some(peer::tool(case, other, runs)))?;
     }
     let name = |fault: String| format!("{}: {fault}", case.name);
-    let mut invalid: Vec<String> =
-        faults(&godwit).into_iter().map(|f| name(format!("godwit: {f}"))).collect();
+    invalid.extend(faults(&godwit).into_iter().map(|f| name(format!("godwit: {f}"))));
     invalid
         .extend(faults(best).into_iter().map(|f| name(format!("QEMU alone, {congestion}: {f}"))));
     let limits = limits(&ours, &theirs);
@@ -224,12 +242,28 @@ fn side(runs: &[Run], tool: Option<String>) -> Result<Value> {
     Ok(side)
 }
 
+/// Why the emulated link is none to measure over: the kernel's TCP does not get its rate. A plain veth has none.
+fn link_faults(case: &Case) -> Result<Vec<String>> {
+    let config = case.lab();
+    let WanMode::Shaped(params) = &config.wan else { return Ok(Vec::new()) };
+    let lab = Lab::new(&config)?;
+    let (from, to) = (lab.host("h1")?, lab.host("h2")?);
+    let checked = check::check_rate(&lab, from, to, params, RAMP, RATE)?;
+    lab.teardown()?;
+    let fault = format!("{}: the link is not what it should be: {checked}", case.name);
+    Ok((checked["passed"] != true).then_some(fault).into_iter().collect())
+}
+
 /// Why these runs prove nothing; empty: they do.
 fn faults(runs: &[Run]) -> Vec<String> {
     let mut found = Vec::new();
     for run in runs {
         if let Some(share) = run.link_use.filter(|share| *share < LINK_USE_MIN && run.is_peer) {
             found.push(format!("used {:.0} % of the link", share * 100.0));
+        }
+        if run.guest.content.nonzero_bytes < NONZERO_MIN {
+            let mb = run.guest.content.nonzero_bytes / 1_000_000;
+            found.push(format!("only {mb} MB of the guest's memory were not zero"));
         }
         if run.guest.pages_verified == 0 || run.guest.pages_corrupt > 0 {
             found.push(format!(
