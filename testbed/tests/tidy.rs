@@ -9,7 +9,7 @@ const FILE_LINES: usize = 500;
 /// Longest function with its signature, lines.
 const FUNCTION_LINES: usize = 70;
 /// Adapters of `node`: each knows itself and the protocol.
-const ADAPTERS: [&str; 6] = ["api", "link", "nbd", "net", "store", "vmm"];
+const ADAPTERS: [&str; 7] = ["api", "link", "nbd", "net", "relay", "store", "vmm"];
 /// Modules of `protocol` and how far up they stand. Each imports lower ones; those that stand at 2 are
 /// siblings that do not know each other.
 const LAYERS: [(&str, u8); 10] = [

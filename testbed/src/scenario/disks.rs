@@ -130,7 +130,7 @@ const SMALL: [Step; 6] = [
     ("and back", there),
     ("a byte is altered on its way to the image", altered),
     ("no room at the destination", no_room),
-    ("the destination's node is killed while disks are copied", killed),
+    ("the destination's node is killed in the transfer", killed),
     ("the source's daemon is killed and starts again", restarted),
 ];
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::super::acked::{Acked, Kept};
 use super::super::faults::case::{Case, Fault, Phase};
 use super::super::faults::world::World;
-use super::roundtrips::{acknowledge, debian};
+use super::roundtrips::{acknowledge, debian, off_and_clean};
 use super::{move_compared, refused, verified};
 use crate::guest::disk::DiskForm;
 use crate::lab::qemus::double_runs;
@@ -33,6 +33,17 @@ fn matrix() -> Vec<Case> {
         .collect()
 }
 
+/// What a stage showed at its end.
+struct Last {
+    /// What the guest acknowledged and has not, after redis was killed.
+    kept: Kept,
+    /// The disks were the same at both ends of its last move.
+    equal: bool,
+    /// `e2fsck` finds nothing on the guest's file system after its power-off.
+    clean: bool,
+    double_runs: u64,
+}
+
 /// A world, and the writes that its guest acknowledges.
 struct Stage {
     world: World,
@@ -48,14 +59,16 @@ impl Stage {
         Ok(Self { world, writer })
     }
 
-    /// Ends it; what its guest acknowledged and has not, after redis was killed.
-    fn down(mut self) -> Result<(Kept, usize)> {
+    /// Ends it, after one move whose images are compared.
+    fn down(mut self) -> Result<Last> {
+        let equal = move_compared(&mut self.world)?.equal;
         let (guest, _) = self.world.guest()?;
         let (kept, _) = self.writer.finish(&mut self.world.control(&guest.name)?)?;
         verified(&self.world, &guest.name)?;
-        let double = double_runs(&self.world.qemus.seen()).len();
+        let clean = off_and_clean(&mut self.world)?;
+        let double_runs = double_runs(&self.world.qemus.seen()).len() as u64;
         self.world.down()?;
-        Ok((kept, double))
+        Ok(Last { kept, equal, clean, double_runs })
     }
 }
 
@@ -91,6 +104,8 @@ struct Book {
     acked: u64,
     acked_lost: u64,
     double_runs: u64,
+    /// Stages whose disks differed at their end, or whose file system was damaged.
+    spoiled: u64,
 }
 
 impl Book {
@@ -141,10 +156,11 @@ impl Book {
         Ok(())
     }
 
-    fn close(&mut self, (kept, double): (Kept, usize)) {
-        self.acked += kept.acked;
-        self.acked_lost = self.acked_lost.max(kept.lost);
-        self.double_runs += double as u64;
+    fn close(&mut self, last: Last) {
+        self.acked += last.kept.acked;
+        self.acked_lost = self.acked_lost.max(last.kept.lost);
+        self.double_runs += last.double_runs;
+        self.spoiled += u64::from(!last.equal || !last.clean);
     }
 
     fn report(self, skipped: Vec<Value>) -> Value {
@@ -153,7 +169,8 @@ impl Book {
         let double = seen("double_runs").max(self.double_runs);
         json!({
             "scenario": "disk-faults",
-            "passed": passed && double == 0 && self.acked_lost == 0,
+            "passed": passed && double == 0 && self.acked_lost == 0 && self.spoiled == 0,
+            "disk_equal_and_clean": self.spoiled == 0,
             "runs": self.cases.len(),
             "double_runs": double,
             "acked": self.acked,

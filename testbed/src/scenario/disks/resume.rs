@@ -1,7 +1,8 @@
-//! A cut link, or a destination's node that was killed, after 10, 50 and 90 % of a disk of 2 GB: what crossed before stays.
+//! A cut link, or a node that was killed, after 10, 50 and 90 % of a disk of 2 GB: what crossed before stays.
 //!
 //! Owns the moves and the judgement. Hosts keep nothing of earlier moves, so that every move starts from nothing; what
-//! crosses twice is what a disturbed move has more on the link than an undisturbed one.
+//! crosses twice is what a disturbed move has more on the link than an undisturbed one. A source that was killed ends its
+//! move: it is asked for again, and both tries count.
 
 use std::fs;
 use std::time::Duration;
@@ -34,14 +35,15 @@ const READY: Duration = Duration::from_secs(30);
 enum Hit {
     Nothing,
     Cut,
-    Kill,
+    KillDestination,
+    KillSource,
 }
 
 fn forgetful(node: &mut Node) {
     node.arg("--keep-bytes").arg("0");
 }
 
-/// `godwit-lab run disk-resume`: about eight minutes.
+/// `godwit-lab run disk-resume`: about twelve minutes.
 pub fn run_all() -> Result<Value> {
     let cache = Cache::open()?;
     let files = GuestFiles::prepare(GuestKind::Debian, &cache)?;
@@ -69,7 +71,7 @@ fn moves(world: &mut World) -> Result<Value> {
     let (plain, plain_disk) = one(world, Hit::Nothing, 0)?;
     println!("undisturbed: {plain} bytes, {plain_disk} of the disk");
     let mut steps = Vec::new();
-    for hit in [Hit::Cut, Hit::Kill] {
+    for hit in [Hit::Cut, Hit::KillDestination, Hit::KillSource] {
         for percent in AT {
             let before = plain_disk * percent / 100;
             let (bytes, disk) = one(world, hit, before)?;
@@ -107,9 +109,15 @@ fn one(world: &mut World, hit: Hit, at: u64) -> Result<(u64, u64)> {
             std::thread::sleep(CUT);
             world.swarm.lab.wan()?.restore()?;
         }
-        Hit::Kill => world.swarm.node_mut(to)?.restart(READY)?,
+        Hit::KillDestination => world.swarm.node_mut(to)?.restart(READY)?,
+        Hit::KillSource => world.swarm.node_mut(&source)?.restart(READY)?,
     }
-    let status = world.ended(&follow, MOVE)?;
+    let mut status = world.ended(&follow, MOVE)?;
+    if matches!(hit, Hit::KillSource) {
+        ensure!(status["phase"] == "stayed", "{hit:?}: {status}");
+        world.settled(&guest.name, &source)?;
+        status = world.ended(&Follow::start(&state, &guest.name, to, Pace::default())?, MOVE)?;
+    }
     ensure!(status["phase"] == "moved", "{hit:?}: {status}");
     let bytes = wan(world)?.since(&before).carried_bytes();
     // What is kept although nothing should be would make the next move cheap.

@@ -23,7 +23,7 @@ const CUT: Duration = Duration::from_secs(5);
 /// Bytes per second of a move that shall still be in its transfer when it is hit.
 const SLOW: u64 = 3_000_000;
 /// Bytes per second that are read of each disk in a move that shall still copy them when it is hit.
-const SLOW_DISK: u64 = 20_000_000;
+const SLOW_DISK: u64 = 50_000_000;
 /// Share of the work that is done then, parts per million.
 const UNDER_WAY_PPM: u32 = 100_000;
 /// The same for a cut, after which none of it may cross again.
@@ -369,6 +369,7 @@ impl Case {
             let copies = world.copies(&scene.vm);
             copies.iter().filter(|q| q.alive()).count() == usize::from(!lost)
         });
+        let shown = if lost { shown } else { world.told(&scene.follow, checks::TIDY)? };
         let verified = match world.control(&scene.vm) {
             Ok(control) => Some(verify(control)?),
             Err(_) => None,

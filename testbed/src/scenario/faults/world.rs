@@ -172,6 +172,17 @@ impl World {
         ended(&self.swarm, follow, limit)
     }
 
+    /// How a move that has ended is shown once both ends have told of it: what crossed is the source's to tell.
+    pub fn told(&self, follow: &Follow, limit: Duration) -> Result<Value> {
+        let mut shown = Value::Null;
+        // If the word does not come, what is shown says so.
+        let _ = self.swarm.wait("the source's figures", limit, |_| {
+            shown = self.ended(follow, limit)?;
+            Ok(shown["phase"] != "moved" || shown["chunks_zero"].as_u64() > Some(0))
+        });
+        Ok(shown)
+    }
+
     /// The host whose QEMU runs the VM's guest now, by its events.
     pub fn runs_on(&self, vm: &str) -> Option<String> {
         let copy = self.copies(vm).into_iter().find(SeenQemu::runs)?;
@@ -192,12 +203,6 @@ impl World {
 
     /// Waits until all nodes see each other and the VM has its three voters and does not move.
     pub fn settled(&self, vm: &str, host: &str) -> Result<()> {
-        // What a node that was restarted does not carry any more.
-        let station = self.talk.as_ref().map(|talk| talk.station.ns());
-        if station.is_some() {
-            let port = ["wire", "port", crate::scenario::swarm::WIRE, "--mac", STATION_MAC];
-            self.swarm.ask(REQUESTER, &port)?;
-        }
         self.swarm.wait("the swarm is whole again", SETTLE, |swarm| {
             for node in swarm.nodes() {
                 let hosts = swarm.ask(&node.host().name, &["hosts"])?;
@@ -295,6 +300,3 @@ pub fn ended(swarm: &Swarm, follow: &Follow, limit: Duration) -> Result<Value> {
     ended.with_context(|| format!("shown at {REQUESTER}: {shown}"))?;
     Ok(shown)
 }
-
-/// The station's address on the wire.
-const STATION_MAC: &str = "02:00:00:00:00:01";
