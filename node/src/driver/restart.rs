@@ -68,13 +68,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     .map_err(DriverError::of)?;
     let chunk_key = net.chunk_key();
     let corpus = Arc::new(Corpus::new(chunk_key, CORPUS_PAGES));
-    let settings = Settings {
-        state: options.state.clone(),
-        keep: options.keep,
-        keep_bytes: options.keep_bytes,
-    };
-    let images = Images::open(Arc::clone(&hard), Arc::clone(&corpus), settings);
-    let images = Arc::new(images.map_err(DriverError::of)?);
+    let images = open_images(&options, &hard, &corpus)?;
     let (inputs_in, inputs) = mpsc::channel(INPUTS);
     let memory_limit = options.memory_limit.map_or_else(host_memory, Ok)?;
     let node = Arc::new(Node {
@@ -115,6 +109,20 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         answers::serve(&node)?,
     ];
     Ok(Started { node, core, inputs, net_events, background: Background(background) })
+}
+
+fn open_images(
+    options: &RunOptions,
+    hard: &Arc<Hard>,
+    corpus: &Arc<Corpus>,
+) -> Result<Arc<Images>, DriverError> {
+    let settings = Settings {
+        state: options.state.clone(),
+        keep: options.keep,
+        keep_bytes: options.keep_bytes,
+    };
+    let images = Images::open(Arc::clone(hard), Arc::clone(corpus), settings);
+    Ok(Arc::new(images.map_err(DriverError::of)?))
 }
 
 /// Asks QEMU for the CPU that VMs have by default: a move to here need not wait for the answer.

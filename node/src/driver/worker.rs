@@ -61,9 +61,7 @@ impl Worker {
             }
             Effect::Pace(bytes_per_s) => {
                 tracing::debug!(vm = %self.vm, bytes_per_s, "share of the path");
-                if let Some(sending) = &self.sending {
-                    sending.pace(bytes_per_s);
-                }
+                self.sending.iter().for_each(|sending| sending.pace(bytes_per_s));
             }
             Effect::Transfer { to, options } => {
                 if let Err(cause) = self.transfer(to, options).await {
