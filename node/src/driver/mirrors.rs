@@ -26,6 +26,9 @@ use crate::vmm::{Mirror, MirrorParams, Qemu, ResolvedDisk};
 const READ: Duration = Duration::from_secs(30);
 /// How long the end of a mirror may take while the guest stands still.
 const FINISH: Duration = Duration::from_secs(10);
+/// Bytes per second of a mirror until all of them are there. To add one QEMU waits for what the others have under
+/// way, with its main loop and the guest's disks: on a slow path for seconds.
+const HELD: u64 = 1;
 /// How QEMU is told to address the relay: the grid of the exchange.
 const BLOCKS: BlockSize = BlockSize { min: 4096, preferred: 64 << 10, max: 2 << 20 };
 /// What is read at a time for a range that the guest discarded, bytes.
@@ -196,10 +199,13 @@ impl Mirrors {
                 disk: &disk.id,
                 socket: &socket,
                 export: &disk.id,
-                speed,
+                speed: HELD,
                 top_only: !disk.backing.is_empty(),
             };
             this.qemu.mirror_start(params).await.map_err(|e| e.to_string())?;
+        }
+        for disk in &this.images.disks {
+            this.qemu.mirror_speed(&disk.id, speed).await.map_err(|e| e.to_string())?;
         }
         Ok(this)
     }
