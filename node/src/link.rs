@@ -11,7 +11,7 @@
 //!   QEMU        QEMU                               learning and unknown-unicast flood: off everywhere
 //!    | fd        | fd                              broadcast, multicast: to all active ports
 //!  gwt-..      gwt-..     (taps)                   MAC -> port: static, `set_route`
-//!    +-----+-----+
+//!    +-----+-----+---- gwh-..   (of a NIC that moves: fd in this process, where its frames wait)
 //!          | gwb-..       (bridge, one per wire)
 //!    +-----+-----+
 //!  gwv-..      gwx-..     (isolated from each other: what came by a tunnel never leaves by one)
@@ -26,14 +26,17 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use godwit_protocol::id::{Mac, Name};
 use godwit_protocol::limits::{TAP_QUEUE_FRAMES, TUNNEL_QUEUE_FRAMES};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, oneshot};
 
 mod cidr;
 mod error;
 mod guard;
+mod holding;
 mod kernel;
 mod names;
 mod nft;
+mod plug;
+mod settle;
 mod stats;
 mod tap;
 mod tunnel;
@@ -41,9 +44,12 @@ mod wires;
 
 pub use cidr::{Cidr, CidrError};
 pub use error::LinkError;
+pub use holding::Hold;
 pub use kernel::LinkStats;
+pub use plug::Injector;
+pub use settle::{TapView, forwarding_settled};
 pub use stats::{Counters, NicCounters, WireCounters};
-pub use tunnel::{Injected, TunnelCounters, TunnelFrame};
+pub use tunnel::{Injected, Outgoing, TunnelCounters, TunnelFrame};
 
 use guard::Guard;
 use kernel::{Fdb, Kernel, PortFlags, WAITING};
@@ -73,6 +79,8 @@ pub enum Where {
     Vxlan(IpAddr),
     /// To the queue of tunnel frames.
     Tunnel,
+    /// To the NIC's hold device here, broadcasts too.
+    Hold,
     /// Nowhere: dropped by the bridge.
     None,
 }
@@ -106,7 +114,7 @@ pub struct Links {
     guard: Arc<Guard>,
     state: Mutex<State>,
     tunnels: RwLock<BTreeMap<Name, Arc<Tunnel>>>,
-    outgoing: mpsc::Sender<TunnelFrame>,
+    outgoing: mpsc::Sender<Outgoing>,
 }
 
 impl Links {
@@ -116,7 +124,7 @@ impl Links {
     ///
     /// # Errors
     /// [`LinkError::Privilege`], or the kernel lacks netlink families.
-    pub fn start(config: Config) -> Result<(Self, mpsc::Receiver<TunnelFrame>), LinkError> {
+    pub fn start(config: Config) -> Result<(Self, mpsc::Receiver<Outgoing>), LinkError> {
         let kernel = Kernel::open()?;
         let guard = Guard::open().map_err(|e| LinkError::kernel("open a netfilter socket", e))?;
         let (outgoing, frames) = mpsc::channel(TUNNEL_QUEUE_FRAMES);
@@ -186,13 +194,20 @@ impl Links {
     /// two places, in between. Repeating it heals what somebody else changed.
     ///
     /// # Errors
-    /// [`LinkError::NoWire`]; [`LinkError::NoTap`] for `Local` without a tap; [`LinkError::Untrusted`] for
-    /// `Vxlan` outside the trusted LAN.
+    /// [`LinkError::NoWire`]; [`LinkError::NoTap`] for `Local` without a tap or `Hold` without its device;
+    /// [`LinkError::Untrusted`] for `Vxlan` outside the trusted LAN.
     pub async fn set_route(&self, wire: &Name, mac: &Mac, to: Where) -> Result<(), LinkError> {
         let mut state = self.state.lock().await;
         let known = state.wires.get_mut(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?;
         let old = known.routes.get(mac).copied().unwrap_or(Where::None);
         let tap = self.kernel.device(&names::tap(wire, mac)).await?.map(|d| d.index);
+        let hold = match (old, to) {
+            (_, Where::Hold) | (Where::Hold, _) => {
+                self.kernel.device(&names::hold(wire, mac)).await?
+            }
+            _ => None,
+        };
+        let hold = hold.map(|d| d.index);
         let port = match to {
             Where::Local => Some(tap.ok_or_else(|| LinkError::NoTap(names::tap(wire, mac)))?),
             Where::Vxlan(ip) => {
@@ -202,16 +217,24 @@ impl Links {
                 Some(vxlan)
             }
             Where::Tunnel => Some(known.tunnel),
+            Where::Hold => Some(hold.ok_or_else(|| LinkError::NoTap(names::hold(wire, mac)))?),
             Where::None => None,
         };
-        if let Some(tap) = tap {
-            let flags = PortFlags { groups: to == Where::Local, isolated: false };
-            self.kernel.port(tap, &flags).await?;
+        let mut groups = [(hold, to == Where::Hold), (tap, to == Where::Local)];
+        // The port that gets broadcasts from now on first: rather one twice than one lost.
+        groups.sort_by_key(|(_, on)| !on);
+        for (index, groups) in groups {
+            let Some(index) = index else { continue };
+            match self.kernel.port(index, &PortFlags { groups, isolated: false }).await {
+                // Gone since it was looked up, with the process that held it.
+                Err(e) if e.errno() == Some(libc::ENODEV) => {}
+                other => other?,
+            }
         }
         match port {
             Some(port) => self.kernel.fdb_set(port, mac, Fdb::Bridge).await?,
             None => {
-                for port in [tap, known.vxlan, Some(known.tunnel)].into_iter().flatten() {
+                for port in [tap, hold, known.vxlan, Some(known.tunnel)].into_iter().flatten() {
                     self.kernel.fdb_del(port, mac, Fdb::Bridge).await?;
                 }
             }
@@ -275,6 +298,17 @@ impl Links {
             self.filter(&state).await?;
         }
         Ok(())
+    }
+
+    /// Resolves when all that was on its way to the wire's tunnel port is out of the queue of tunnel
+    /// frames, and done with; at once, with an error, if there is no such port.
+    pub fn fence(&self, wire: &Name) -> oneshot::Receiver<()> {
+        let (tell, told) = oneshot::channel();
+        let tunnels = self.tunnels.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tunnel) = tunnels.get(wire) {
+            tunnel.fence(tell);
+        }
+        told
     }
 
     /// Puts a frame that another host sent onto the wire's bridge. Never waits. The frame goes to local

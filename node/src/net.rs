@@ -30,7 +30,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -40,7 +39,7 @@ use godwit_protocol::wire::control::Control;
 
 pub use admission::{AdmissionError, init, join, mint_token};
 pub use bulk::{Bulk, BulkStream};
-pub use frames::Frames;
+pub use frames::{Frames, Payload};
 
 use certificate::{CertificateError, Contact, Signed};
 use identity::Identity;
@@ -196,8 +195,8 @@ pub struct Net {
     pub bulk_inbound: mpsc::Receiver<(HostId, BulkStream)>,
     /// Sends frames.
     pub frames: Frames,
-    /// Frames of members: sender, wire tag, frame.
-    pub frames_inbound: mpsc::Receiver<(HostId, u32, Bytes)>,
+    /// Frames and markers of members: sender, wire tag, content; of one sender in their order.
+    pub frames_inbound: mpsc::Receiver<(HostId, u32, Payload)>,
 }
 
 impl Net {

@@ -42,6 +42,8 @@ fn status(id: MigrationId, phase: Phase, done_ppm: u32) -> Migration {
         disk_wan_bytes: 0,
         disk_throttle_bytes_per_s: 0,
         disk_throttled_ms: 0,
+        frames_held: 0,
+        frames_dropped: 0,
         chunks_zero: 1,
         chunks_known: 2,
         chunks_literal: 3,

@@ -5,9 +5,11 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use godwit::link::{Injected, LinkError, Links, TunnelFrame, Where};
+use godwit::link::{Injected, LinkError, Links, Outgoing, Where};
 use tokio::sync::mpsc::Receiver;
 
+#[path = "link/cutover.rs"]
+mod cutover;
 #[path = "link/world.rs"]
 mod world;
 use world::*;
@@ -17,7 +19,7 @@ struct Lan {
     world: World,
     a: Links,
     b: Links,
-    a_out: Receiver<TunnelFrame>,
+    a_out: Receiver<Outgoing>,
     one: Guest,
     two: Guest,
 }
@@ -276,7 +278,8 @@ fn every_frame_for_the_tunnel_arrives_or_is_counted() {
         let (mut received, mut last) = (0, None);
         while let Ok(out) = tokio::time::timeout(Duration::from_millis(300), lan.a_out.recv()).await
         {
-            let n: u64 = text(&out.unwrap().frame).unwrap().parse().unwrap();
+            let Some(Outgoing::Frame(out)) = out else { panic!("{out:?}") };
+            let n: u64 = text(&out.frame).unwrap().parse().unwrap();
             assert!(last < Some(n), "{n} after {last:?}");
             (received, last) = (received + 1, Some(n));
         }

@@ -11,7 +11,7 @@ use godwit::net::hello::{self, Hello};
 use godwit::net::identity::{Identity, peer_of};
 use godwit::net::keys::{AUTHORITY_KEY, NODE_KEY, SWARM_FILE, StateDir, TOKENS_FILE};
 use godwit::net::roster::{MemberRecord, Roster};
-use godwit::net::{self, AdmissionError, Net, NetConfig, NetError, NetEvent, SendError};
+use godwit::net::{self, AdmissionError, Net, NetConfig, NetError, NetEvent, Payload, SendError};
 use godwit_protocol::id::{HostId, Name, StoreId};
 use godwit_protocol::wire::control::Control;
 use libp2p::swarm::dial_opts::DialOpts;
@@ -119,8 +119,10 @@ async fn frame_flows(from: &Net, to: &mut Net, len: usize) {
     let receiver = async {
         loop {
             let got = to.frames_inbound.recv().await.expect("frames ended");
-            if got.2.len() == len {
-                return got;
+            if let (host, tag, Payload::Frame(bytes)) = got
+                && bytes.len() == len
+            {
+                return (host, tag, bytes);
             }
         }
     };
@@ -130,6 +132,15 @@ async fn frame_flows(from: &Net, to: &mut Net, len: usize) {
     };
     assert_eq!((got.0, got.1), (from.handle.me(), 42));
     assert_eq!(&got.2[..], &frame[..]);
+    // What is said behind a frame comes behind it.
+    from.frames.send(target, 43, &frame).unwrap();
+    from.frames.mark(target, 43, b"flipped").unwrap();
+    let mut last = Vec::new();
+    while last.len() < 2 {
+        let next = timeout(PATIENCE, to.frames_inbound.recv()).await.expect("no marker").unwrap();
+        last.extend((next.1 == 43).then_some(next.2));
+    }
+    assert_eq!(last, [Payload::Frame(frame.into()), Payload::Marker(b"flipped"[..].into())]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

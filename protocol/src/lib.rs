@@ -5,11 +5,12 @@
 //! functions take `now` and answer with commands. `clippy.toml` beside this crate enforces it.
 //!
 //! Modules depend on each other in one direction only:
-//! `id, time, limits -> wire -> {chunk, membership, route, epoch} -> migrate -> core`.
+//! `id, time, limits -> wire -> {chunk, membership, route, epoch, cutover} -> migrate -> core`.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod chunk;
 pub mod core;
+pub mod cutover;
 pub mod epoch;
 pub mod id;
 pub mod limits;

@@ -62,3 +62,7 @@ pub const LITERAL_BYTES: usize = 4 << 20;
 pub const PLACING_BYTES: usize = 16 << 20;
 /// Contents that a destination remembers by id.
 pub const KNOWN_CHUNKS: usize = 1 << 20;
+/// Longest Ethernet frame on a wire, bytes: a jumbo frame with its header.
+pub const FRAME_BYTES: usize = 9216;
+/// Frames that wait for a NIC while it moves, bytes at each of the two hosts: later ones are dropped.
+pub const CUTOVER_BYTES: usize = 32 << 20;

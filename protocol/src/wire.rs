@@ -9,3 +9,4 @@ pub mod epoch;
 pub mod migrate;
 pub mod record;
 pub mod route;
+pub mod tail;

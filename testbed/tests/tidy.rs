@@ -12,12 +12,13 @@ const FUNCTION_LINES: usize = 70;
 const ADAPTERS: [&str; 7] = ["api", "link", "nbd", "net", "relay", "store", "vmm"];
 /// Modules of `protocol` and how far up they stand. Each imports lower ones; those that stand at 2 are
 /// siblings that do not know each other.
-const LAYERS: [(&str, u8); 10] = [
+const LAYERS: [(&str, u8); 11] = [
     ("id", 0),
     ("limits", 0),
     ("time", 0),
     ("wire", 1),
     ("chunk", 2),
+    ("cutover", 2),
     ("epoch", 2),
     ("membership", 2),
     ("route", 2),

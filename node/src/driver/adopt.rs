@@ -90,6 +90,9 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
             wires::adopt(node, &nic.wire).await;
         }
         if copy.ran() && !saved.binds(copy.id) {
+            for nic in &copy.spec.nics {
+                wires::take_up(node, nic).await;
+            }
             // What an unfinished migration of the last daemon left.
             mirrors::clear(copy).await;
             images::attach(node, copy);

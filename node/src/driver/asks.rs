@@ -150,7 +150,7 @@ fn at_once(
         Ask::Abort(id) => taken(core.abort(now, id)),
         Ask::Migrations(id) => Answer::Migrations(
             core.statuses()
-                .filter(|s| id.is_none_or(|id| id == s.id))
+                .filter(|s| id.is_none_or(|id| migrate::is_of(s, id)))
                 .take(ANSWERED)
                 .map(|s| node.with_timeline(s.clone(), id.is_some()))
                 .collect(),

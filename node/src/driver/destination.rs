@@ -14,7 +14,7 @@ use super::copies::Copy;
 use super::images::{self, Room};
 use super::node::{Node, random};
 use super::worker::Worker;
-use super::{bulk, hold};
+use super::{bulk, cutover, hold};
 use crate::relay::dest::feed_blob;
 use crate::relay::{DestHandle, DestParams, DestinationSession};
 use crate::vmm::probe::MemoryBudget;
@@ -41,7 +41,7 @@ impl Drop for Receiving {
 
 impl Worker {
     /// Checks, reserves, starts a QEMU that waits.
-    pub(super) async fn receive(&mut self, spec: &[u8], _from: HostId) -> Result<(), String> {
+    pub(super) async fn receive(&mut self, spec: &[u8], from: HostId) -> Result<(), String> {
         let spec = ResolvedSpec::decode(spec).map_err(|e| format!("the source's VM: {e}"))?;
         if spec.id != self.vm {
             return Err("the source's description is of another VM".into());
@@ -58,7 +58,7 @@ impl Worker {
         };
         let made = tokio::task::spawn_blocking(make).await.map_err(|e| e.to_string());
         let started = match made.and_then(|made| made) {
-            Ok(room) => self.start(room, id).await,
+            Ok(room) => self.start(room, id, from).await,
             Err(cause) => Err(cause),
         };
         if started.is_err() {
@@ -70,10 +70,11 @@ impl Worker {
         started
     }
 
-    async fn start(&mut self, room: Room, id: CopyId) -> Result<(), String> {
+    async fn start(&mut self, room: Room, id: CopyId, from: HostId) -> Result<(), String> {
         let copy = boot::start_copy(&self.node, &room.spec, id, Mode::Incoming)
             .await
             .map_err(|e| e.to_string())?;
+        cutover::arrive(&self.node, self.id, &copy, from).await;
         self.open_session(&copy, room).await
     }
 
@@ -156,6 +157,7 @@ impl Worker {
             return Err(cause);
         }
         copy.replace(qemu);
+        cutover::plug_again(&self.node, &copy).await;
         boot::watch(&self.node, &copy);
         tracing::info!(copy = %id, "built again from its memory and the stored device state");
         Ok(())

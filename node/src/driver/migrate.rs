@@ -12,7 +12,7 @@ use godwit_protocol::id::{HostId, MigrationId, Name, VmId};
 use godwit_protocol::migrate::source::Begin;
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::control::{Answer, Ask};
-use godwit_protocol::wire::migrate::{Options, Phase, Status, Target};
+use godwit_protocol::wire::migrate::{MemberStatus, Options, Phase, Status, Target, of_member};
 use godwit_protocol::wire::route::{Kind, Route};
 use serde_json::json;
 use tokio::sync::{broadcast, mpsc};
@@ -343,7 +343,7 @@ pub(super) async fn list(
 ) -> Result<Vec<Migration>, ApiError> {
     let own: Vec<Status> = node
         .with_core(move |core, _| {
-            core.statuses().filter(|s| id.is_none_or(|id| id == s.id)).cloned().collect()
+            core.statuses().filter(|s| id.is_none_or(|id| is_of(s, id))).cloned().collect()
         })
         .await?;
     let own = own.into_iter().map(|s| (s.id, node.with_timeline(s, id.is_some())));
@@ -363,6 +363,8 @@ pub(super) async fn list(
             merge(&mut found, status, *host);
         }
     }
+    add_members(&mut found);
+    found.retain(|known, _| id.is_none_or(|id| id == *known));
     if let Some(id) = id.filter(|_| found.is_empty()) {
         return Err(ApiError::new(
             format!("no migration {id} is known to the hosts that answer"),
@@ -376,6 +378,24 @@ pub(super) async fn list(
     Ok(found.into_iter().map(|s| Migration::new(s, |h| node.host_name(h))).collect())
 }
 
+/// Whether it is this migration, or that of a member of its cluster.
+pub(super) fn is_of(status: &Status, id: MigrationId) -> bool {
+    status.id == id || of_member(status.id, status.vm) == id
+}
+
+/// What waited and was dropped at the members' hosts is the cluster's.
+fn add_members(found: &mut std::collections::BTreeMap<MigrationId, Status>) {
+    let clusters: Vec<Status> =
+        found.values().filter(|s| !s.members.is_empty()).cloned().collect();
+    for mut cluster in clusters {
+        let member = |m: &MemberStatus| found.get(&of_member(cluster.id, m.vm));
+        let members: Vec<&Status> = cluster.members.iter().filter_map(member).collect();
+        cluster.frames_held = members.iter().map(|s| s.frames_held).sum();
+        cluster.frames_dropped = members.iter().map(|s| s.frames_dropped).sum();
+        found.insert(cluster.id, cluster);
+    }
+}
+
 /// Joins two ends' knowledge: the timelines of both, the state of the source unless only the other
 /// has seen the end.
 fn merge(found: &mut BTreeMap<MigrationId, Status>, status: Status, told_by: HostId) {
@@ -385,6 +405,8 @@ fn merge(found: &mut BTreeMap<MigrationId, Status>, status: Status, told_by: Hos
     };
     let mut timeline = known.timeline.clone();
     timeline::join(&mut timeline, &status.timeline);
+    let held = known.frames_held.max(status.frames_held);
+    let dropped = known.frames_dropped.max(status.frames_dropped);
     let lead_says = told_by == status.from && (status.phase.is_end() || !known.phase.is_end());
     let end =
         status.phase.is_end() && !(told_by != status.from && status.is_for_the_source_to_tell());
@@ -392,6 +414,7 @@ fn merge(found: &mut BTreeMap<MigrationId, Status>, status: Status, told_by: Hos
         *known = status;
     }
     known.timeline = timeline;
+    (known.frames_held, known.frames_dropped) = (held, dropped);
 }
 
 /// `godwit abort`.

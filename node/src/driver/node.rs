@@ -98,6 +98,7 @@ pub(super) struct Node {
     pub timelines: super::timeline::Timelines,
     pub wires: Mutex<super::wires::Table>,
     pub frames: Frames,
+    pub cutovers: super::cutover::Cutovers,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,
     pub dialled: super::bulk::Dialled,
     pub statuses: broadcast::Sender<Status>,

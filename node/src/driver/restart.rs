@@ -59,9 +59,8 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let Net { handle: net, events: net_events, bulk, bulk_inbound, frames, frames_inbound } =
         Net::start(config).await.map_err(DriverError::of)?;
     let me = net.member(net.me()).ok_or_else(|| DriverError("not a member".into()))?;
-    let underlay = options.advertise.unwrap_or(options.listen);
     let (links, tunnel_out) = Links::start(link::Config {
-        underlay: underlay.ip(),
+        underlay: options.advertise.unwrap_or(options.listen).ip(),
         trusted_lan: options.trusted_lan.clone(),
         mtu: link::DEFAULT_MTU,
     })
@@ -78,6 +77,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk,
         frames,
         wires: Mutex::default(),
+        cutovers: super::cutover::Cutovers::default(),
         memory_limit,
         caps,
         hard,

@@ -16,13 +16,13 @@ use godwit_protocol::wire::migrate::Options;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
-use super::bulk;
 use super::copies::Copy;
 use super::hold;
 use super::mirrors::{self, Images, Mirrors};
 use super::node::wall_us;
 use super::throttle::Throttle;
 use super::worker::Worker;
+use super::{bulk, cutover};
 use crate::relay::{
     RelayError, SourceEnd, SourceHandle, SourceParams, SourceProgress, SourceSession,
 };
@@ -99,6 +99,7 @@ impl Worker {
     pub(super) async fn transfer(&mut self, to: HostId, options: Options) -> Result<(), String> {
         let copy = self.node.copies.running(self.vm).ok_or("the VM does not run here")?;
         let socket = copy.dir.join("out.sock");
+        cutover::leave(&self.node, self.id, &copy, to).await;
         let _ = std::fs::remove_file(&socket);
         let listener =
             UnixListener::bind(&socket).map_err(|e| format!("{}: {e}", socket.display()))?;
@@ -217,10 +218,13 @@ impl Worker {
         let sending = self.sending.as_ref().ok_or("there is no transfer")?;
         sending.tasks.iter().for_each(JoinHandle::abort);
         sending.session.set_bandwidth(sending.paced.limit);
+        // Before the stop, while the guest still empties its taps.
+        let rest = cutover::hold(&self.node, &sending.copy).await;
         // Before the stop: QEMU waits in it for what its mirrors have under way.
         sending.session.begin_cutover();
         let qemu = sending.copy.qemu();
         let at = qemu.stop().await.map_err(|e| e.to_string())?;
+        rest.stopped(&self.node);
         if sending.copy.spec.moving().next().is_some() {
             qemu.wait_pre_switchover(SWITCHOVER).await.map_err(|e| e.to_string())?;
             hold::at("mirrored").await;
@@ -240,6 +244,7 @@ impl Worker {
                 None => return,
             },
         };
+        cutover::cancelled(&self.node, copy.id);
         let qemu = copy.qemu();
         // Refused when nothing is under way, which is what is wanted.
         if let Err(error) = qemu.migrate_cancel().await {

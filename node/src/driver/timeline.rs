@@ -21,6 +21,8 @@ const MOMENTS: usize = 48;
 struct Line {
     moments: Vec<Moment>,
     phase: Option<Phase>,
+    held: u64,
+    dropped: u64,
 }
 
 /// The moments that this host saw.
@@ -34,6 +36,7 @@ impl Timelines {
         let line = lines.entry(status.id).or_default();
         line.moments.clone_from(&status.timeline);
         line.phase = Some(status.phase);
+        (line.held, line.dropped) = (status.frames_held, status.frames_dropped);
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, Line>> {
@@ -62,6 +65,10 @@ impl Timelines {
         self.lock().entry(id).or_default().phase.replace(phase) != Some(phase)
     }
 
+    fn counted(&self, id: MigrationId) -> (u64, u64) {
+        self.lock().get(&id).map_or((0, 0), |l| (l.held, l.dropped))
+    }
+
     fn of(&self, id: MigrationId) -> Vec<Moment> {
         self.lock().get(&id).map(|l| l.moments.clone()).unwrap_or_default()
     }
@@ -80,6 +87,15 @@ impl Node {
         self.timelines.add(id, Moment { at_us, host: self.me, what });
     }
 
+    /// Frames of a migration's NICs waited here, or were dropped.
+    pub fn count_frames(&self, id: MigrationId, held: u64, dropped: u64) {
+        let mut lines = self.timelines.lock();
+        if let Some(line) = lines.get_mut(&id) {
+            line.held += held;
+            line.dropped += dropped;
+        }
+    }
+
     /// A status of a migration changed: notes the phase that this end has entered.
     pub fn note_phase(&self, status: &Status) {
         let takes_part = status.from == self.me || status.to == Some(self.me);
@@ -88,9 +104,12 @@ impl Node {
         }
     }
 
-    /// The status with the moments of this host: all of them, or only the first.
+    /// The status with the frames and the moments of this host: all of them, or only the first.
     pub fn with_timeline(&self, mut status: Status, all: bool) -> Status {
         let own = self.timelines.of(status.id);
+        let (held, dropped) = self.timelines.counted(status.id);
+        status.frames_held = status.frames_held.max(held);
+        status.frames_dropped = status.frames_dropped.max(dropped);
         join(&mut status.timeline, &own);
         if !all {
             status.timeline.truncate(1);

@@ -7,17 +7,19 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use bytes::Bytes;
 use godwit_protocol::id::{Epoch, HostId, Mac, Name, VmId};
 use godwit_protocol::wire::route::Route;
 use tokio::sync::mpsc;
 
-use super::boot;
 use super::copies::Copy;
+use super::cutover::{self, Key};
 use super::node::Node;
+use super::{boot, flip};
 use crate::api::types::{ApiError, WireStatus};
-use crate::link::{TunnelFrame, Where};
+use crate::link::{Outgoing, TunnelFrame, Where};
+use crate::net::Payload;
 use crate::vmm::ResolvedSpec;
+use crate::vmm::resolved::ResolvedNic;
 
 /// The tag of a wire in tunnel datagrams.
 pub(super) fn tag(wire: &Name) -> u32 {
@@ -67,26 +69,47 @@ pub(super) async fn adopt(node: &Node, wire: &Name) {
 
 /// The copy's guest runs here: its frames come here, and everyone is told.
 pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
+    let turn = flip::here(node, copy);
+    for nic in &copy.spec.nics {
+        let key = (tag(&nic.wire), nic.mac);
+        if let Some(arriving) = node.cutovers.arriving(key) {
+            arriving.runs(node).await;
+        } else if node.cutovers.held(key).is_none() {
+            take_up(node, nic).await;
+        }
+    }
     let told = {
         let (node_, copy_) = (Arc::clone(node), Arc::clone(copy));
         node.with_core(move |core, now| {
             let vm = copy_.vm();
             let epoch = core.record_of(vm).map_or(Epoch::default(), |r| r.epoch);
             core.runs(now, vm, copy_.id, boot::route(&node_, &copy_, epoch));
+            epoch
         })
         .await
     };
-    if let Err(error) = told {
-        tracing::error!(%error, "the route was not told");
+    match told {
+        Ok(epoch) => turn.into_iter().for_each(|turn| turn.at(epoch).end(node)),
+        Err(error) => tracing::error!(%error, "the route was not told"),
     }
     for nic in &copy.spec.nics {
-        set(node, &nic.wire, &nic.mac, Where::Local).await;
+        if let Some(leaving) = node.cutovers.held((tag(&nic.wire), nic.mac)) {
+            leaving.stays(node).await;
+        }
     }
     // The guest's neighbours learn nothing new (the address stays), but switches on an uplink do.
     let qmp = copy.qemu();
     if let Err(error) = qmp.qmp().announce_self(10, 550, 5, 100).await {
         tracing::debug!(%error, "no announcement");
     }
+}
+
+/// The NIC's frames come here, and whatever a daemon that is gone left in their way ends.
+pub(super) async fn take_up(node: &Node, nic: &ResolvedNic) {
+    if let Err(error) = node.links.unplug(&nic.wire, &nic.mac).await {
+        tracing::error!(wire = %nic.wire, %error, "its tap may be plugged");
+    }
+    set(node, &nic.wire, &nic.mac, Where::Local).await;
 }
 
 /// The copy is gone from this host: its frames go where the routes say.
@@ -97,9 +120,10 @@ pub(super) async fn runs_no_more(node: &Arc<Node>, copy: &Arc<Copy>) {
     }
 }
 
-/// Brings a changed route into the kernel, on wires that this host has.
+/// Brings a changed route into the kernel, on wires that this host has. Where the guest ran before it is
+/// told, behind the last frame that goes there.
 pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
-    node.table().put(route.clone());
+    let turn = flip::begin(node, route);
     let local = node.copies.running(route.vm).is_some_and(|c| c.id == route.copy);
     for nic in &route.nics {
         if !node.carries(&nic.wire) {
@@ -111,11 +135,16 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
             host if host == node.me => Where::None,
             host => node.via(host),
         };
-        set(node, &nic.wire, &nic.mac, to).await;
+        if !cutover::moved(node, (tag(&nic.wire), nic.mac), route) {
+            set(node, &nic.wire, &nic.mac, to).await;
+        }
+    }
+    if let Some(turn) = turn {
+        turn.end(node);
     }
 }
 
-async fn set(node: &Node, wire: &Name, mac: &godwit_protocol::id::Mac, to: Where) {
+pub(super) async fn set(node: &Node, wire: &Name, mac: &godwit_protocol::id::Mac, to: Where) {
     if let Err(error) = node.links.set_route(wire, mac, to).await {
         tracing::warn!(%wire, mac = %mac.colons(), ?to, %error, "route not set");
     }
@@ -144,15 +173,23 @@ pub(super) async fn members_changed(node: &Arc<Node>) {
 /// Frames that leave by the tunnel: one host for a known address, all hosts of the wire for a group.
 pub(super) fn shuttle_out(
     node: &Arc<Node>,
-    mut frames: mpsc::Receiver<TunnelFrame>,
+    mut frames: mpsc::Receiver<Outgoing>,
 ) -> tokio::task::JoinHandle<()> {
     let node = Arc::clone(node);
     tokio::spawn(async move {
-        while let Some(frame) = frames.recv().await {
-            for host in node.targets(&frame) {
-                // A frame that cannot be sent is lost, as on any link; the adapter counts it.
-                let _ = node.frames.send(host, tag(&frame.wire), &frame.frame);
+        while let Some(out) = frames.recv().await {
+            let frame = match out {
+                Outgoing::Frame(frame) => frame,
+                Outgoing::Fence(tell) => {
+                    // Whoever asked may have given up.
+                    let _ = tell.send(());
+                    continue;
+                }
+            };
+            if frame.is_group() {
+                node.cutovers.flooded(tag(&frame.wire), &frame.frame);
             }
+            node.send_frame(&frame);
         }
     })
 }
@@ -160,12 +197,21 @@ pub(super) fn shuttle_out(
 /// Frames that came by the tunnel.
 pub(super) fn shuttle_in(
     node: &Arc<Node>,
-    mut frames: mpsc::Receiver<(HostId, u32, Bytes)>,
+    mut frames: mpsc::Receiver<(HostId, u32, Payload)>,
 ) -> tokio::task::JoinHandle<()> {
     let node = Arc::clone(node);
     tokio::spawn(async move {
-        while let Some((_, tag, frame)) = frames.recv().await {
-            if let Some(wire) = node.wire_of(tag) {
+        while let Some((from, tag, payload)) = frames.recv().await {
+            let frame = match payload {
+                Payload::Frame(frame) => frame,
+                Payload::Marker(bytes) => {
+                    cutover::marker(&node, from, tag, &bytes);
+                    continue;
+                }
+            };
+            if !node.cutovers.take_in(&node, from, tag, &frame)
+                && let Some(wire) = node.wire_of(tag)
+            {
                 node.links.inject(&wire, &frame);
             }
         }
@@ -176,13 +222,16 @@ pub(super) fn shuttle_in(
 #[derive(Default)]
 pub(super) struct Table {
     carried: BTreeMap<u32, Name>,
-    routes: BTreeMap<VmId, Route>,
-    by_mac: BTreeMap<(u32, Mac), HostId>,
+    pub routes: BTreeMap<VmId, Route>,
+    by_mac: BTreeMap<Key, HostId>,
     groups: BTreeMap<u32, BTreeSet<HostId>>,
+    /// NICs whose frames do not leave by tunnel any more, but for what is in the tunnel port still: it goes
+    /// to their old host.
+    pub behind: BTreeMap<Key, HostId>,
 }
 
 impl Table {
-    fn put(&mut self, route: Route) {
+    pub fn put(&mut self, route: Route) {
         if let Some(old) = self.routes.insert(route.vm, route) {
             for nic in &old.nics {
                 self.by_mac.remove(&(tag(&nic.wire), nic.mac));
@@ -200,7 +249,7 @@ impl Table {
 }
 
 impl Node {
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub fn table(&self) -> MutexGuard<'_, Table> {
         self.wires.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -208,7 +257,7 @@ impl Node {
         self.table().carried.insert(tag(wire), wire.clone());
     }
 
-    fn carries(&self, wire: &Name) -> bool {
+    pub fn carries(&self, wire: &Name) -> bool {
         self.table().carried.contains_key(&tag(wire))
     }
 
@@ -221,16 +270,41 @@ impl Node {
         self.table().carried.get(&tag).cloned()
     }
 
-    /// The hosts that a frame goes to by tunnel.
-    fn targets(&self, frame: &TunnelFrame) -> Vec<HostId> {
+    /// Sends a frame to the hosts that it goes to by tunnel. The table stays locked: what is sent after a
+    /// change, or said of it, is behind what was sent before.
+    fn send_frame(&self, frame: &TunnelFrame) {
         let wire = tag(&frame.wire);
-        let hosts: Vec<HostId> = if frame.is_group() {
-            self.table().groups.get(&wire).into_iter().flatten().copied().collect()
-        } else {
-            self.table().by_mac.get(&(wire, frame.destination())).copied().into_iter().collect()
+        let table = self.table();
+        let send = |host: HostId| {
+            // A frame that cannot be sent is lost, as on any link; the adapter counts it.
+            let _ = self.frames.send(host, wire, &frame.frame);
         };
-        let far = |h: &HostId| *h != self.me && self.via(*h) == Where::Tunnel;
-        hosts.into_iter().filter(far).collect()
+        let far = |host: &HostId| *host != self.me && self.via(*host) == Where::Tunnel;
+        let key = (wire, frame.destination());
+        if frame.is_group() {
+            table.groups.get(&wire).into_iter().flatten().copied().filter(far).for_each(send);
+        } else if let Some(host) = table.behind.get(&key) {
+            send(*host);
+        } else {
+            table.by_mac.get(&key).copied().filter(far).into_iter().for_each(send);
+        }
+    }
+
+    /// The other hosts that may have sent frames for a NIC of the wire here, when it runs at `host` now.
+    pub fn senders(&self, tag: u32, host: HostId) -> BTreeSet<HostId> {
+        let mut senders = self.table().groups.get(&tag).cloned().unwrap_or_default();
+        senders.insert(host);
+        senders.remove(&self.me);
+        senders.retain(|h| self.net.member(*h).is_some_and(|m| m.connected && !m.revoked));
+        senders
+    }
+
+    /// The hosts whose frames for a NIC of the wire reach it through this host's kernel.
+    pub fn kernel_senders(&self, tag: u32) -> BTreeSet<HostId> {
+        let mut senders = self.table().groups.get(&tag).cloned().unwrap_or_default();
+        senders.retain(|h| *h != self.me && matches!(self.via(*h), Where::Vxlan(_)));
+        senders.insert(self.me);
+        senders
     }
 
     /// How frames get to another host.

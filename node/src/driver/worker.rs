@@ -12,7 +12,7 @@ use super::copies::Copy;
 use super::destination::Receiving;
 use super::node::{Node, wall_us};
 use super::source::Sending;
-use super::{hold, images, migrate, wires};
+use super::{cutover, hold, images, migrate, wires};
 
 /// Effects that may wait at one worker. A migration has few at a time.
 const EFFECTS: usize = 32;
@@ -131,6 +131,7 @@ impl Worker {
             let gone = Happened::QemuGone { ran: copy.ran() };
             return self.node.happened(self.id, gone).await;
         }
+        cutover::quiet(&self.node, id).await;
         copy.will_run();
         match qemu.cont().await {
             Ok(at) => {
@@ -194,6 +195,7 @@ async fn retire(node: &Arc<Node>, id: CopyId) {
 pub(super) async fn discard(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
     let copy = node.copies.remove(id)?;
     node.corpus.forget_memory(id);
+    cutover::gone(node, id);
     if let Err(error) = copy.qemu().quit(QUIT).await {
         tracing::error!(copy = %id, %error, "its QEMU does not end");
     }

@@ -13,7 +13,7 @@ use rtnetlink::packet_core::{
     NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage, State,
 };
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -38,6 +38,8 @@ pub(super) struct Device {
     pub(super) name: String,
     pub(super) alias: String,
     pub(super) master: Option<u32>,
+    /// A bridge forwards to it.
+    pub(super) runs: bool,
     pub(super) stats: LinkStats,
 }
 
@@ -106,7 +108,7 @@ impl Kernel {
     }
 
     /// Sends one request and collects the answers until the kernel's end mark.
-    async fn ask(
+    pub(super) async fn ask(
         &self,
         what: &str,
         message: RouteNetlinkMessage,
@@ -338,12 +340,16 @@ fn read_device(message: RouteNetlinkMessage) -> Option<Device> {
         name: String::new(),
         alias: String::new(),
         master: None,
+        runs: false,
         stats: LinkStats::default(),
     };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => device.name = name,
             LinkAttribute::IfAlias(alias) => device.alias = alias,
+            LinkAttribute::OperState(state) => {
+                device.runs = matches!(state, State::Up | State::Unknown);
+            }
             LinkAttribute::Controller(master) => device.master = Some(master),
             LinkAttribute::Stats64(s) => {
                 device.stats = LinkStats {

@@ -12,6 +12,7 @@ const BRIDGE: &str = "gwb-";
 const TAP: &str = "gwt-";
 const VXLAN: &str = "gwv-";
 const TUNNEL: &str = "gwx-";
+const HOLD: &str = "gwh-";
 /// Ports of our bridges begin with these (the filter on frames to the host itself matches them).
 pub(super) const PORT_PREFIXES: [&str; 3] = [TAP, VXLAN, TUNNEL];
 
@@ -48,6 +49,11 @@ pub(super) fn tunnel(wire: &Name) -> String {
 /// The tap of a NIC.
 pub(super) fn tap(wire: &Name, mac: &Mac) -> String {
     short(TAP, &[b"tap", wire.as_str().as_bytes(), &mac.0])
+}
+
+/// Where the NIC's frames wait while it moves.
+pub(super) fn hold(wire: &Name, mac: &Mac) -> String {
+    short(HOLD, &[b"hold", wire.as_str().as_bytes(), &mac.0])
 }
 
 /// The wire's VXLAN network identifier: 24 bits, never 0.

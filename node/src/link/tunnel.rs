@@ -6,23 +6,33 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use godwit_protocol::id::{Mac, Name};
-use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc;
+use godwit_protocol::limits::TUNNEL_PORT_FRAMES;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
 /// Ethernet header, bytes.
-const HEADER: usize = 14;
+pub(super) const HEADER: usize = 14;
 /// One 802.1Q tag, bytes: a guest may use tags inside its wire.
-const TAG: usize = 4;
+pub(super) const TAG: usize = 4;
 /// Bytes taken from the allocator at a time; frames are slices of it.
-const BLOCK: usize = 64 << 10;
+pub(super) const BLOCK: usize = 64 << 10;
 /// Frames read before the task yields to others.
 const BATCH: usize = 64;
+
+/// What the driver gets from the tunnel ports, in order.
+#[derive(Debug)]
+pub enum Outgoing {
+    /// A frame that leaves.
+    Frame(TunnelFrame),
+    /// All that was in the port when this was asked for ([`super::Links::fence`]) came before: say so.
+    Fence(oneshot::Sender<()>),
+}
 
 /// A frame from a local guest that has to leave this host through a tunnel.
 #[derive(Debug, Clone)]
@@ -97,6 +107,9 @@ struct Port {
     fd: AsyncFd<OwnedFd>,
     longest: usize,
     counts: Counts,
+    /// Asked for and not seen by the reader yet.
+    fences: Mutex<Vec<oneshot::Sender<()>>>,
+    asked: Notify,
 }
 
 /// The open tunnel port of one wire. Dropping it ends the reader, and the device goes with its fd.
@@ -119,7 +132,7 @@ impl Tunnel {
         index: u32,
         fd: OwnedFd,
         mtu: u16,
-        queue: mpsc::Sender<TunnelFrame>,
+        queue: mpsc::Sender<Outgoing>,
     ) -> io::Result<Self> {
         // SAFETY: the fd is owned by the AsyncFd, which is never taken apart: it stays open and the same.
         let fd = unsafe { AsyncFd::register(fd) }?;
@@ -127,6 +140,8 @@ impl Tunnel {
             fd,
             longest: usize::from(mtu) + HEADER + TAG,
             counts: Counts::default(),
+            fences: Mutex::default(),
+            asked: Notify::new(),
         });
         let reader = tokio::spawn(read_frames(wire, port.clone(), queue)).abort_handle();
         Ok(Self { index, port, reader })
@@ -152,6 +167,12 @@ impl Tunnel {
         }
     }
 
+    /// Puts a fence behind what is in the port now.
+    pub(super) fn fence(&self, tell: oneshot::Sender<()>) {
+        self.port.fences.lock().unwrap_or_else(PoisonError::into_inner).push(tell);
+        self.port.asked.notify_one();
+    }
+
     /// Whether its reader still runs.
     pub(super) fn is_open(&self) -> bool {
         !self.reader.is_finished()
@@ -171,11 +192,48 @@ impl Tunnel {
     }
 }
 
+/// Fences that the reader has seen, and how many frames may still be in front of them.
+#[derive(Default)]
+struct Fences {
+    seen: Vec<oneshot::Sender<()>>,
+    ahead: u32,
+}
+
+impl Fences {
+    /// Takes up what was asked for. What the port holds now is at most its queue.
+    fn look(&mut self, port: &Port) {
+        let mut asked = port.fences.lock().unwrap_or_else(PoisonError::into_inner);
+        if !asked.is_empty() {
+            self.seen.append(&mut asked);
+            self.ahead = TUNNEL_PORT_FRAMES;
+        }
+    }
+
+    /// Hands them on if everything that was in front of them has been read.
+    async fn pass(&mut self, empty: bool, queue: &mpsc::Sender<Outgoing>) {
+        if empty || self.ahead == 0 {
+            for tell in self.seen.drain(..) {
+                // The driver is gone: nobody waits.
+                let _ = queue.send(Outgoing::Fence(tell)).await;
+            }
+        }
+    }
+}
+
 /// Ends when the driver drops its end of the queue, or the device is removed under it.
-async fn read_frames(wire: Name, port: Arc<Port>, queue: mpsc::Sender<TunnelFrame>) {
+async fn read_frames(wire: Name, port: Arc<Port>, queue: mpsc::Sender<Outgoing>) {
     let mut block = BytesMut::new();
+    let mut fences = Fences::default();
     loop {
-        let Ok(mut ready) = port.fd.readable().await else { return };
+        let mut ready = tokio::select! {
+            ready = port.fd.readable() => match ready {
+                Ok(ready) => Some(ready),
+                Err(_) => return,
+            },
+            () = port.asked.notified() => None,
+        };
+        fences.look(&port);
+        let mut empty = false;
         for _ in 0..BATCH {
             let Ok(slot) = queue.reserve().await else { return };
             // One byte more than the longest frame: a longer one shows, instead of arriving cut.
@@ -192,10 +250,12 @@ async fn read_frames(wire: Name, port: Arc<Port>, queue: mpsc::Sender<TunnelFram
                     let frame = block.split_to(length).freeze();
                     bump(&port.counts.out_frames, 1);
                     bump(&port.counts.out_bytes, length);
-                    slot.send(TunnelFrame { wire: wire.clone(), frame });
+                    fences.ahead = fences.ahead.saturating_sub(1);
+                    slot.send(Outgoing::Frame(TunnelFrame { wire: wire.clone(), frame }));
                 }
                 Err(nix::errno::Errno::EAGAIN) => {
-                    ready.clear_ready();
+                    ready.iter_mut().for_each(AsyncFdReadyGuard::clear_ready);
+                    empty = true;
                     break;
                 }
                 Err(nix::errno::Errno::EINTR) => {}
@@ -204,6 +264,10 @@ async fn read_frames(wire: Name, port: Arc<Port>, queue: mpsc::Sender<TunnelFram
                     return;
                 }
             }
+        }
+        fences.pass(empty, &queue).await;
+        if !empty && !fences.seen.is_empty() {
+            port.asked.notify_one();
         }
         tokio::task::yield_now().await;
     }

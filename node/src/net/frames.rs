@@ -27,7 +27,7 @@ use super::NetError;
 use super::identity::peer_of;
 use super::shared::Shared;
 
-pub use pieces::FRAME_BYTES;
+pub use pieces::{FRAME_BYTES, Payload};
 
 /// Most inbound frames that wait for the driver.
 const INBOUND: usize = 4096;
@@ -99,7 +99,7 @@ struct Inner {
     endpoint: Endpoint,
     peers: Mutex<HashMap<HostId, Peer>>,
     dials: mpsc::Sender<HostId>,
-    deliver: mpsc::Sender<(HostId, u32, Bytes)>,
+    deliver: mpsc::Sender<(HostId, u32, Payload)>,
     number: AtomicU16,
     counters: Counters,
 }
@@ -114,7 +114,7 @@ impl std::fmt::Debug for Frames {
     }
 }
 
-type Inbound = mpsc::Receiver<(HostId, u32, Bytes)>;
+type Inbound = mpsc::Receiver<(HostId, u32, Payload)>;
 
 /// Opens the endpoint.
 pub(super) fn start(
@@ -192,6 +192,21 @@ impl Frames {
             self.0.counters.not_sent.fetch_add(1, Ordering::Relaxed);
         }
         sent
+    }
+
+    /// Says something to a member's driver, in the order of the frames sent to it before. It may be lost,
+    /// as they may.
+    ///
+    /// # Errors
+    /// [`FrameError`]; nothing was sent. Without a connection it does not wait for one.
+    pub fn mark(&self, to: HostId, tag: u32, bytes: &[u8]) -> Result<(), FrameError> {
+        let datagram = pieces::marker(tag, bytes).ok_or(FrameError::Length(bytes.len()))?;
+        if !self.0.shared.admitted(to) {
+            return Err(FrameError::NotMember(to));
+        }
+        let connection = self.peers().get(&to).and_then(|p| p.connections.last().cloned());
+        let connection = connection.ok_or(FrameError::NotConnected(to))?;
+        connection.send_datagram(datagram).map_err(|_| FrameError::NotConnected(to))
     }
 
     /// Makes sure that a connection exists or is being made, so that the first frame does not wait.
@@ -351,11 +366,11 @@ impl Frames {
             let before = joiner.dropped;
             let whole = joiner.take(datagram, Instant::now());
             counters.incomplete.fetch_add(joiner.dropped - before, Ordering::Relaxed);
-            let Some((tag, frame)) = whole else { continue };
+            let Some((tag, payload)) = whole else { continue };
             if !self.0.shared.admitted(host) {
                 break;
             }
-            match self.0.deliver.try_send((host, tag, frame)) {
+            match self.0.deliver.try_send((host, tag, payload)) {
                 Ok(()) => counters.received.fetch_add(1, Ordering::Relaxed),
                 Err(_) => counters.not_delivered.fetch_add(1, Ordering::Relaxed),
             };

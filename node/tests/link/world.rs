@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
-use godwit::link::{Config, Links, TunnelFrame};
+use godwit::link::{Config, Links, Outgoing, TunnelFrame};
 use godwit_protocol::id::{Mac, Name};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -96,11 +96,11 @@ impl Host {
     }
 
     /// The adapter of this host, which trusts the LAN or not.
-    pub fn links(&self, trusted: bool) -> (Links, Receiver<TunnelFrame>) {
+    pub fn links(&self, trusted: bool) -> (Links, Receiver<Outgoing>) {
         self.links_at(self.ip, if trusted { "10.77.0.0/24" } else { "192.0.2.0/24" })
     }
 
-    pub fn links_at(&self, underlay: IpAddr, lan: &str) -> (Links, Receiver<TunnelFrame>) {
+    pub fn links_at(&self, underlay: IpAddr, lan: &str) -> (Links, Receiver<Outgoing>) {
         self.enter();
         let trusted_lan = vec![lan.parse().unwrap()];
         Links::start(Config { underlay, trusted_lan, mtu: MTU }).unwrap()
@@ -193,13 +193,14 @@ impl Guest {
 }
 
 /// The next frame that leaves by the tunnel.
-pub async fn outgoing(queue: &mut Receiver<TunnelFrame>) -> Option<TunnelFrame> {
-    tokio::time::timeout(Duration::from_secs(2), queue.recv()).await.ok().flatten()
+pub async fn outgoing(queue: &mut Receiver<Outgoing>) -> Option<TunnelFrame> {
+    let out = tokio::time::timeout(Duration::from_secs(2), queue.recv()).await.ok().flatten()?;
+    if let Outgoing::Frame(frame) = out { Some(frame) } else { None }
 }
 
 /// Nothing leaves by the tunnel.
-pub async fn nothing_leaves(queue: &mut Receiver<TunnelFrame>) {
+pub async fn nothing_leaves(queue: &mut Receiver<Outgoing>) {
     if let Ok(Some(out)) = tokio::time::timeout(Duration::from_millis(150), queue.recv()).await {
-        panic!("left by the tunnel: {:02x?}", &out.frame[..]);
+        panic!("left by the tunnel: {out:02x?}");
     }
 }

@@ -301,6 +301,11 @@ pub struct Status {
     pub stop_spread_us: Option<u64>,
     /// A cluster: from the first to the last RESUME.
     pub resume_spread_us: Option<u64>,
+    /// Frames for the guest that waited at its old host while it moved.
+    pub frames_held: u64,
+    /// Of these and of those that waited at the new one, frames that were dropped: they did not fit, or
+    /// their way was lost.
+    pub frames_dropped: u64,
     /// The timeline of both ends.
     pub timeline: Vec<Moment>,
 }
@@ -353,6 +358,8 @@ impl Status {
             members: Vec::new(),
             stop_spread_us: None,
             resume_spread_us: None,
+            frames_held: 0,
+            frames_dropped: 0,
             timeline: Vec::new(),
         }
     }

@@ -12,6 +12,8 @@ pub const MAX_LINE: usize = 4096;
 pub const MAX_OUTPUT: usize = 1024;
 /// The UDP port that echoes every datagram.
 pub const UDP_ECHO_PORT: u16 = 7007;
+/// The UDP port that counts numbered datagrams and answers nothing.
+pub const UDP_SINK_PORT: u16 = 7010;
 /// The TCP port that echoes every byte.
 pub const TCP_ECHO_PORT: u16 = 7008;
 /// The TCP port that accepts the same requests as the second serial port.
@@ -123,6 +125,18 @@ pub struct Stats {
     pub max_gap_monotonic_ms: u64,
     /// Longest time between two ticks by the guest's wall clock, in milliseconds.
     pub max_gap_wall_ms: u64,
+    /// Datagrams that the guest's own sockets had no room for, of those that reached it.
+    #[serde(default)]
+    pub udp_dropped: u64,
+    /// What came to the counting port: different numbers.
+    #[serde(default)]
+    pub sink_unique: u64,
+    /// Of these, numbers that came after a higher one.
+    #[serde(default)]
+    pub sink_reordered: u64,
+    /// Numbers that had come before.
+    #[serde(default)]
+    pub sink_duplicated: u64,
 }
 
 /// One answer line.

@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod demo;
 pub mod disks;
 pub mod faults;
+pub mod frames;
 pub mod kvm;
 pub mod refusals;
 pub mod roundtrip;
@@ -75,6 +76,11 @@ pub const ALL: &[Scenario] = &[
         name: "roundtrip",
         about: "there and back while somebody talks to the guest: abort, deadline, kill, cut, latency",
         run: roundtrip::roundtrip,
+    },
+    Scenario {
+        name: "frames",
+        about: "moves, aborts and stays while numbered frames go in and out: none lost, none out of order",
+        run: frames::full,
     },
     Scenario {
         name: "kvm",

@@ -2,7 +2,7 @@
 //!
 //! Owns the steps. Double runs are judged by the events of every QEMU, sessions and losses from outside.
 
-mod moves;
+pub(super) mod moves;
 mod session;
 
 use std::net::SocketAddr;

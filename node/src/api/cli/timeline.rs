@@ -151,6 +151,8 @@ pub(super) mod tests {
             disk_wan_bytes: 0,
             disk_throttle_bytes_per_s: 0,
             disk_throttled_ms: 0,
+            frames_held: 0,
+            frames_dropped: 0,
             chunks_zero: 10,
             chunks_known: 0,
             chunks_literal: 0,

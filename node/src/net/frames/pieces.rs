@@ -1,4 +1,5 @@
-//! Frames in datagrams: a head, and pieces for what is longer than one datagram.
+//! Frames in datagrams: a head, and pieces for what is longer than one datagram. A marker is a datagram of
+//! no pieces: what the driver says in the order of the frames.
 //!
 //! Owns the form and the table of unfinished frames. Sans-IO: time is an argument. Invariant: the
 //! table is bounded in entries and bytes, and an unfinished frame is dropped, never delivered.
@@ -12,8 +13,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-/// Longest frame, bytes: a jumbo frame with its Ethernet header.
-pub const FRAME_BYTES: usize = 9216;
+pub use godwit_protocol::limits::FRAME_BYTES;
+
+/// Longest marker, bytes.
+pub const MARKER_BYTES: usize = 64;
 /// Bytes in front of each piece.
 pub const HEAD_BYTES: usize = 8;
 /// Most pieces of a frame.
@@ -45,6 +48,22 @@ pub fn split(tag: u32, number: u16, frame: &[u8], datagram: usize) -> Option<Vec
     Some(cut.collect())
 }
 
+/// What one or more datagrams were.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    /// A frame of a wire.
+    Frame(Bytes),
+    /// What the driver says behind the frames sent before; at most [`MARKER_BYTES`].
+    Marker(Bytes),
+}
+
+/// A marker as a datagram; `None` if it is too long.
+#[must_use]
+pub fn marker(tag: u32, bytes: &[u8]) -> Option<Bytes> {
+    let head = [&tag.to_be_bytes()[..], &[0; 4]].concat();
+    (1..=MARKER_BYTES).contains(&bytes.len()).then(|| Bytes::from([&head, bytes].concat()))
+}
+
 struct Unfinished {
     number: u16,
     tag: u32,
@@ -62,8 +81,8 @@ pub struct Joiner {
 }
 
 impl Joiner {
-    /// Takes a datagram; gives a frame and its wire tag if this completes one.
-    pub fn take(&mut self, datagram: Bytes, now: Instant) -> Option<(u32, Bytes)> {
+    /// Takes a datagram; gives a frame and its wire tag if this completes one, or a marker.
+    pub fn take(&mut self, datagram: Bytes, now: Instant) -> Option<(u32, Payload)> {
         while self.unfinished.front().is_some_and(|u| now.duration_since(u.since) > EXPIRY) {
             self.unfinished.pop_front();
             self.dropped += 1;
@@ -72,13 +91,16 @@ impl Joiner {
         let tag = u32::from_be_bytes([head[0], head[1], head[2], head[3]]);
         let number = u16::from_be_bytes([head[4], head[5]]);
         let (piece, count) = (usize::from(head[6]), usize::from(head[7]));
+        if (piece, count) == (0, 0) && (1..=MARKER_BYTES).contains(&bytes.len()) {
+            return Some((tag, Payload::Marker(datagram.slice(HEAD_BYTES..))));
+        }
         if bytes.is_empty() || piece >= count || count > PIECES {
             self.dropped += 1;
             return None;
         }
         let bytes = datagram.slice(HEAD_BYTES..);
         if count == 1 {
-            return Some((tag, bytes));
+            return Some((tag, Payload::Frame(bytes)));
         }
         let same = |u: &Unfinished| u.number == number && u.tag == tag && u.pieces.len() == count;
         let at = match self.unfinished.iter().position(same) {
@@ -107,7 +129,7 @@ impl Joiner {
             self.dropped += 1;
             return None;
         }
-        Some((tag, Bytes::from(frame)))
+        Some((tag, Payload::Frame(Bytes::from(frame))))
     }
 }
 
@@ -124,9 +146,20 @@ mod tests {
         let mut joiner = Joiner::default();
         assert_eq!(joiner.take(pieces[1].clone(), now), None);
         let (tag, whole) = joiner.take(pieces[0].clone(), now).unwrap();
-        assert_eq!((tag, &whole[..]), (7, &frame[..]));
+        assert_eq!((tag, whole), (7, Payload::Frame(frame.into())));
         assert!(split(7, 1, &[0; FRAME_BYTES + 1], 1200).is_none());
         assert!(split(7, 1, &[], 1200).is_none() && split(7, 1, &[1], 8).is_none());
+    }
+
+    #[test]
+    fn a_marker_is_no_frame() {
+        let mut joiner = Joiner::default();
+        let sent = marker(7, b"flipped").unwrap();
+        let got = joiner.take(sent, Instant::now());
+        assert_eq!(got, Some((7, Payload::Marker(Bytes::from_static(b"flipped")))));
+        assert!(marker(7, b"").is_none() && marker(7, &[0; MARKER_BYTES + 1]).is_none());
+        let long = [&[0; HEAD_BYTES][..], &[1; MARKER_BYTES + 1]].concat();
+        assert_eq!((joiner.take(long.into(), Instant::now()), joiner.dropped), (None, 1));
     }
 
     #[test]
@@ -152,7 +185,7 @@ mod tests {
             let now = Instant::now();
             let last = pieces.into_iter().inspect(|p| assert!(p.len() <= room));
             let whole = last.filter_map(|p| joiner.take(p, now)).next().unwrap();
-            assert_eq!(&whole.1[..], &frame[..]);
+            assert_eq!(whole.1, Payload::Frame(frame.into()));
         }
 
         #[test]

@@ -13,11 +13,12 @@ mod workload;
 
 use std::fs;
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 
 use godwit_testbed::guest::wire::{
     CONTROL_PORT, Envelope, MAX_OUTPUT, READY, Reply, Request, Stats, TCP_ECHO_PORT, UDP_ECHO_PORT,
+    UDP_SINK_PORT,
 };
 
 use disks::Disks;
@@ -47,8 +48,17 @@ fn start() -> Result<(), String> {
     if let Some(address) = net::Address::from_cmdline(&cmdline)? {
         net::configure("eth0", address).map_err(|e| format!("eth0: {e}"))?;
     }
-    let handler: serve::Handler =
-        Arc::new(move |envelope| answer(&workload, &disks, &ticker, envelope));
+    let sink = serve::udp_sink(UDP_SINK_PORT).map_err(|e| format!("UDP {UDP_SINK_PORT}: {e}"))?;
+    let handler: serve::Handler = Arc::new(move |envelope| {
+        let mut reply = answer(&workload, &disks, &ticker, envelope);
+        if let Some(stats) = &mut reply.stats {
+            let seen = sink.lock().unwrap_or_else(PoisonError::into_inner).report(0, 0);
+            stats.sink_unique = seen.unique;
+            stats.sink_reordered = seen.reordered;
+            stats.sink_duplicated = seen.duplicated;
+        }
+        reply
+    });
     serve::udp_echo(UDP_ECHO_PORT).map_err(|e| format!("UDP {UDP_ECHO_PORT}: {e}"))?;
     serve::tcp_echo(TCP_ECHO_PORT).map_err(|e| format!("TCP {TCP_ECHO_PORT}: {e}"))?;
     serve::tcp_control(CONTROL_PORT, Arc::clone(&handler))
@@ -96,6 +106,8 @@ fn answer(workload: &Workload, disks: &Disks, ticker: &Ticker, envelope: Envelop
                     ticks: gaps.ticks,
                     max_gap_monotonic_ms: gaps.max_monotonic_ms,
                     max_gap_wall_ms: gaps.max_wall_ms,
+                    udp_dropped: net::udp_dropped(),
+                    ..Stats::default()
                 }),
                 ..Reply::ok(id)
             }

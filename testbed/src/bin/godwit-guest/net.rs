@@ -73,6 +73,21 @@ pub fn loopback_up() -> io::Result<()> {
     up(&control_socket()?, "lo")
 }
 
+/// Datagrams that sockets of this guest had no room for, in either direction.
+pub fn udp_dropped() -> u64 {
+    std::fs::read_to_string("/proc/net/snmp").map_or(0, |text| dropped(&text))
+}
+
+/// Two lines for UDP: names, and figures in the same order.
+fn dropped(snmp: &str) -> u64 {
+    let mut lines = snmp.lines().filter(|line| line.starts_with("Udp:"));
+    let (Some(names), Some(figures)) = (lines.next(), lines.next()) else { return 0 };
+    let both = names.split_whitespace().zip(figures.split_whitespace());
+    both.filter(|(name, _)| matches!(*name, "RcvbufErrors" | "SndbufErrors"))
+        .filter_map(|(_, figure)| figure.parse::<u64>().ok())
+        .sum()
+}
+
 fn up(socket: &OwnedFd, interface: &str) -> io::Result<()> {
     let mut request = named(interface);
     ioctl(socket, libc::SIOCGIFFLAGS, &mut request)?;
@@ -121,6 +136,13 @@ fn ioctl(socket: &OwnedFd, number: libc::c_ulong, request: &mut libc::ifreq) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn drops_are_read_by_their_names() {
+        let text =
+            "Tcp: A B\nTcp: 7 8\nUdp: InDatagrams RcvbufErrors SndbufErrors X\nUdp: 9 3 2 5\n";
+        assert_eq!((dropped(text), dropped("")), (5, 0));
+    }
 
     #[test]
     fn addresses_come_from_the_command_line() {

@@ -7,14 +7,17 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use godwit_testbed::guest::wire::{Envelope, MAX_LINE, Reply};
+use godwit_testbed::lab::prober::Counter;
 
 /// Connections served at once on one port.
 const MAX_CONNECTIONS: usize = 32;
+/// Room for datagrams that were not read yet, bytes as the kernel counts them.
+const UDP_BUFFER: libc::c_int = 16 << 20;
 /// Largest UDP datagram.
 const MAX_DATAGRAM: usize = 65_536;
 
@@ -24,6 +27,8 @@ pub type Handler = Arc<dyn Fn(Envelope) -> Reply + Send + Sync>;
 /// Echoes every datagram to its sender, as it came.
 pub fn udp_echo(port: u16) -> io::Result<()> {
     let socket = UdpSocket::bind(("0.0.0.0", port))?;
+    // What waited for a guest that moved comes at once: room for some seconds of it.
+    set_buffer(&socket, UDP_BUFFER);
     spawn("udp-echo", move || {
         let mut datagram = vec![0; MAX_DATAGRAM];
         loop {
@@ -33,6 +38,24 @@ pub fn udp_echo(port: u16) -> io::Result<()> {
             }
         }
     })
+}
+
+/// Counts numbered datagrams and answers none.
+pub fn udp_sink(port: u16) -> io::Result<Arc<Mutex<Counter>>> {
+    let socket = UdpSocket::bind(("0.0.0.0", port))?;
+    set_buffer(&socket, UDP_BUFFER);
+    let counter = Arc::new(Mutex::new(Counter::default()));
+    let counts = Arc::clone(&counter);
+    spawn("udp-sink", move || {
+        let mut datagram = vec![0; MAX_DATAGRAM];
+        loop {
+            if let Ok(length) = socket.recv(&mut datagram) {
+                let mut counter = counts.lock().unwrap_or_else(PoisonError::into_inner);
+                counter.receive(&datagram[..length], 0);
+            }
+        }
+    })?;
+    Ok(counter)
 }
 
 /// Echoes every byte of every connection.
@@ -125,6 +148,17 @@ where
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
     thread::Builder::new().name(name.into()).spawn(run).map(drop)
+}
+
+/// As much room for what arrives as is asked for. (More to send than the kernel allows by itself would only be dropped
+/// further down, where nobody counts.)
+fn set_buffer(socket: &UdpSocket, bytes: libc::c_int) {
+    // SAFETY: the option value is one int that outlives the call.
+    unsafe {
+        let length = size_of::<libc::c_int>() as libc::socklen_t;
+        let value = (&raw const bytes).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, value, length);
+    }
 }
 
 /// No echo, no line editing, no translation: bytes as they are.

@@ -12,6 +12,9 @@ pub const HEADER: usize = 20;
 /// Numbers beyond this are not ours: 8 MiB of bitmap at most.
 const SEQUENCE_MAX: u64 = 64 << 20;
 
+/// Rows of lost numbers in a report.
+const ROWS: usize = 64;
+
 /// Writes the header; `datagram` has at least [`HEADER`] bytes.
 pub fn encode(datagram: &mut [u8], sequence: u64, sent_ns: u64) {
     datagram[..4].copy_from_slice(&MAGIC.to_le_bytes());
@@ -48,6 +51,8 @@ pub struct ProbeReport {
     pub foreign: u64,
     /// Datagrams that our own socket dropped because its buffer was full (a flaw of the measurement if not 0).
     pub socket_dropped: u64,
+    /// First and last number of each row of lost ones: the first 64 rows.
+    pub missing: Vec<(u64, u64)>,
     /// Longest time between two receptions that followed each other: the outage.
     pub longest_gap_ms: f64,
     /// When that gap began, counted from the first datagram sent.
@@ -124,6 +129,22 @@ impl Counter {
         before
     }
 
+    /// Rows of numbers below `sent` that were not received.
+    fn missing(&self, sent: u64) -> Vec<(u64, u64)> {
+        let mut rows: Vec<(u64, u64)> = Vec::new();
+        let seen =
+            |n: u64| self.seen.get((n / 64) as usize).is_some_and(|w| w & (1 << (n % 64)) != 0);
+        for n in (0..sent.min(SEQUENCE_MAX)).filter(|n| !seen(*n)) {
+            let full = rows.len() == ROWS;
+            match rows.last_mut() {
+                Some(row) if row.1 + 1 == n => row.1 = n,
+                _ if full => return rows,
+                _ => rows.push((n, n)),
+            }
+        }
+        rows
+    }
+
     /// The report, given how many were sent and when the first one was.
     pub fn report(&self, sent: u64, start_ns: u64) -> ProbeReport {
         let ms = |ns: u64| ns as f64 / 1e6;
@@ -135,6 +156,7 @@ impl Counter {
             reordered: self.reordered,
             duplicated: self.duplicated,
             foreign: self.foreign,
+            missing: self.missing(sent),
             longest_gap_ms: ms(self.longest_gap_ns),
             longest_gap_at_ms: ms(self.longest_gap_from_ns.saturating_sub(start_ns)),
             rtt_min_ms: ms(self.rtt_min_ns),
@@ -175,6 +197,7 @@ mod tests {
         ]);
         let report = counter.report(10, 0);
         assert_eq!((report.received, report.unique, report.lost), (9, 8, 2));
+        assert_eq!(report.missing, [(3, 3), (9, 9)]);
         assert_eq!((report.reordered, report.duplicated, report.foreign), (1, 1, 0));
         assert_eq!((report.longest_gap_ms, report.longest_gap_at_ms), (100.0, 70.0));
     }

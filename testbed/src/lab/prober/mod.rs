@@ -113,6 +113,11 @@ impl Prober {
         Ok(Self { shared, threads })
     }
 
+    /// Datagrams sent so far.
+    pub fn sent(&self) -> u64 {
+        self.shared.sent.load(Ordering::SeqCst)
+    }
+
     /// The counts so far; datagrams under way count as lost.
     pub fn snapshot(&self) -> ProbeReport {
         self.shared.report()

@@ -69,6 +69,7 @@ impl DirectionStats {
             delivered_packets: f(self.delivered_packets, other.delivered_packets),
             delivered_bytes: f(self.delivered_bytes, other.delivered_bytes),
             queue_dropped: f(self.queue_dropped, other.queue_dropped),
+            udp_queue_dropped: f(self.udp_queue_dropped, other.udp_queue_dropped),
             lost: f(self.lost, other.lost),
             cut_dropped: f(self.cut_dropped, other.cut_dropped),
             write_failed: f(self.write_failed, other.write_failed),

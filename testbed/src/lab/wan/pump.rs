@@ -49,6 +49,8 @@ pub struct DirectionStats {
     pub delivered_bytes: u64,
     /// Packets dropped because the queue was full.
     pub queue_dropped: u64,
+    /// Of these, UDP datagrams: nobody sends them again.
+    pub udp_queue_dropped: u64,
     /// Packets lost at random, as the loss probability says.
     pub lost: u64,
     /// Packets dropped because the link was cut.
@@ -68,6 +70,7 @@ struct Counters {
     delivered_packets: AtomicU64,
     delivered_bytes: AtomicU64,
     queue_dropped: AtomicU64,
+    udp_queue_dropped: AtomicU64,
     lost: AtomicU64,
     cut_dropped: AtomicU64,
     write_failed: AtomicU64,
@@ -178,6 +181,7 @@ impl Direction {
             delivered_packets: get(&c.delivered_packets),
             delivered_bytes: get(&c.delivered_bytes),
             queue_dropped: get(&c.queue_dropped),
+            udp_queue_dropped: get(&c.udp_queue_dropped),
             lost: get(&c.lost),
             cut_dropped: get(&c.cut_dropped),
             write_failed: get(&c.write_failed),
@@ -268,6 +272,9 @@ impl Direction {
         };
         if verdict == Verdict::QueueFull {
             bump(&counters.queue_dropped, 1);
+            // Version 4 and protocol of the IP header.
+            let udp = held.packet[0] >> 4 == 4 && held.packet[9] == 17;
+            bump(&counters.udp_queue_dropped, u64::from(udp));
             state.free.push(held);
             return;
         }

@@ -15,7 +15,7 @@ use crate::scenario::swarm::run;
 
 /// What is asked for.
 #[derive(Clone, Debug)]
-pub(super) struct Wish<'a> {
+pub(in crate::scenario) struct Wish<'a> {
     pub on: &'a str,
     pub vm: &'a str,
     pub to: &'a str,
@@ -30,7 +30,7 @@ impl<'a> Wish<'a> {
 }
 
 /// A move that is followed.
-pub(super) struct Moving(JoinHandle<Result<Migration>>);
+pub(in crate::scenario) struct Moving(JoinHandle<Result<Migration>>);
 
 impl Moving {
     /// Asks, and follows on a thread of its own.

@@ -1,0 +1,231 @@
+//! NICs that move: what the machines of `godwit_protocol::cutover` ask for, done to devices and streams.
+//!
+//! Owns the table of NICs that leave this host or come to it, and the fast path's look into it. Decides
+//! nothing. Invariant: whatever becomes of a migration, a hold or a plug ends: with the machine's
+//! deadline, with the copy, or when the daemon that takes the VM up finds it.
+//!
+//! Broadcasts and multicasts (ARP, neighbour discovery) go to every host of a wire, so to both. While the
+//! NIC is held, the old host's copy waits with the rest and goes after it; from the moment the guest runs, the new
+//! host's copy counts, and the one of the tail is left out if this node has flooded the same before. A copy
+//! that came to the new host by VXLAN this node does not see: such a broadcast may come twice.
+
+mod arriving;
+mod leaving;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use godwit_protocol::cutover::Counts;
+use godwit_protocol::id::{CopyId, HostId, Mac, MigrationId, Name};
+use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
+use godwit_protocol::time::Time;
+use godwit_protocol::wire::codec;
+use godwit_protocol::wire::route::Route;
+use godwit_protocol::wire::tail::{FLIPPED_BYTES, Flipped};
+use tokio::time::Instant;
+
+use super::copies::Copy;
+use super::node::Node;
+
+pub(super) use arriving::Arriving;
+pub(super) use leaving::{Leaving, Rest};
+
+/// How long an old host passes on what comes by tunnel from those that have not heard yet.
+const LATE: Duration = Duration::from_secs(10);
+/// How long a kernel sender's last frames may be on their way across the LAN when its marker has come.
+const LAN: Duration = Duration::from_millis(3);
+/// How long the guest waits for word that what it sent at the old host has left it.
+const QUIET: Duration = Duration::from_millis(10);
+
+/// A NIC: the tag of its wire and its address.
+pub(super) type Key = (u32, Mac);
+
+/// The NICs of this host that move.
+#[derive(Default)]
+pub(super) struct Cutovers(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    leaving: BTreeMap<Key, Arc<Leaving>>,
+    arriving: BTreeMap<Key, Arc<Arriving>>,
+    /// NICs that have left, and where to.
+    late: BTreeMap<Key, (HostId, Instant)>,
+}
+
+impl Cutovers {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn arriving(&self, key: Key) -> Option<Arc<Arriving>> {
+        self.lock().arriving.get(&key).cloned()
+    }
+
+    /// The NIC whose frames wait in a hold here.
+    pub fn held(&self, key: Key) -> Option<Arc<Leaving>> {
+        self.lock().leaving.get(&key).filter(|l| l.is_held()).cloned()
+    }
+
+    fn of_copy(&self, copy: CopyId) -> (Vec<Arc<Leaving>>, Vec<Arc<Arriving>>) {
+        let table = self.lock();
+        let leaving = table.leaving.values().filter(|l| l.copy == copy).cloned().collect();
+        (leaving, table.arriving.values().filter(|a| a.copy == copy).cloned().collect())
+    }
+
+    /// Takes a frame that came by tunnel, if it is for a NIC that moves.
+    pub fn take_in(&self, node: &Node, from: HostId, tag: u32, frame: &Bytes) -> bool {
+        let Some(mac) = frame.first_chunk::<6>() else { return false };
+        let key = (tag, Mac(*mac));
+        let table = self.lock();
+        if mac[0] & 1 == 1 {
+            table.arriving.range(wire(tag)).for_each(|(_, a)| a.flooded(frame));
+            return false;
+        }
+        if let Some(arriving) = table.arriving.get(&key) {
+            arriving.fresh(from, frame.clone());
+            return true;
+        }
+        match table.late.get(&key) {
+            Some((to, until)) if Instant::now() < *until => {
+                // Lost as on any link, and counted there.
+                let _ = node.frames.send(*to, tag, frame);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A broadcast of a guest of this host.
+    pub fn flooded(&self, tag: u32, frame: &[u8]) {
+        self.lock().arriving.range(wire(tag)).for_each(|(_, a)| a.flooded(frame));
+    }
+}
+
+/// All NICs of a wire.
+fn wire(tag: u32) -> std::ops::RangeInclusive<Key> {
+    (tag, Mac([0; 6]))..=(tag, Mac([0xff; 6]))
+}
+
+/// The stream that carries a NIC's tail says this in place of its migration's id.
+fn tail_id(id: MigrationId, wire: &Name, mac: &Mac) -> MigrationId {
+    let mut hasher = blake3::Hasher::new_derive_key("godwit tail stream v1");
+    hasher.update(&id.0).update(&mac.0).update(wire.as_str().as_bytes());
+    let mut derived = [0; 16];
+    hasher.finalize_xof().fill(&mut derived);
+    MigrationId(derived)
+}
+
+/// When a machine's timeout is, for the runtime; without one, some day.
+fn instant(node: &Node, timeout: Option<Time>) -> Instant {
+    let after = timeout.map_or(Duration::from_secs(3600), |t| Duration::from_micros(t.0));
+    if timeout.is_some() { node.started + after } else { Instant::now() + after }
+}
+
+fn report(node: &Node, id: MigrationId, nic: &Mac, counts: Counts) {
+    let Counts { held, dropped, late } = counts;
+    if (held, dropped, late) == (0, 0, false) {
+        return;
+    }
+    node.count_frames(id, held, dropped);
+    let late = if late { ", released by the deadline" } else { "" };
+    let what = format!("frames of {}: {held} held, {dropped} dropped{late}", nic.colons());
+    if dropped > 0 || !late.is_empty() {
+        tracing::warn!(migration = %id, "{what}");
+    }
+    node.moment(id, what);
+}
+
+/// A marker came: its sender sends this NIC's frames to the new host from now on.
+pub(super) fn marker(node: &Arc<Node>, from: HostId, tag: u32, bytes: &[u8]) {
+    let Ok(flipped) = codec::decode::<Flipped, FLIPPED_BYTES>(bytes) else {
+        return tracing::debug!(%from, "a marker that cannot be read");
+    };
+    let leaving = node.cutovers.lock().leaving.get(&(tag, flipped.mac)).cloned();
+    let Some(leaving) = leaving.filter(|l| flipped.epoch > l.base) else { return };
+    if !matches!(node.via(from), crate::link::Where::Vxlan(_)) {
+        return leaving.marker(from);
+    }
+    tokio::spawn(async move {
+        // Its frames took another way than the marker.
+        tokio::time::sleep(LAN).await;
+        leaving.marker(from);
+    });
+}
+
+/// Tells the old host of a NIC, behind all that went there.
+pub(super) fn mark(node: &Node, to: HostId, tag: u32, flipped: Flipped) {
+    let Ok(bytes) = codec::encode(&flipped, CONTROL_MESSAGE_BYTES) else { return };
+    if let Err(error) = node.frames.mark(to, tag, &bytes) {
+        tracing::debug!(%to, %error, "no marker");
+    }
+}
+
+/// The guest has a new host: what its old one held is on its way there. True: the hold is still needed.
+pub(super) fn moved(node: &Arc<Node>, key: Key, route: &Route) -> bool {
+    let Some(leaving) = node.cutovers.held(key) else { return false };
+    if route.host != node.me && !route.gone {
+        leaving.moved(node, route.host);
+    }
+    true
+}
+
+/// The copy is to leave for `to`: everything that takes time is done before it is stopped.
+pub(super) async fn leave(node: &Arc<Node>, id: MigrationId, copy: &Copy, to: HostId) {
+    let vm = copy.vm();
+    let newest = node.with_core(move |core, _| core.record_of(vm).map(|r| r.epoch)).await;
+    let base = newest.ok().flatten().unwrap_or_default();
+    leaving::prepare(node, id, copy, base, to).await;
+}
+
+/// The copy is to come from `from`.
+pub(super) async fn arrive(node: &Arc<Node>, id: MigrationId, copy: &Copy, from: HostId) {
+    arriving::prepare(node, id, copy, from).await;
+}
+
+/// The copy's QEMU was started again, on new taps.
+pub(super) async fn plug_again(node: &Node, copy: &Copy) {
+    if !node.cutovers.of_copy(copy.id).1.is_empty() {
+        arriving::plug(node, copy).await;
+    }
+}
+
+/// Frames for the copy's NICs wait here from now on; returns when its guest has taken what came before.
+/// What it has not taken is the rest's, to be told when the guest stands still.
+pub(super) async fn hold(node: &Arc<Node>, copy: &Arc<Copy>) -> Rest {
+    let (leaving, arrived) = node.cutovers.of_copy(copy.id);
+    for arriving in arrived {
+        arriving.finish(node).await;
+    }
+    leaving::hold(node, copy, leaving).await
+}
+
+/// Waits, a little, until what the guest sent at the old host is ahead of what it will send here.
+pub(super) async fn quiet(node: &Node, copy: CopyId) {
+    let waits = node.cutovers.of_copy(copy).1;
+    let all = futures::future::join_all(waits.iter().map(|a| a.quiet()));
+    if tokio::time::timeout(QUIET, all).await.is_err() {
+        tracing::debug!(%copy, "started without word that the old host is quiet");
+    }
+}
+
+/// The transfer ended before anything was held.
+pub(super) fn cancelled(node: &Node, copy: CopyId) {
+    for leaving in node.cutovers.of_copy(copy).0 {
+        if !leaving.is_held() {
+            leaving.end(node);
+        }
+    }
+}
+
+/// The copy is gone from this host.
+pub(super) fn gone(node: &Node, copy: CopyId) {
+    let (leaving, arriving) = node.cutovers.of_copy(copy);
+    for leaving in leaving {
+        if leaving.is_held() { leaving.orphaned(node) } else { leaving.end(node) }
+    }
+    for arriving in arriving {
+        arriving.end(node);
+    }
+}

@@ -1,0 +1,350 @@
+//! A NIC that leaves this host: its hold device, and the stream of its tail.
+//!
+//! Owns one hold device and two tasks: one empties the device and keeps the machine's time, one writes
+//! the tail. Invariant: the machine's lock is held while the device is read, so that the order of its
+//! frames and of markers is the order in which they came.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use godwit_protocol::cutover::Departure;
+use godwit_protocol::id::{CopyId, Epoch, HostId, Mac, MigrationId, Name};
+use godwit_protocol::limits::CUTOVER_BYTES;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+
+use super::super::copies::Copy;
+use super::super::node::Node;
+use super::super::wires;
+use super::{Key, LATE, instant, report, tail_id};
+use crate::link::{Hold, TapView, Where, forwarding_settled};
+
+/// How long a guest may take to empty its taps before it is stopped all the same. It runs meanwhile.
+const EMPTY: Duration = Duration::from_secs(2);
+/// How long a frame may take into the stream before the stream counts as lost.
+const WRITE: Duration = Duration::from_secs(30);
+/// Before a stream that broke is opened again.
+const AGAIN: Duration = Duration::from_millis(500);
+/// How long all that is in a tunnel port may take to leave.
+const FENCE: Duration = Duration::from_secs(1);
+
+/// One NIC that leaves.
+pub(in super::super) struct Leaving {
+    pub copy: CopyId,
+    pub base: Epoch,
+    key: Key,
+    wire: Name,
+    mac: Mac,
+    id: MigrationId,
+    hold: Hold,
+    held: AtomicBool,
+    /// Where the guest runs, once that is known.
+    host: Mutex<Option<HostId>>,
+    machine: Mutex<Departure<Bytes>>,
+    /// There is something for the tail.
+    items: Notify,
+    /// The machine's time may have changed.
+    steps: Notify,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes the hold devices of a copy that is to leave, and opens the streams of their tails.
+pub(in super::super) async fn prepare(
+    node: &Arc<Node>,
+    id: MigrationId,
+    copy: &Copy,
+    base: Epoch,
+    to: HostId,
+) {
+    for nic in &copy.spec.nics {
+        let key = (wires::tag(&nic.wire), nic.mac);
+        let earlier = node.cutovers.lock().leaving.get(&key).cloned();
+        if let Some(earlier) = earlier {
+            let tasks = std::mem::take(&mut *lock(&earlier.tasks));
+            earlier.end(node);
+            // Its device goes with the last of them, and the name is needed.
+            for task in tasks {
+                task.abort();
+                let _ = task.await;
+            }
+        }
+        for host in node.senders(key.0, to) {
+            // So that its marker has a way. Refused only if it is no member.
+            let _ = node.frames.prepare(host);
+        }
+        let hold = match node.links.open_hold(&nic.wire, &nic.mac).await {
+            Ok(hold) => hold,
+            Err(error) => {
+                tracing::error!(wire = %nic.wire, mac = %nic.mac.colons(), %error, "frames will be lost at the stop");
+                continue;
+            }
+        };
+        let leaving = Arc::new(Leaving {
+            copy: copy.id,
+            base,
+            key,
+            wire: nic.wire.clone(),
+            mac: nic.mac,
+            id,
+            hold,
+            held: AtomicBool::new(false),
+            host: Mutex::default(),
+            machine: Mutex::new(Departure::new(CUTOVER_BYTES)),
+            items: Notify::new(),
+            steps: Notify::new(),
+            tasks: Mutex::default(),
+        });
+        let keeper = tokio::spawn(keep(Arc::clone(node), Arc::clone(&leaving)));
+        let writer = tokio::spawn(write(Arc::clone(node), Arc::clone(&leaving), to));
+        lock(&leaving.tasks).extend([keeper, writer]);
+        node.cutovers.lock().leaving.insert(key, leaving);
+    }
+}
+
+/// Turns the frames of these NICs into their holds, and waits for the guest to take what it has. What it
+/// has not taken in time is in the views that come back.
+pub(super) async fn hold(node: &Arc<Node>, copy: &Copy, nics: Vec<Arc<Leaving>>) -> Rest {
+    let pid = copy.qemu().pid();
+    let mut held = Vec::new();
+    for nic in nics {
+        let view = node.links.view_tap(pid, &nic.wire, &nic.mac);
+        match node.links.set_route(&nic.wire, &nic.mac, Where::Hold).await {
+            Ok(()) => nic.held.store(true, Ordering::SeqCst),
+            Err(error) => tracing::error!(wire = %nic.wire, %error, "frames are not held"),
+        }
+        held.push((nic, view));
+    }
+    if !held.is_empty() {
+        forwarding_settled().await;
+    }
+    let deadline = Instant::now() + EMPTY;
+    let mut rest = Vec::new();
+    for (nic, view) in held {
+        let view = view.inspect_err(|error| tracing::warn!(%error, "cannot look into a tap")).ok();
+        let emptied = match &view {
+            Some(view) => view.emptied(deadline).await,
+            None => true,
+        };
+        rest.push((nic, view.filter(|_| !emptied)));
+    }
+    Rest(rest)
+}
+
+/// NICs that are held, with the taps that their guest did not empty.
+pub(in super::super) struct Rest(Vec<(Arc<Leaving>, Option<TapView>)>);
+
+impl Rest {
+    /// The guest stands still: what it left goes ahead of what is held.
+    pub fn stopped(self, node: &Arc<Node>) {
+        for (nic, view) in self.0 {
+            let (mut frames, mut lost) = (Vec::new(), 0);
+            if let Some(view) = view {
+                // And the one that QEMU has taken.
+                lost = view.take_rest(|frame| frames.push(frame)) + 1;
+                tracing::warn!(frames = frames.len(), lost, "the guest did not empty its tap");
+            }
+            lock(&nic.machine).stopped(frames, lost);
+            nic.items.notify_one();
+            let node = Arc::clone(node);
+            tokio::spawn(async move { nic.quiet(&node).await });
+        }
+    }
+}
+
+/// Empties the hold device and does what the machine's time asks for, until the tail has ended.
+async fn keep(node: Arc<Node>, nic: Arc<Leaving>) {
+    loop {
+        let due = instant(&node, lock(&nic.machine).timeout());
+        tokio::select! {
+            waited = nic.hold.wait_readable() => if let Err(error) = waited {
+                tracing::error!(%error, "a hold device is gone");
+                return nic.end(&node);
+            },
+            () = nic.steps.notified() => {}
+            () = tokio::time::sleep_until(due) => {}
+        }
+        nic.drain();
+        if lock(&nic.machine).close_due(node.now()) {
+            nic.close(&node).await;
+        }
+        if lock(&nic.machine).is_over() {
+            return nic.end(&node);
+        }
+    }
+}
+
+/// Writes the tail, from the first held frame on: what crosses before the decision need not cross after.
+async fn write(node: Arc<Node>, nic: Arc<Leaving>, to: HostId) {
+    while let Err(error) = nic.write_tail(&node, to).await {
+        if lock(&nic.machine).is_unused() {
+            // A link that was cut during the transfer: nothing is lost yet.
+            tokio::time::sleep(AGAIN).await;
+            continue;
+        }
+        // So it ends when the guest stays; frames that are lost with it are counted.
+        tracing::info!(%to, %error, "the tail of a NIC broke off");
+        lock(&nic.machine).tail_lost();
+        return nic.steps.notify_one();
+    }
+}
+
+impl Leaving {
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::SeqCst)
+    }
+
+    async fn write_tail(&self, node: &Node, to: HostId) -> std::io::Result<()> {
+        let stream = node.bulk.connect(to).await.map_err(std::io::Error::other)?;
+        let mut stream = BufWriter::new(stream);
+        stream.write_all(&tail_id(self.id, &self.wire, &self.mac).0).await?;
+        loop {
+            let (item, over) = {
+                let mut machine = lock(&self.machine);
+                (machine.next_item(), machine.is_over())
+            };
+            let work = async {
+                match &item {
+                    Some(item) => {
+                        let (head, bytes) = item.parts().ok_or(std::io::ErrorKind::InvalidData)?;
+                        stream.write_all(&head).await?;
+                        stream.write_all(bytes).await
+                    }
+                    None => stream.flush().await,
+                }
+            };
+            timeout(WRITE, work).await??;
+            if over {
+                timeout(WRITE, stream.shutdown()).await??;
+                self.steps.notify_one();
+                return Ok(());
+            }
+            if item.is_none() {
+                let mut word = [0];
+                tokio::select! {
+                    () = self.items.notified() => {}
+                    // Nothing is ever said the other way: this is the end of the connection.
+                    _ = stream.get_mut().read(&mut word) => {
+                        return Err(std::io::ErrorKind::ConnectionAborted.into());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives the machine what is in the device.
+    fn drain(&self) {
+        let mut machine = lock(&self.machine);
+        self.drain_into(&mut machine);
+        drop(machine);
+        self.items.notify_one();
+    }
+
+    fn drain_into(&self, machine: &mut Departure<Bytes>) {
+        let take = |frame: Bytes| {
+            // A bridge gives a broadcast to every port but its sender's: not to the guest that sent it.
+            if frame.get(6..12) != Some(&self.mac.0) {
+                machine.frame(frame);
+            }
+        };
+        if let Err(error) = self.hold.drain(take) {
+            tracing::error!(%error, "a hold device is gone");
+        }
+    }
+
+    /// All that `from` sent by the old way is in the device by now.
+    pub fn marker(&self, from: HostId) {
+        let mut machine = lock(&self.machine);
+        self.drain_into(&mut machine);
+        machine.marker(from);
+        drop(machine);
+        self.items.notify_one();
+        self.steps.notify_one();
+    }
+
+    /// The guest runs at `host`.
+    pub fn moved(&self, node: &Node, host: HostId) {
+        *lock(&self.host) = Some(host);
+        let senders = node.senders(self.key.0, host);
+        lock(&self.machine).moved(node.now(), senders);
+        self.steps.notify_one();
+    }
+
+    pub fn orphaned(&self, node: &Node) {
+        lock(&self.machine).orphaned(node.now());
+        self.steps.notify_one();
+    }
+
+    /// Tells the new host that what the guest sent here has left.
+    async fn quiet(&self, node: &Node) {
+        // Not told in time, it goes on without.
+        let _ = timeout(FENCE, node.links.fence(&self.wire)).await;
+        lock(&self.machine).quiet();
+        self.items.notify_one();
+    }
+
+    /// Everybody else sends to the new host: so does this one now, and the rest of the hold follows.
+    async fn close(&self, node: &Arc<Node>) {
+        let host = *lock(&self.host);
+        let to = host.map_or(Where::None, |host| node.via(host));
+        if let Some(host) = host {
+            let mut table = node.cutovers.lock();
+            let now = Instant::now();
+            table.late.retain(|_, (_, until)| *until > now);
+            table.late.insert(self.key, (host, now + LATE));
+        }
+        wires::set(node, &self.wire, &self.mac, to).await;
+        forwarding_settled().await;
+        let mut machine = lock(&self.machine);
+        self.drain_into(&mut machine);
+        machine.close();
+        drop(machine);
+        self.items.notify_one();
+    }
+
+    /// Decided: the guest stays. What was held goes into its own tap, ahead of what comes now.
+    pub async fn stays(&self, node: &Arc<Node>) {
+        let (wire, mac) = (&self.wire, &self.mac);
+        let plugged = node.links.plug(wire, mac).await;
+        let past = node.links.injector(wire, mac).await;
+        wires::set(node, wire, mac, Where::Local).await;
+        forwarding_settled().await;
+        let frames = {
+            let mut machine = lock(&self.machine);
+            self.drain_into(&mut machine);
+            machine.stay()
+        };
+        let sent = past.as_ref().ok().map(|p| frames.iter().filter(|f| p.send(f)).count());
+        let unplugged = node.links.unplug(wire, mac).await;
+        let sent = sent.unwrap_or(0);
+        for error in [plugged.err(), past.err(), unplugged.err()].into_iter().flatten() {
+            tracing::error!(%wire, mac = %mac.colons(), %error, "what was held is late or lost");
+        }
+        let lost = frames.len() - sent;
+        node.count_frames(self.id, 0, lost as u64);
+        self.end(node);
+    }
+
+    /// Forgets the NIC; its device goes with the last task.
+    pub fn end(&self, node: &Node) {
+        let removed = {
+            let mut table = node.cutovers.lock();
+            let same = |l: &Arc<Self>| std::ptr::eq(Arc::as_ptr(l), self);
+            table.leaving.get(&self.key).is_some_and(same).then(|| table.leaving.remove(&self.key))
+        };
+        if removed.is_none() {
+            return;
+        }
+        if self.is_held() {
+            report(node, self.id, &self.mac, lock(&self.machine).counts());
+        }
+        lock(&self.tasks).drain(..).for_each(|task| task.abort());
+    }
+}

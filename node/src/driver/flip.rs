@@ -1,0 +1,128 @@
+//! A sender's turn: this host's frames for a NIC go another way, and its old host is told.
+//!
+//! Owns the order of the steps. Invariant: the marker leaves behind every frame that went by the old way,
+//! whichever of the two ways is the kernel's.
+//!
+//! ```text
+//!   tunnel -> tunnel   one lock: table, marker
+//!   tunnel -> kernel   the port's rest goes the old way; FDB; grace period; port empty; marker
+//!   kernel -> any      FDB; grace period; marker
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protocol::id::{Epoch, HostId};
+use godwit_protocol::wire::route::{Nic, Route};
+use godwit_protocol::wire::tail::Flipped;
+use tokio::time::{sleep, timeout};
+
+use super::copies::Copy;
+use super::cutover::{self, Key};
+use super::node::Node;
+use super::wires::tag;
+use crate::link::{Where, forwarding_settled};
+
+/// How long what is in a tunnel port may take to leave.
+const FENCE: Duration = Duration::from_secs(1);
+/// A marker is a datagram, and is said again after so long.
+const AGAIN: [Duration; 3] =
+    [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
+
+/// A turn that was begun.
+pub(super) struct Turn {
+    old: HostId,
+    nics: Vec<Nic>,
+    epoch: Epoch,
+    /// The old way was the tunnel, the new one is not: the port's rest has to leave first.
+    rest: bool,
+    /// The marker has been said.
+    said: bool,
+}
+
+/// Enters a changed route into the table. A turn, if this host sends another way now, whose FDB entries
+/// are to be set next.
+pub(super) fn begin(node: &Node, route: &Route) -> Option<Turn> {
+    let mut table = node.table();
+    let known = table.routes.get(&route.vm).filter(|r| !r.gone).map(|r| r.host);
+    let far = |old: &HostId| *old != node.me && route.host != node.me && !route.gone;
+    let old = known.filter(|old| *old != route.host).filter(far);
+    let mut turn = old.map(|old| turn(old, route.nics.iter().cloned(), route.epoch));
+    if let Some(turn) = &mut turn {
+        let by_tunnel = node.via(turn.old) == Where::Tunnel;
+        turn.rest = by_tunnel && node.via(route.host) != Where::Tunnel;
+        if turn.rest {
+            table.behind.extend(turn.keys().map(|key| (key, turn.old)));
+        }
+        turn.said = by_tunnel && !turn.rest;
+    }
+    table.put(route.clone());
+    if let Some(turn) = turn.as_ref().filter(|turn| turn.said) {
+        turn.say(node);
+    }
+    turn
+}
+
+/// The guest runs here, and ran elsewhere: this host's own frames for it do not leave any more.
+pub(super) fn here(node: &Node, copy: &Copy) -> Option<Turn> {
+    let nics = copy.spec.nics.iter().map(|n| Nic { wire: n.wire.clone(), mac: n.mac });
+    let arriving = |n: &Nic| node.cutovers.arriving((tag(&n.wire), n.mac)).map(|a| a.from);
+    let nics: Vec<Nic> = nics.collect();
+    let old = nics.iter().find_map(arriving)?;
+    let mut turn = turn(old, nics.into_iter(), Epoch::default());
+    turn.rest = node.via(old) == Where::Tunnel;
+    if turn.rest {
+        node.table().behind.extend(turn.keys().map(|key| (key, old)));
+    }
+    Some(turn)
+}
+
+fn turn(old: HostId, nics: impl Iterator<Item = Nic>, epoch: Epoch) -> Turn {
+    Turn { old, nics: nics.collect(), epoch, rest: false, said: false }
+}
+
+impl Turn {
+    /// With the epoch of the route that made it necessary.
+    pub fn at(mut self, epoch: Epoch) -> Self {
+        self.epoch = epoch;
+        self
+    }
+
+    /// The FDB entries are set: says the marker as soon as it is true.
+    pub fn end(self, node: &Arc<Node>) {
+        let node = Arc::clone(node);
+        tokio::spawn(async move {
+            if !self.said {
+                forwarding_settled().await;
+            }
+            if self.rest {
+                for nic in &self.nics {
+                    // Not in time: the rest of the port is lost with the next step, and nothing else.
+                    let _ = timeout(FENCE, node.links.fence(&nic.wire)).await;
+                }
+                let mut table = node.table();
+                for key in self.keys() {
+                    table.behind.remove(&key);
+                }
+            }
+            if !self.said {
+                self.say(&node);
+            }
+            for pause in AGAIN {
+                sleep(pause).await;
+                self.say(&node);
+            }
+        });
+    }
+
+    fn keys(&self) -> impl Iterator<Item = Key> {
+        self.nics.iter().map(|nic| (tag(&nic.wire), nic.mac))
+    }
+
+    fn say(&self, node: &Node) {
+        for nic in &self.nics {
+            let flipped = Flipped { mac: nic.mac, epoch: self.epoch };
+            cutover::mark(node, self.old, tag(&nic.wire), flipped);
+        }
+    }
+}

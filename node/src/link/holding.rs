@@ -1,0 +1,94 @@
+//! A hold device: a port of a wire's bridge whose frames wait in this process while their NIC moves.
+//!
+//! Owns the tap of one hold device. Never decides when it is in use (`Links::set_route` with
+//! [`super::Where::Hold`]) or what becomes of its frames. Invariant: the device lives as long as the
+//! [`Hold`]; with it, or with the daemon, go its forwarding entries.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use godwit_protocol::id::{Mac, Name};
+use godwit_protocol::limits::TAP_QUEUE_FRAMES;
+use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
+
+use super::kernel::WAITING;
+use super::tap::Reader;
+use super::tunnel::{BLOCK, HEADER, TAG};
+use super::{LinkError, Links, names};
+
+/// How long the kernel may take to notice that a device is up, and how often it is asked.
+const NOTICED: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(10);
+
+/// An open hold device.
+pub struct Hold {
+    fd: AsyncFd<OwnedFd>,
+    longest: usize,
+}
+
+impl Hold {
+    /// Waits until there may be a frame: then [`Hold::drain`] has to be called before the next wait.
+    ///
+    /// # Errors
+    /// The device is gone.
+    pub async fn wait_readable(&self) -> io::Result<()> {
+        // Cleared before the device is read: what comes later is news again.
+        self.fd.readable().await?.clear_ready();
+        Ok(())
+    }
+
+    /// Gives every frame that is there now, oldest first. The frames are plain: whole checksums, no
+    /// longer than the wire's MTU allows. Two callers at once would mix their order.
+    ///
+    /// # Errors
+    /// The device is gone.
+    pub fn drain(&self, mut take: impl FnMut(Bytes)) -> io::Result<()> {
+        let mut block = BytesMut::new();
+        loop {
+            if block.capacity() < self.longest {
+                block = BytesMut::with_capacity(BLOCK.max(self.longest));
+            }
+            block.resize(self.longest, 0);
+            match nix::unistd::read(self.fd.get_ref(), &mut block) {
+                Ok(length) if length < HEADER => {}
+                Ok(length) => take(block.split_to(length).freeze()),
+                Err(nix::errno::Errno::EAGAIN) => return Ok(()),
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Links {
+    /// Makes the hold device of a NIC. It gets no frame until [`Links::set_route`] says
+    /// [`super::Where::Hold`]. At most [`TAP_QUEUE_FRAMES`] wait in it.
+    ///
+    /// # Errors
+    /// [`LinkError::NoWire`]; the kernel's, also if the NIC has one already.
+    pub async fn open_hold(&self, wire: &Name, mac: &Mac) -> Result<Hold, LinkError> {
+        let state = self.state.lock().await;
+        let bridge = state.wires.get(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?.bridge;
+        let name = names::hold(wire, mac);
+        let fd = self.create_tap(&name, Reader::Node)?;
+        let device = self.kernel.device(&name).await?;
+        let index = device.ok_or_else(|| LinkError::NoTap(name.clone()))?.index;
+        let queue = Some(TAP_QUEUE_FRAMES);
+        let alias = names::alias(wire, None);
+        self.kernel.dress(index, &alias, self.config.mtu, queue, Some(bridge)).await?;
+        self.kernel.port(index, &WAITING).await?;
+        self.kernel.up(index).await?;
+        // A bridge drops what is for a port that the kernel has not noticed to be up.
+        let end = Instant::now() + NOTICED;
+        while !self.kernel.device(&name).await?.is_some_and(|d| d.runs) && Instant::now() < end {
+            tokio::time::sleep(LOOK).await;
+        }
+        // SAFETY: the fd is owned by the AsyncFd, which is never taken apart: it stays open and the same.
+        let fd = unsafe { AsyncFd::register(fd) }
+            .map_err(|e| LinkError::kernel("watch a hold device", e.into()))?;
+        Ok(Hold { fd, longest: usize::from(self.config.mtu) + HEADER + TAG })
+    }
+}

@@ -1,0 +1,155 @@
+//! A plug on a NIC's tap: what comes through the kernel waits in order, what is older goes past it.
+//!
+//! Owns the queueing discipline of taps and the packet sockets that reach them. Never decides when.
+//! Invariant: taking a plug off keeps what waited; only the kernel's bound (32 MiB) drops, counted there.
+//!
+//! A token bucket that is empty and fills by a byte a second is a plug that every kernel has. It lets
+//! the first burst pass, which a frame that no guest takes uses up.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use godwit_protocol::id::{Mac, Name};
+use godwit_protocol::limits::CUTOVER_BYTES;
+use rtnetlink::packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
+
+use super::kernel::Kernel;
+use super::{LinkError, Links, names};
+
+/// Bytes per second of a plug, and of a tap without one.
+const SHUT: u64 = 1;
+const OPEN: u64 = 12_500_000_000;
+/// What an open tap passes at once, bytes.
+const OPEN_BURST: u32 = 64 << 20;
+/// To nobody, from nobody, of a type that is for experiments: QEMU drops it.
+const FILLER: [u8; 14] = [2, 0, 0, 0, 0, 0xfe, 2, 0, 0, 0, 0, 0xff, 0x88, 0xb6];
+/// Shortest frame of Ethernet, bytes.
+const SHORTEST: usize = 60;
+
+/// Puts frames into a tap as if they came from its bridge, past a plug.
+pub struct Injector(OwnedFd);
+
+impl Injector {
+    /// Gives the guest a frame; false if its queue is full: the frame is lost, and the kernel counts it.
+    /// Never waits.
+    pub fn send(&self, frame: &[u8]) -> bool {
+        // SAFETY: the pointer and length are of one living slice; the fd is open.
+        let sent = unsafe {
+            libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), libc::MSG_DONTWAIT)
+        };
+        sent >= 0
+    }
+}
+
+impl Links {
+    /// Plugs the NIC's tap: frames from its bridge wait. Until then none may come.
+    ///
+    /// # Errors
+    /// [`LinkError::NoTap`], or the kernel's.
+    pub async fn plug(&self, wire: &Name, mac: &Mac) -> Result<(), LinkError> {
+        let index = self.tap_index(wire, mac).await?;
+        // Not longer than what the filler uses up, not shorter than the longest frame.
+        let burst = u32::from(self.config.mtu) + 18;
+        let what = "plug a tap";
+        self.kernel.token_bucket(what, index, SHUT, burst, NLM_F_CREATE | NLM_F_REPLACE).await?;
+        let longest = usize::from(self.config.mtu) + FILLER.len();
+        let spend = socket(index, false).map(|s| s.send(&filler(longest)));
+        spend.map(drop).map_err(|e| LinkError::kernel(what, e))
+    }
+
+    /// Takes the plug off: what waited goes first, in its order. Without a plug, nothing changes.
+    ///
+    /// # Errors
+    /// [`LinkError::NoTap`], or the kernel's.
+    pub async fn unplug(&self, wire: &Name, mac: &Mac) -> Result<(), LinkError> {
+        let index = self.tap_index(wire, mac).await?;
+        let what = "unplug a tap";
+        match self.kernel.token_bucket(what, index, OPEN, OPEN_BURST, 0).await {
+            Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::EINVAL)) => return Ok(()),
+            other => other?,
+        }
+        // A queue is looked at when a frame comes.
+        let kick = socket(index, false).map(|s| s.send(&filler(SHORTEST)));
+        kick.map(drop).map_err(|e| LinkError::kernel(what, e))
+    }
+
+    /// The way past a plug into the NIC's tap, as it is now.
+    ///
+    /// # Errors
+    /// [`LinkError::NoTap`], or the kernel's.
+    pub async fn injector(&self, wire: &Name, mac: &Mac) -> Result<Injector, LinkError> {
+        let index = self.tap_index(wire, mac).await?;
+        socket(index, true).map_err(|e| LinkError::kernel("open a packet socket", e))
+    }
+
+    async fn tap_index(&self, wire: &Name, mac: &Mac) -> Result<u32, LinkError> {
+        let name = names::tap(wire, mac);
+        let device = self.kernel.device(&name).await?;
+        Ok(device.ok_or(LinkError::NoTap(name))?.index)
+    }
+}
+
+fn filler(length: usize) -> Vec<u8> {
+    let mut frame = FILLER.to_vec();
+    frame.resize(length, 0);
+    frame
+}
+
+/// A packet socket that sends on a device and receives nothing.
+fn socket(index: u32, past: bool) -> io::Result<Injector> {
+    let check = |rc: libc::c_int| if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) };
+    // SAFETY: plain system calls; every pointer is to a living value of the size that is passed.
+    unsafe {
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        let fd = check(libc::socket(libc::AF_PACKET, kind, 0))?;
+        let socket = OwnedFd::from_raw_fd(fd);
+        let yes = libc::c_int::from(past);
+        let size = size_of_val(&yes) as libc::socklen_t;
+        let option = (&raw const yes).cast();
+        check(libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS, option, size))?;
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = index as libc::c_int;
+        let size = size_of_val(&address) as libc::socklen_t;
+        check(libc::bind(fd, (&raw const address).cast(), size))?;
+        Ok(Injector(socket))
+    }
+}
+
+impl Kernel {
+    /// Makes or changes the token bucket at the root of a device. `flags` 0: only changes one.
+    async fn token_bucket(
+        &self,
+        what: &str,
+        index: u32,
+        rate: u64,
+        burst: u32,
+        flags: u16,
+    ) -> Result<(), LinkError> {
+        let mut message = TcMessage::with_index(index as i32);
+        message.header.parent = TcHandle::ROOT;
+        let own = |kind, bytes: Vec<u8>| TcOption::Other(DefaultNla::new(kind, bytes));
+        message.attributes.push(TcAttribute::Kind("tbf".into()));
+        message.attributes.push(TcAttribute::Options(vec![
+            own(1, parameters(rate)),
+            own(4, rate.to_ne_bytes().to_vec()),
+            own(6, burst.to_ne_bytes().to_vec()),
+        ]));
+        let message = RouteNetlinkMessage::NewQueueDiscipline(message);
+        self.ask(what, message, NLM_F_ACK | flags).await.map(drop)
+    }
+}
+
+/// `struct tc_tbf_qopt`: the rate (its linklayer Ethernet, so that no table is needed), no peak rate,
+/// how many bytes may wait. Rate and burst as 64 and 32 bits follow as attributes of their own.
+fn parameters(rate: u64) -> Vec<u8> {
+    let rate = u32::try_from(rate).unwrap_or(u32::MAX);
+    let mut bytes = vec![0, 1, 0, 0, 0, 0, 0, 0];
+    bytes.extend(rate.to_ne_bytes());
+    bytes.extend([0; 12]);
+    bytes.extend((CUTOVER_BYTES as u32).to_ne_bytes());
+    bytes.extend([0; 8]);
+    bytes
+}

@@ -1,0 +1,14 @@
+//! Moves, an abort and a stay with frames going in and out. Needs root; without it the test says so and ends.
+
+use godwit_testbed::scenario::frames::{Plan, frames};
+
+#[test]
+fn none_is_lost_and_none_out_of_order() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: the lab needs root");
+        return Ok(());
+    }
+    let report = frames(&Plan { labid: "tframes", moves: 2, aborted: 2, fast: false })?;
+    anyhow::ensure!(report["passed"] == true, "{report:#}");
+    Ok(())
+}
