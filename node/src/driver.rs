@@ -32,6 +32,7 @@ mod place;
 mod ports;
 mod restart;
 mod source;
+mod switch;
 mod throttle;
 mod timeline;
 mod wires;

@@ -13,6 +13,7 @@
 mod clusters;
 mod leads;
 mod moves;
+mod places;
 mod voters;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -357,30 +358,6 @@ impl Core {
         self.voters_at = now;
         self.drain(now);
         Ok(())
-    }
-
-    /// This host runs that copy (after `cont`, or found running after a restart).
-    pub fn runs(&mut self, now: Time, vm: VmId, copy: CopyId, route: Route) {
-        self.local.insert(vm, Local { copy });
-        if let Err(error) = self.routes.put(route) {
-            tracing::error!(%error, "the route is not told to others");
-        }
-        self.drain(now);
-    }
-
-    /// Tells everyone a route that is no VM's.
-    pub fn announce(&mut self, now: Time, route: Route) {
-        if let Err(error) = self.routes.put(route) {
-            tracing::error!(%error, "the route is not told to others");
-        }
-        self.drain(now);
-    }
-
-    /// This host's copy of `vm` is gone.
-    pub fn runs_no_more(&mut self, vm: VmId, copy: CopyId) {
-        if self.local.get(&vm).is_some_and(|l| l.copy == copy) {
-            self.local.remove(&vm);
-        }
     }
 
     /// Proposes the end of a VM: it will run nowhere, and leaves the cluster that it belongs to.

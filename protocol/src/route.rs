@@ -186,6 +186,12 @@ impl Routes {
         self.peers = peers;
     }
 
+    /// Tells one peer where `vm` is, because it did not know.
+    pub fn tell(&mut self, to: HostId, vm: VmId) {
+        let found = self.table.get(&vm).cloned();
+        self.send_push(to, found.into_iter().collect());
+    }
+
     /// A message of a peer, which the caller has authenticated as `from`. Entries that break a
     /// limit are passed over.
     pub fn handle(&mut self, from: HostId, message: Message) {

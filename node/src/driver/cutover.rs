@@ -32,8 +32,6 @@ use super::node::Node;
 pub(super) use arriving::Arriving;
 pub(super) use leaving::{Leaving, Rest};
 
-/// How long an old host passes on what comes by tunnel from those that have not heard yet.
-const LATE: Duration = Duration::from_secs(10);
 /// How long a kernel sender's last frames may be on their way across the LAN when its marker has come.
 const LAN: Duration = Duration::from_millis(3);
 /// How long the guest waits for word that what it sent at the old host has left it.
@@ -50,8 +48,6 @@ pub(super) struct Cutovers(Mutex<Table>);
 struct Table {
     leaving: BTreeMap<Key, Arc<Leaving>>,
     arriving: BTreeMap<Key, Arc<Arriving>>,
-    /// NICs that have left, and where to.
-    late: BTreeMap<Key, (HostId, Instant)>,
 }
 
 impl Cutovers {
@@ -75,7 +71,7 @@ impl Cutovers {
     }
 
     /// Takes a frame that came by tunnel, if it is for a NIC that moves.
-    pub fn take_in(&self, node: &Node, from: HostId, tag: u32, frame: &Bytes) -> bool {
+    pub fn take_in(&self, from: HostId, tag: u32, frame: &Bytes) -> bool {
         let Some(mac) = frame.first_chunk::<6>() else { return false };
         let key = (tag, Mac(*mac));
         let table = self.lock();
@@ -87,14 +83,7 @@ impl Cutovers {
             arriving.fresh(from, frame.clone());
             return true;
         }
-        match table.late.get(&key) {
-            Some((to, until)) if Instant::now() < *until => {
-                // Lost as on any link, and counted there.
-                let _ = node.frames.send(*to, tag, frame);
-                true
-            }
-            _ => false,
-        }
+        false
     }
 
     /// A broadcast of a guest of this host.

@@ -385,8 +385,7 @@ pub(super) fn is_of(status: &Status, id: MigrationId) -> bool {
 
 /// What waited and was dropped at the members' hosts is the cluster's.
 fn add_members(found: &mut std::collections::BTreeMap<MigrationId, Status>) {
-    let clusters: Vec<Status> =
-        found.values().filter(|s| !s.members.is_empty()).cloned().collect();
+    let clusters: Vec<Status> = found.values().filter(|s| !s.members.is_empty()).cloned().collect();
     for mut cluster in clusters {
         let member = |m: &MemberStatus| found.get(&of_member(cluster.id, m.vm));
         let members: Vec<&Status> = cluster.members.iter().filter_map(member).collect();

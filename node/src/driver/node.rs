@@ -96,7 +96,7 @@ pub(super) struct Node {
     /// This host takes no VMs: it is about to go.
     pub draining: AtomicBool,
     pub timelines: super::timeline::Timelines,
-    pub wires: Mutex<super::wires::Table>,
+    pub wires: Mutex<super::switch::Table>,
     pub frames: Frames,
     pub cutovers: super::cutover::Cutovers,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,

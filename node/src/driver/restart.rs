@@ -14,7 +14,7 @@ use super::asks::Asks;
 use super::copies::Copies;
 use super::engine::INPUTS;
 use super::node::{DriverError, Input, Node, RunOptions};
-use super::{answers, bulk, leave, wires};
+use super::{answers, bulk, leave, switch};
 use crate::link::{self, Links};
 use crate::net::{Net, NetConfig, NetEvent};
 use crate::store::{Corpus, Hard, Images, Settings};
@@ -104,8 +104,8 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         index_images(&node),
         ask_cpu_ahead(&node),
         bulk::accept(&node, bulk_inbound),
-        wires::shuttle_out(&node, tunnel_out),
-        wires::shuttle_in(&node, frames_inbound),
+        switch::shuttle_out(&node, tunnel_out),
+        switch::shuttle_in(&node, frames_inbound),
         answers::serve(&node)?,
     ];
     Ok(Started { node, core, inputs, net_events, background: Background(background) })

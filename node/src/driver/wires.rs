@@ -1,23 +1,20 @@
-//! Wires: where frames go as routes change, and the shuttles between kernel and tunnels.
+//! Wires: where frames go as routes change.
 //!
 //! Owns the translation from routes to the kernel's FDB. Decides no route.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use godwit_protocol::id::{Epoch, HostId, Mac, Name, VmId};
+use godwit_protocol::id::{Epoch, Mac, Name};
 use godwit_protocol::wire::route::Route;
-use tokio::sync::mpsc;
 
 use super::copies::Copy;
-use super::cutover::{self, Key};
 use super::node::Node;
-use super::{boot, flip};
+use super::{boot, cutover, flip};
 use crate::api::types::{ApiError, WireStatus};
-use crate::link::{Outgoing, TunnelFrame, Where};
-use crate::net::Payload;
+use crate::link::Where;
 use crate::vmm::ResolvedSpec;
 use crate::vmm::resolved::ResolvedNic;
 
@@ -44,6 +41,7 @@ pub(super) async fn open_taps(
 /// Makes a wire on this host and fills in the routes that are known.
 pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError> {
     node.links.ensure_wire(wire).await.map_err(ApiError::plain)?;
+    broadcasts(node, wire).await;
     node.carry(wire);
     let wanted = wire.clone();
     let routes = node
@@ -144,7 +142,7 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
     }
 }
 
-pub(super) async fn set(node: &Node, wire: &Name, mac: &godwit_protocol::id::Mac, to: Where) {
+pub(super) async fn set(node: &Node, wire: &Name, mac: &Mac, to: Where) {
     if let Err(error) = node.links.set_route(wire, mac, to).await {
         tracing::warn!(%wire, mac = %mac.colons(), ?to, %error, "route not set");
     }
@@ -152,168 +150,27 @@ pub(super) async fn set(node: &Node, wire: &Name, mac: &godwit_protocol::id::Mac
 
 /// Members' addresses: who may send VXLAN, and who gets broadcasts by it.
 pub(super) async fn members_changed(node: &Arc<Node>) {
-    let ips: Vec<IpAddr> = node
-        .net
-        .members()
-        .iter()
-        .filter(|m| m.host != node.me && !m.revoked)
-        .filter_map(|m| m.addresses.first().map(std::net::SocketAddr::ip))
-        .collect();
-    if let Err(error) = node.links.set_members(&ips).await {
+    if let Err(error) = node.links.set_members(&underlay(node)).await {
         tracing::warn!(%error, "the members' addresses are not in the filter");
     }
-    let trusted: Vec<IpAddr> = ips.into_iter().filter(|ip| node.links.trusts(*ip)).collect();
     for wire in node.carried() {
-        if let Err(error) = node.links.broadcast_set(&wire, &trusted).await {
-            tracing::warn!(%wire, %error, "broadcasts are not sent to the trusted LAN");
-        }
+        broadcasts(node, &wire).await;
     }
 }
 
-/// Frames that leave by the tunnel: one host for a known address, all hosts of the wire for a group.
-pub(super) fn shuttle_out(
-    node: &Arc<Node>,
-    mut frames: mpsc::Receiver<Outgoing>,
-) -> tokio::task::JoinHandle<()> {
-    let node = Arc::clone(node);
-    tokio::spawn(async move {
-        while let Some(out) = frames.recv().await {
-            let frame = match out {
-                Outgoing::Frame(frame) => frame,
-                Outgoing::Fence(tell) => {
-                    // Whoever asked may have given up.
-                    let _ = tell.send(());
-                    continue;
-                }
-            };
-            if frame.is_group() {
-                node.cutovers.flooded(tag(&frame.wire), &frame.frame);
-            }
-            node.send_frame(&frame);
-        }
-    })
+/// The other members' addresses.
+fn underlay(node: &Node) -> Vec<IpAddr> {
+    let members = node.net.members();
+    let others = members.iter().filter(|m| m.host != node.me && !m.revoked);
+    others.filter_map(|m| m.addresses.first().map(std::net::SocketAddr::ip)).collect()
 }
 
-/// Frames that came by the tunnel.
-pub(super) fn shuttle_in(
-    node: &Arc<Node>,
-    mut frames: mpsc::Receiver<(HostId, u32, Payload)>,
-) -> tokio::task::JoinHandle<()> {
-    let node = Arc::clone(node);
-    tokio::spawn(async move {
-        while let Some((from, tag, payload)) = frames.recv().await {
-            let frame = match payload {
-                Payload::Frame(frame) => frame,
-                Payload::Marker(bytes) => {
-                    cutover::marker(&node, from, tag, &bytes);
-                    continue;
-                }
-            };
-            if !node.cutovers.take_in(&node, from, tag, &frame)
-                && let Some(wire) = node.wire_of(tag)
-            {
-                node.links.inject(&wire, &frame);
-            }
-        }
-    })
-}
-
-/// What the fast path looks up.
-#[derive(Default)]
-pub(super) struct Table {
-    carried: BTreeMap<u32, Name>,
-    pub routes: BTreeMap<VmId, Route>,
-    by_mac: BTreeMap<Key, HostId>,
-    groups: BTreeMap<u32, BTreeSet<HostId>>,
-    /// NICs whose frames do not leave by tunnel any more, but for what is in the tunnel port still: it goes
-    /// to their old host.
-    pub behind: BTreeMap<Key, HostId>,
-}
-
-impl Table {
-    pub fn put(&mut self, route: Route) {
-        if let Some(old) = self.routes.insert(route.vm, route) {
-            for nic in &old.nics {
-                self.by_mac.remove(&(tag(&nic.wire), nic.mac));
-            }
-        }
-        self.groups.clear();
-        for route in self.routes.values().filter(|r| !r.gone) {
-            for nic in &route.nics {
-                let wire = tag(&nic.wire);
-                self.by_mac.insert((wire, nic.mac), route.host);
-                self.groups.entry(wire).or_default().insert(route.host);
-            }
-        }
-    }
-}
-
-impl Node {
-    pub fn table(&self) -> MutexGuard<'_, Table> {
-        self.wires.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn carry(&self, wire: &Name) {
-        self.table().carried.insert(tag(wire), wire.clone());
-    }
-
-    pub fn carries(&self, wire: &Name) -> bool {
-        self.table().carried.contains_key(&tag(wire))
-    }
-
-    /// The wires that this host carries.
-    pub fn carried(&self) -> Vec<Name> {
-        self.table().carried.values().cloned().collect()
-    }
-
-    fn wire_of(&self, tag: u32) -> Option<Name> {
-        self.table().carried.get(&tag).cloned()
-    }
-
-    /// Sends a frame to the hosts that it goes to by tunnel. The table stays locked: what is sent after a
-    /// change, or said of it, is behind what was sent before.
-    fn send_frame(&self, frame: &TunnelFrame) {
-        let wire = tag(&frame.wire);
-        let table = self.table();
-        let send = |host: HostId| {
-            // A frame that cannot be sent is lost, as on any link; the adapter counts it.
-            let _ = self.frames.send(host, wire, &frame.frame);
-        };
-        let far = |host: &HostId| *host != self.me && self.via(*host) == Where::Tunnel;
-        let key = (wire, frame.destination());
-        if frame.is_group() {
-            table.groups.get(&wire).into_iter().flatten().copied().filter(far).for_each(send);
-        } else if let Some(host) = table.behind.get(&key) {
-            send(*host);
-        } else {
-            table.by_mac.get(&key).copied().filter(far).into_iter().for_each(send);
-        }
-    }
-
-    /// The other hosts that may have sent frames for a NIC of the wire here, when it runs at `host` now.
-    pub fn senders(&self, tag: u32, host: HostId) -> BTreeSet<HostId> {
-        let mut senders = self.table().groups.get(&tag).cloned().unwrap_or_default();
-        senders.insert(host);
-        senders.remove(&self.me);
-        senders.retain(|h| self.net.member(*h).is_some_and(|m| m.connected && !m.revoked));
-        senders
-    }
-
-    /// The hosts whose frames for a NIC of the wire reach it through this host's kernel.
-    pub fn kernel_senders(&self, tag: u32) -> BTreeSet<HostId> {
-        let mut senders = self.table().groups.get(&tag).cloned().unwrap_or_default();
-        senders.retain(|h| *h != self.me && matches!(self.via(*h), Where::Vxlan(_)));
-        senders.insert(self.me);
-        senders
-    }
-
-    /// How frames get to another host.
-    pub fn via(&self, host: HostId) -> Where {
-        let member = self.net.member(host);
-        match member.and_then(|m| m.addresses.first().map(std::net::SocketAddr::ip)) {
-            Some(ip) if self.links.trusts(ip) => Where::Vxlan(ip),
-            _ => Where::Tunnel,
-        }
+/// Broadcasts of the wire go to every member on the trusted LAN.
+async fn broadcasts(node: &Node, wire: &Name) {
+    let trusted: Vec<IpAddr> =
+        underlay(node).into_iter().filter(|ip| node.links.trusts(*ip)).collect();
+    if let Err(error) = node.links.broadcast_set(wire, &trusted).await {
+        tracing::warn!(%wire, %error, "broadcasts are not sent to the trusted LAN");
     }
 }
 

@@ -2,16 +2,12 @@
 //!
 //! Owns nothing but the waits. Invariant: each has a deadline.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use bytes::Bytes;
-use godwit_protocol::id::{Mac, Name};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::time::Instant;
-
-use super::{Links, names};
 
 /// `TUNGETVNETHDRSZ`: `_IOR('T', 215, int)`.
 const TUNGETVNETHDRSZ: libc::Ioctl = 0x8004_54d7;
@@ -39,10 +35,16 @@ pub async fn forwarding_settled() {
     }
 }
 
-/// The tap of a NIC that a process holds open, looked at from outside.
+/// The tap of a NIC that a QEMU reads, looked at from outside. The device lives as long as it: drop it soon.
 pub struct TapView(OwnedFd);
 
 impl TapView {
+    /// `tap`: a copy of QEMU's own descriptor.
+    #[must_use]
+    pub fn new(tap: OwnedFd) -> Self {
+        Self(tap)
+    }
+
     /// Whether no frame waits for the guest.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -63,9 +65,7 @@ impl TapView {
         }
         true
     }
-}
 
-impl TapView {
     /// Takes what waits for a guest that stands still, oldest first, as plain frames. Returns how many
     /// could not be taken: large segments that nobody has cut yet. QEMU has taken one more, and loses it.
     pub fn take_rest(&self, mut take: impl FnMut(Bytes)) -> u64 {
@@ -112,36 +112,4 @@ fn plain<'a>((header, frame): (&mut [u8], &'a mut [u8])) -> Option<&'a [u8]> {
             .copy_from_slice(&sum.to_be_bytes());
     }
     Some(&*frame)
-}
-
-impl Links {
-    /// The tap of a NIC as the process `pid` holds it. Drop it soon: the device lives as long as it.
-    ///
-    /// # Errors
-    /// The process does not hold it, or may not be looked into.
-    pub fn view_tap(&self, pid: u32, wire: &Name, mac: &Mac) -> io::Result<TapView> {
-        let mark = format!("iff:\t{}\n", names::tap(wire, mac));
-        for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-            let path = entry?.path();
-            let number = path.file_name().and_then(|n| n.to_str()?.parse::<libc::c_int>().ok());
-            let shown = std::fs::read_to_string(&path).unwrap_or_default();
-            if let (Some(number), true) = (number, shown.contains(&mark)) {
-                return take(pid, number).map(TapView);
-            }
-        }
-        Err(io::Error::from(io::ErrorKind::NotFound))
-    }
-}
-
-/// A copy of another process's fd.
-fn take(pid: u32, number: libc::c_int) -> io::Result<OwnedFd> {
-    // SAFETY: both calls take numbers alone; what they return is checked and then owned by nobody else.
-    unsafe {
-        let owned = |fd: libc::c_long| match libc::c_int::try_from(fd) {
-            Ok(fd @ 0..) => Ok(OwnedFd::from_raw_fd(fd)),
-            _ => Err(io::Error::last_os_error()),
-        };
-        let process = owned(libc::syscall(libc::SYS_pidfd_open, pid, 0))?;
-        owned(libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0))
-    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use godwit::link::forwarding_settled;
+use godwit::link::{TapView, forwarding_settled};
 use godwit_protocol::id::Mac;
 
 use super::*;
@@ -55,7 +55,6 @@ fn a_guest_gets_each_frame_once_and_in_order_through_hold_plug_and_tail() {
     run(|world| async move {
         let lan = lan(world).await;
         let red = wire("red");
-        // Its own number: the tests are one process, and a tap is found by its name.
         let moving = mac(77);
         let one = Guest::boot(&lan.world.a, &lan.a, &red, moving).await;
         lan.a.set_route(&red, &moving, Where::Local).await.unwrap();
@@ -68,7 +67,7 @@ fn a_guest_gets_each_frame_once_and_in_order_through_hold_plug_and_tail() {
         let hold = lan.a.open_hold(&red, &moving).await.unwrap();
         lan.a.set_route(&red, &moving, Where::Hold).await.unwrap();
         forwarding_settled().await;
-        let view = lan.a.view_tap(std::process::id(), &red, &moving).unwrap();
+        let view = TapView::new(one.fd.try_clone().unwrap());
         assert!(!view.is_empty());
         let mut old = waiting(&one);
         assert!(view.is_empty());
@@ -109,12 +108,11 @@ fn what_a_guest_left_in_its_tap_is_taken_as_plain_frames() {
     run(|world| async move {
         let lan = lan(world).await;
         let red = wire("red");
-        // Its own number: the tests are one process, and a tap is found by its name.
         let slow = Guest::boot(&lan.world.a, &lan.a, &red, mac(78)).await;
         lan.a.set_route(&red, &mac(78), Where::Local).await.unwrap();
         lan.one.send(mac(78), "first");
         lan.one.send(mac(78), "second");
-        let view = lan.a.view_tap(std::process::id(), &red, &mac(78)).unwrap();
+        let view = TapView::new(slow.fd.try_clone().unwrap());
         let mut rest = Vec::new();
         assert_eq!(view.take_rest(|frame| rest.extend(text(&frame))), 0);
         assert_eq!(rest, ["first", "second"]);

@@ -246,7 +246,6 @@ impl Arriving {
             tracing::error!(wire = %self.wire, %error, "what the old host held is lost");
         }
         wires::set(node, &self.wire, &self.mac, Where::Local).await;
-        node.cutovers.lock().late.remove(&self.key);
         let attached = self.attached.load(Ordering::SeqCst);
         let kernel = node.kernel_senders(self.key.0);
         self.with(|inside| {

@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout};
 use super::super::copies::Copy;
 use super::super::node::Node;
 use super::super::wires;
-use super::{Key, LATE, instant, report, tail_id};
+use super::{Key, instant, report, tail_id};
 use crate::link::{Hold, TapView, Where, forwarding_settled};
 
 /// How long a guest may take to empty its taps before it is stopped all the same. It runs meanwhile.
@@ -112,10 +112,11 @@ pub(in super::super) async fn prepare(
 /// Turns the frames of these NICs into their holds, and waits for the guest to take what it has. What it
 /// has not taken in time is in the views that come back.
 pub(super) async fn hold(node: &Arc<Node>, copy: &Copy, nics: Vec<Arc<Leaving>>) -> Rest {
-    let pid = copy.qemu().pid();
+    let qemu = copy.qemu();
     let mut held = Vec::new();
     for nic in nics {
-        let view = node.links.view_tap(pid, &nic.wire, &nic.mac);
+        let index = copy.spec.nics.iter().position(|n| n.mac == nic.mac);
+        let view = index.map(|index| qemu.tap(index).map(TapView::new));
         match node.links.set_route(&nic.wire, &nic.mac, Where::Hold).await {
             Ok(()) => nic.held.store(true, Ordering::SeqCst),
             Err(error) => tracing::error!(wire = %nic.wire, %error, "frames are not held"),
@@ -128,7 +129,8 @@ pub(super) async fn hold(node: &Arc<Node>, copy: &Copy, nics: Vec<Arc<Leaving>>)
     let deadline = Instant::now() + EMPTY;
     let mut rest = Vec::new();
     for (nic, view) in held {
-        let view = view.inspect_err(|error| tracing::warn!(%error, "cannot look into a tap")).ok();
+        let warn = |error: &_| tracing::warn!(%error, "cannot look into a tap");
+        let view = view.and_then(|view| view.inspect_err(warn).ok());
         let emptied = match &view {
             Some(view) => view.emptied(deadline).await,
             None => true,
@@ -294,12 +296,6 @@ impl Leaving {
     async fn close(&self, node: &Arc<Node>) {
         let host = *lock(&self.host);
         let to = host.map_or(Where::None, |host| node.via(host));
-        if let Some(host) = host {
-            let mut table = node.cutovers.lock();
-            let now = Instant::now();
-            table.late.retain(|_, (_, until)| *until > now);
-            table.late.insert(self.key, (host, now + LATE));
-        }
         wires::set(node, &self.wire, &self.mac, to).await;
         forwarding_settled().await;
         let mut machine = lock(&self.machine);

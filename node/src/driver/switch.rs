@@ -1,0 +1,231 @@
+//! The fast path: frames between this host's kernel and the tunnels to other hosts.
+//!
+//! Owns the table that each frame is looked up in, and the two shuttles. Decides no route. Invariant: what came by
+//! a tunnel leaves by one only if it is for one NIC that has moved away; a broadcast never does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use godwit_protocol::id::{HostId, Mac, Name, VmId};
+use godwit_protocol::wire::route::Route;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::cutover::{self, Key};
+use super::node::Node;
+use super::wires::tag;
+use crate::link::{Outgoing, TunnelFrame, Where};
+use crate::net::Payload;
+
+/// Before a host is told again where a VM is.
+const TELL_AGAIN: Duration = Duration::from_millis(100);
+/// Hosts and VMs that are remembered for that.
+const TOLD: usize = 4096;
+
+/// Frames that leave by the tunnel: one host for a known address, all hosts of the wire for a group.
+pub(super) fn shuttle_out(
+    node: &Arc<Node>,
+    mut frames: mpsc::Receiver<Outgoing>,
+) -> tokio::task::JoinHandle<()> {
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        while let Some(out) = frames.recv().await {
+            let frame = match out {
+                Outgoing::Frame(frame) => frame,
+                Outgoing::Fence(tell) => {
+                    // Whoever asked may have given up.
+                    let _ = tell.send(());
+                    continue;
+                }
+            };
+            if frame.is_group() {
+                node.cutovers.flooded(tag(&frame.wire), &frame.frame);
+            }
+            node.send_frame(&frame);
+        }
+    })
+}
+
+/// Frames that came by the tunnel.
+pub(super) fn shuttle_in(
+    node: &Arc<Node>,
+    mut frames: mpsc::Receiver<(HostId, u32, Payload)>,
+) -> tokio::task::JoinHandle<()> {
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        while let Some((from, tag, payload)) = frames.recv().await {
+            let frame = match payload {
+                Payload::Frame(frame) => frame,
+                Payload::Marker(bytes) => {
+                    cutover::marker(&node, from, tag, &bytes);
+                    continue;
+                }
+            };
+            if node.cutovers.take_in(from, tag, &frame) || node.pass_on(from, tag, &frame) {
+                continue;
+            }
+            if let Some(wire) = node.wire_of(tag) {
+                node.links.inject(&wire, &frame);
+            }
+        }
+    })
+}
+
+/// What the fast path looks up.
+#[derive(Default)]
+pub(super) struct Table {
+    carried: BTreeMap<u32, Name>,
+    pub routes: BTreeMap<VmId, Route>,
+    by_mac: BTreeMap<Key, (VmId, HostId)>,
+    /// How many NICs each host has on each wire.
+    groups: BTreeMap<u32, BTreeMap<HostId, u32>>,
+    /// NICs whose frames do not leave by tunnel any more, but for what is in the tunnel port still: it goes
+    /// to their old host.
+    pub behind: BTreeMap<Key, HostId>,
+    /// Who was told where a VM is, because it sent a frame to where it was.
+    told: BTreeMap<(HostId, VmId), Instant>,
+}
+
+impl Table {
+    pub fn put(&mut self, route: Route) {
+        let (vm, host, here) = (route.vm, route.host, !route.gone);
+        let nics = route.nics.clone();
+        if let Some(old) = self.routes.insert(route.vm, route) {
+            for nic in old.nics.iter().filter(|_| !old.gone) {
+                let wire = tag(&nic.wire);
+                self.by_mac.remove(&(wire, nic.mac));
+                let hosts = self.groups.entry(wire).or_default();
+                if let Some(nics) = hosts.get_mut(&old.host) {
+                    *nics -= 1;
+                }
+                hosts.retain(|_, nics| *nics > 0);
+            }
+        }
+        for nic in nics.into_iter().filter(|_| here) {
+            let wire = tag(&nic.wire);
+            self.by_mac.insert((wire, nic.mac), (vm, host));
+            *self.groups.entry(wire).or_default().entry(host).or_default() += 1;
+        }
+    }
+
+    /// The hosts that have a NIC on the wire.
+    fn group(&self, wire: u32) -> impl Iterator<Item = HostId> {
+        self.groups.get(&wire).into_iter().flat_map(|hosts| hosts.keys().copied())
+    }
+
+    /// Whether `to` was not told lately where the VM is.
+    fn may_tell(&mut self, to: HostId, vm: VmId) -> bool {
+        let now = Instant::now();
+        if self.told.len() >= TOLD {
+            self.told.retain(|_, at| now.duration_since(*at) < TELL_AGAIN);
+        }
+        let known = self.told.get(&(to, vm));
+        let due = known.is_none_or(|at| now.duration_since(*at) >= TELL_AGAIN);
+        let tell = due && (self.told.len() < TOLD || known.is_some());
+        if tell {
+            self.told.insert((to, vm), now);
+        }
+        tell
+    }
+}
+
+impl Node {
+    pub fn table(&self) -> MutexGuard<'_, Table> {
+        self.wires.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn carry(&self, wire: &Name) {
+        self.table().carried.insert(tag(wire), wire.clone());
+    }
+
+    pub fn carries(&self, wire: &Name) -> bool {
+        self.table().carried.contains_key(&tag(wire))
+    }
+
+    /// The wires that this host carries.
+    pub fn carried(&self) -> Vec<Name> {
+        self.table().carried.values().cloned().collect()
+    }
+
+    fn wire_of(&self, tag: u32) -> Option<Name> {
+        self.table().carried.get(&tag).cloned()
+    }
+
+    /// Sends a frame to the hosts that it goes to by tunnel. The table stays locked: what is sent after a
+    /// change, or said of it, is behind what was sent before.
+    fn send_frame(&self, frame: &TunnelFrame) {
+        let wire = tag(&frame.wire);
+        let table = self.table();
+        let send = |host: HostId| {
+            // A frame that cannot be sent is lost, as on any link; the adapter counts it.
+            let _ = self.frames.send(host, wire, &frame.frame);
+        };
+        let far = |host: &HostId| *host != self.me && self.via(*host) == Where::Tunnel;
+        let key = (wire, frame.destination());
+        if frame.is_group() {
+            table.group(wire).filter(far).for_each(send);
+        } else if let Some(host) = table.behind.get(&key) {
+            send(*host);
+        } else {
+            table.by_mac.get(&key).map(|(_, h)| *h).filter(far).into_iter().for_each(send);
+        }
+    }
+
+    /// Passes a frame on that came here because its sender has not heard where its NIC is now, and tells
+    /// the sender. From host to host a frame meets ever newer routes, as who had a VM knows its next
+    /// route: it cannot go round in circles.
+    fn pass_on(self: &Arc<Self>, from: HostId, tag: u32, frame: &Bytes) -> bool {
+        let Some(mac) = frame.first_chunk::<6>().filter(|mac| mac[0] & 1 == 0) else {
+            return false;
+        };
+        let key = (tag, Mac(*mac));
+        let (vm, host, tell) = {
+            let mut table = self.table();
+            let Some((vm, host)) = table.by_mac.get(&key).copied() else { return false };
+            if host == self.me || self.cutovers.held(key).is_some() {
+                return false;
+            }
+            (vm, host, host != from && table.may_tell(from, vm))
+        };
+        if host != from {
+            // Lost as on any link, and counted there.
+            let _ = self.frames.send(host, tag, frame);
+        }
+        if tell {
+            let node = Arc::clone(self);
+            tokio::spawn(async move {
+                // Told again if this fails, or is lost: with its next frame.
+                let _ = node.with_core(move |core, now| core.redirect(now, from, vm)).await;
+            });
+        }
+        true
+    }
+
+    /// The other hosts that may have sent frames for a NIC of the wire here, when it runs at `host` now.
+    pub fn senders(&self, tag: u32, host: HostId) -> BTreeSet<HostId> {
+        let mut senders: BTreeSet<HostId> = self.table().group(tag).collect();
+        senders.insert(host);
+        senders.remove(&self.me);
+        senders.retain(|h| self.net.member(*h).is_some_and(|m| m.connected && !m.revoked));
+        senders
+    }
+
+    /// The hosts whose frames for a NIC of the wire reach it through this host's kernel.
+    pub fn kernel_senders(&self, tag: u32) -> BTreeSet<HostId> {
+        let mut senders: BTreeSet<HostId> = self.table().group(tag).collect();
+        senders.retain(|h| *h != self.me && matches!(self.via(*h), Where::Vxlan(_)));
+        senders.insert(self.me);
+        senders
+    }
+
+    /// How frames get to another host.
+    pub fn via(&self, host: HostId) -> Where {
+        let member = self.net.member(host);
+        match member.and_then(|m| m.addresses.first().map(std::net::SocketAddr::ip)) {
+            Some(ip) if self.links.trusts(ip) => Where::Vxlan(ip),
+            _ => Where::Tunnel,
+        }
+    }
+}
