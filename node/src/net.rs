@@ -18,6 +18,7 @@ pub mod hello;
 pub mod identity;
 mod joining;
 pub mod keys;
+pub mod pace;
 pub mod roster;
 mod session;
 mod shared;

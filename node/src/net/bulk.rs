@@ -28,7 +28,7 @@ use godwit_protocol::id::HostId;
 
 use super::identity::peer_of;
 use super::shared::Shared;
-use super::{NetError, tls};
+use super::{NetError, pace, tls};
 
 const ALPN: &[u8] = b"godwit-bulk/1";
 /// The acceptor's word that the dialler was recognised as a member.
@@ -137,23 +137,6 @@ impl BulkStream {
     /// The system's, if the connection is gone.
     pub fn peer_address(&self) -> io::Result<SocketAddr> {
         self.stream.get_ref().0.peer_addr()
-    }
-
-    /// Caps the rate of what this end sends, bytes per second; `None` lifts the cap.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn set_pace(&self, bytes_per_second: Option<u64>) -> io::Result<()> {
-        let rate = bytes_per_second.unwrap_or(u64::MAX);
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&*self.cutter);
-        let len = libc::socklen_t::try_from(size_of::<u64>()).unwrap_or(8);
-        // SAFETY: the descriptor is open as long as `self`, and the kernel reads `len` bytes of a
-        // `u64` that outlives the call.
-        let result = unsafe {
-            let value = std::ptr::from_ref(&rate).cast();
-            libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, value, len)
-        };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// The congestion control of the socket, as the kernel names it.
@@ -322,6 +305,7 @@ impl Bulk {
         if !self.shared.admitted(stream.host) {
             return Err(io::Error::from(io::ErrorKind::PermissionDenied));
         }
+        tokio::spawn(pace::govern(Arc::downgrade(&stream.cutter)));
         Ok(stream)
     }
 }

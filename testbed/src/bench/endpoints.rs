@@ -3,6 +3,7 @@
 //! Owns their settings: each as good as its library lets it be. Never counts; `transport` does.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm};
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::pki_types::ServerName;
-use socket2::SockRef;
+use socket2::{SockRef, Socket};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -40,18 +41,21 @@ pub enum Transport {
     QuinnCubic,
     /// TLS 1.3 over TCP, the kernel's bbr.
     TlsBbr,
+    /// The same, held back as the node's bulk connections are.
+    TlsPaced,
     /// TLS 1.3 over TCP, the kernel's cubic.
     TlsCubic,
 }
 
 impl Transport {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Libp2pQuic,
         Self::Libp2pTcp,
         Self::QuinnBbr,
         Self::QuinnCubic,
         Self::TlsBbr,
+        Self::TlsPaced,
         Self::TlsCubic,
     ];
 
@@ -64,6 +68,7 @@ impl Transport {
             Self::QuinnBbr => "own QUIC endpoint (quinn's bbr)",
             Self::QuinnCubic => "own QUIC endpoint (cubic)",
             Self::TlsBbr => "TLS 1.3 over TCP (kernel bbr)",
+            Self::TlsPaced => "TLS 1.3 over TCP (kernel bbr, paced)",
             Self::TlsCubic => "TLS 1.3 over TCP (kernel cubic)",
         }
     }
@@ -111,7 +116,7 @@ pub(super) async fn receive(
             let (_send, stream) = connection.accept_bi().await?;
             count(stream).await
         }
-        Transport::TlsBbr | Transport::TlsCubic => {
+        Transport::TlsBbr | Transport::TlsPaced | Transport::TlsCubic => {
             let listener = TcpListener::bind(address).await?;
             ready.send(peer)?;
             let (tcp, _) = listener.accept().await?;
@@ -164,11 +169,16 @@ pub(super) async fn send(transport: Transport, address: SocketAddr, peer: PeerId
             let (stream, _receive) = connection.open_bi().await?;
             pour(stream).await
         }
-        Transport::TlsBbr | Transport::TlsCubic => {
+        Transport::TlsBbr | Transport::TlsPaced | Transport::TlsCubic => {
             let tcp = TcpStream::connect(address).await?;
-            let name: &[u8] = if transport == Transport::TlsBbr { b"bbr" } else { b"cubic" };
+            let name: &[u8] = if transport == Transport::TlsCubic { b"cubic" } else { b"bbr" };
             SockRef::from(&tcp).set_tcp_congestion(name)?;
             SockRef::from(&tcp).set_tcp_nodelay(true)?;
+            // Until the stream has ended.
+            let socket = Arc::new(Socket::from(tcp.as_fd().try_clone_to_owned()?));
+            if transport == Transport::TlsPaced {
+                tokio::spawn(godwit::net::pace::govern(Arc::downgrade(&socket)));
+            }
             let name = ServerName::IpAddress(address.ip().into());
             pour(TlsConnector::from(Arc::new(tls)).connect(name, tcp).await?).await
         }

@@ -38,6 +38,8 @@ pub struct Figure {
     pub seconds: f64,
     /// Payload in Mbit/s, the ramp included.
     pub mbit_s: f64,
+    /// Packets that the WAN's full queue dropped, this stream's own.
+    pub queue_dropped: u64,
     /// Why there is no figure.
     pub failed: Option<String>,
 }
@@ -82,6 +84,7 @@ pub fn run() -> Result<Value> {
 
 fn measure(lab: &Lab, transport: Transport) -> Result<Figure> {
     let (from, to) = (lab.host("a")?, lab.host("b")?);
+    let before = lab.wan()?.stats()?;
     let address = SocketAddr::new(IpAddr::V4(to.addr), PORT);
     let (ready, is_ready) = mpsc::sync_channel(1);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -106,15 +109,16 @@ fn measure(lab: &Lab, transport: Transport) -> Result<Figure> {
         received.map_err(|_| anyhow!("the receiver panicked"))?
     });
     let transport = transport.name();
+    let queue_dropped = lab.wan()?.stats()?.since(&before).forward.queue_dropped;
     Ok(match received {
         Ok((bytes, time)) => {
             let seconds = time.as_secs_f64();
             let mbit_s = bytes as f64 * 8.0 / 1e6 / seconds.max(1e-9);
-            Figure { transport, bytes, seconds, mbit_s, failed: None }
+            Figure { transport, bytes, seconds, mbit_s, queue_dropped, failed: None }
         }
         Err(cause) => {
             let failed = Some(format!("{cause:#}"));
-            Figure { transport, bytes: 0, seconds: 0.0, mbit_s: 0.0, failed }
+            Figure { transport, bytes: 0, seconds: 0.0, mbit_s: 0.0, queue_dropped, failed }
         }
     })
 }
