@@ -60,8 +60,9 @@ pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError
 pub(super) async fn adopt(node: &Node, wire: &Name) {
     let adopted = node.links.ensure_wire(wire).await;
     node.carry(wire);
-    if let Err(error) = adopted {
-        tracing::error!(%wire, %error, "cannot take the wire up");
+    match adopted {
+        Ok(()) => broadcasts(node, wire).await,
+        Err(error) => tracing::error!(%wire, %error, "cannot take the wire up"),
     }
 }
 
