@@ -31,7 +31,7 @@ enum Command {
         #[arg(long)]
         json: Option<PathBuf>,
     },
-    /// Move a real guest between two sites while somebody talks to it, and print what happened
+    /// Move two real guests together between two sites while somebody talks to them, and print what happened
     Demo {
         /// Write the report to this file, too
         #[arg(long)]
@@ -92,6 +92,18 @@ enum Bench {
         #[arg(long)]
         case: Option<String>,
         /// Runs of each side and case
+        #[arg(long, default_value_t = 1)]
+        runs: u32,
+    },
+    /// Move four Debian guests together, in turns with QEMUs alone (about ten minutes a run)
+    Cluster {
+        /// Write the figures to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Only this case: churn-known, or small (two small guests)
+        #[arg(long)]
+        case: Option<String>,
+        /// Runs of each side
         #[arg(long, default_value_t = 1)]
         runs: u32,
     },
@@ -163,6 +175,11 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Bench { what: Bench::Disk { json, case, runs } } => {
             let (json, case) = (json.as_deref(), case.as_deref());
             bench::disk::run(&bench::versus::Options { case, runs, json })?;
+            Ok(true)
+        }
+        Command::Bench { what: Bench::Cluster { json, case, runs } } => {
+            let (json, case) = (json.as_deref(), case.as_deref());
+            bench::cluster::run(&bench::versus::Options { case, runs, json })?;
             Ok(true)
         }
         Command::Bench { what: Bench::Transport { json } } => {

@@ -1,4 +1,5 @@
-//! The demo: a real Debian guest moves from host 1 to host 2 because host 3 was asked, while somebody outside talks to it.
+//! The demo: two real Debian guests move together, from two hosts to two others, because a fifth was asked, while somebody
+//! outside talks to both.
 //!
 //! Owns the steps and the report. All figures are measured in this run.
 
@@ -10,22 +11,28 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use super::cluster::world::two_sites;
 use super::disks;
 use super::faults::world::let_hold;
 use super::swarm::{Guest, GuestPlan, Swarm, run};
 use crate::guest::{Cache, GuestFiles, GuestKind};
-use crate::lab::LabConfig;
 use crate::lab::cleanup::run_dir;
-use crate::lab::prober::{ProbeConfig, Prober};
+use crate::lab::prober::{ECHO_PORT, ProbeConfig, ProbeReport, Prober};
 use crate::lab::qemus::QemuWatch;
 
 /// Id of the lab.
 const LAB: &str = "demo";
-/// MiB that the guest's workload rewrites.
+/// The cluster.
+const CLUSTER: &str = "web";
+/// Its members: name, host, and where each goes.
+const MEMBERS: [(&str, &str, &str); 2] = [("app", "h1", "h4"), ("db", "h2", "h5")];
+/// The host that is asked.
+const ASKED: &str = "h3";
+/// MiB that each guest's workload rewrites.
 const CHURN_MB: u32 = 20;
 /// Thousands of bytes per second that it rewrites.
-const CHURN_KBPS: u32 = 250;
-/// Datagrams per second of the prober.
+const CHURN_KBPS: u32 = 125;
+/// Datagrams per second to each guest.
 const PROBES: u32 = 100;
 
 /// Which guest, and how it is reported.
@@ -40,13 +47,13 @@ fn say(line: &str) {
     println!("==> {line}");
 }
 
-/// Runs it. False: it ran and the guest did not move, or a promise was broken.
+/// Runs it. False: it ran and the guests did not move, or a promise was broken.
 pub fn demo(options: &Options<'_>) -> Result<bool> {
     say("guest image (built once, then cached)");
     let files = GuestFiles::prepare(options.kind, &Cache::open()?)?;
-    say("three hosts at two sites, joined by 100 Mbit/s and 80 ms round trip");
+    say("five hosts at two sites, joined by 100 Mbit/s and 80 ms round trip");
     let mut qemus = None;
-    let swarm = Swarm::up(&LabConfig::demo(LAB), |node| {
+    let swarm = Swarm::up(&two_sites(LAB, 80), |node| {
         let watch = qemus.get_or_insert_with(|| QemuWatch::start(&run_dir(LAB).join("qemus")));
         if let Ok(watch) = watch {
             node.arg("--qemu").arg(&watch.program().display().to_string());
@@ -55,33 +62,38 @@ pub fn demo(options: &Options<'_>) -> Result<bool> {
     })?;
     let qemus = qemus.context("a lab without hosts")??;
     if let Some(base) = &files.base_image {
-        say("the destination knows the guest's base image");
+        say("the destinations know the guests' base image");
         let base = base.to_str().context("path")?;
-        swarm.node("h2")?.cli_json(&["image", "add", base], Duration::from_secs(300))?;
+        for (_, _, to) in MEMBERS {
+            swarm.node(to)?.cli_json(&["image", "add", base], Duration::from_secs(300))?;
+        }
     }
-    say("a guest boots on h1");
-    let memory = if options.kind == GuestKind::Debian { 512 } else { 256 };
-    let plan = GuestPlan::new("web", 5, memory);
-    let guest = swarm.start_guest("h1", &files, &plan)?;
-    let mut control = swarm.control("h1", &guest)?;
-    run(control.churn(CHURN_MB, CHURN_KBPS, false))?;
-    let station = swarm.station("h3", 1)?;
-    let target = SocketAddr::from((plan.ip(), 7007));
-    let probes = ProbeConfig { target, rate_pps: PROBES, size: 64 };
-    let prober = Prober::start(Some(station.ns()), &probes)?;
-    ensure!(
-        prober.wait_unique(u64::from(PROBES) * 2, Duration::from_secs(30)),
-        "the guest does not answer on its wire"
-    );
-    drop(control);
+    say("two guests boot, on h1 and on h2; h3 makes them a cluster");
+    let guests = boot(&swarm, &files, options.kind)?;
+    let station = swarm.station(ASKED, 1)?;
+    let mut probers = Vec::new();
+    for guest in &guests {
+        let target = SocketAddr::from((guest.plan.ip(), ECHO_PORT));
+        let probes = ProbeConfig { target, rate_pps: PROBES, size: 64 };
+        let prober = Prober::start(Some(station.ns()), &probes)?;
+        ensure!(
+            prober.wait_unique(u64::from(PROBES) * 2, Duration::from_secs(30)),
+            "a guest does not answer on its wire"
+        );
+        probers.push(prober);
+    }
 
-    say("h3 is asked to move it to h2");
-    let mut report = watch_move(&swarm, &guest, prober)?;
+    say("h3 is asked to move them, to h4 and h5");
+    let mut report = watch_move(&swarm, &guests, probers)?;
     if report["disk_bytes"].as_u64().is_some_and(|bytes| bytes > 0) {
         // Comparing takes seconds in which no guest may run: done on the way back, which is in none of the figures.
-        say("it moves back, and both images are compared before it runs there");
-        let back = disks::held_move(&swarm, &qemus, &guest.name, ("h2", "h1"))?;
-        report["disk_equal"] = back.equal.into();
+        say("each moves back, and both images are compared before it runs there");
+        swarm.ask(ASKED, &["cluster", "delete", CLUSTER])?;
+        let mut equal = true;
+        for (vm, from, to) in MEMBERS {
+            equal &= disks::held_move(&swarm, &qemus, vm, (to, from))?.equal;
+        }
+        report["disk_equal"] = equal.into();
     }
     drop(station);
     swarm.down()?;
@@ -95,38 +107,68 @@ pub fn demo(options: &Options<'_>) -> Result<bool> {
         println!("BROKEN: {promise}");
     }
     if broken.is_empty() {
-        say("the guest noticed nothing but a pause");
+        say("the guests noticed nothing but a pause");
     }
     Ok(broken.is_empty())
 }
 
-/// The move itself, seen from outside, as the demo's report.
-fn watch_move(swarm: &Swarm, guest: &Guest, prober: Prober) -> Result<Value> {
-    let before = swarm.lab.wan()?.stats()?;
-    let status = migrate_watched(swarm, "h3", "web", "h2")?;
-    let wan = swarm.lab.wan()?.stats()?.since(&before);
-    prober.wait_unique(prober.snapshot().unique + 200, Duration::from_secs(30));
-    let probe = prober.stop(Duration::from_secs(2));
+/// The members at work, as one cluster.
+fn boot(swarm: &Swarm, files: &GuestFiles, kind: GuestKind) -> Result<Vec<Guest>> {
+    let memory = if kind == GuestKind::Debian { 512 } else { 256 };
+    let mut guests = Vec::new();
+    for (number, (vm, host, _)) in (5..).zip(MEMBERS) {
+        let guest = swarm.start_guest(host, files, &GuestPlan::new(vm, number, memory))?;
+        run(async { swarm.control(host, &guest)?.churn(CHURN_MB, CHURN_KBPS, false).await })?;
+        guests.push(guest);
+    }
+    let vms = MEMBERS.map(|(vm, _, _)| vm).join(",");
+    swarm.ask(ASKED, &["cluster", "create", CLUSTER, "--vms", &vms])?;
+    Ok(guests)
+}
 
-    let verified = run(async {
-        let mut control = swarm.control("h2", guest)?;
-        control.verify().await
-    })?;
-    let info = swarm.ask("h2", &["vm", "show", "web"])?;
+/// The move itself, seen from outside, as the demo's report.
+fn watch_move(swarm: &Swarm, guests: &[Guest], probers: Vec<Prober>) -> Result<Value> {
+    let before = swarm.lab.wan()?.stats()?;
+    let place = MEMBERS.map(|(vm, _, to)| format!("{vm}={to}")).join(",");
+    let status = migrate_watched(swarm, ASKED, &[CLUSTER, "--place", &place])?;
+    let wan = swarm.lab.wan()?.stats()?.since(&before);
+    let mut seen = Vec::new();
+    for prober in probers {
+        prober.wait_unique(prober.snapshot().unique + 200, Duration::from_secs(30));
+        seen.push(prober.stop(Duration::from_secs(2)));
+    }
+    let sum = |of: fn(&ProbeReport) -> u64| seen.iter().map(of).sum::<u64>();
+    let (mut members, mut verified, mut corrupt) = (Vec::new(), 0, 0);
+    for (guest, (vm, from, to)) in guests.iter().zip(MEMBERS) {
+        let v = run(async { swarm.control(to, guest)?.verify().await })?;
+        (verified, corrupt) = (verified + v.pages_verified, corrupt + v.pages_corrupt);
+        members.push(json!({
+            "vm": vm,
+            "from": from,
+            "to": to,
+            "pages_verified": v.pages_verified,
+            "pages_corrupt": v.pages_corrupt,
+        }));
+    }
+    let info = swarm.ask(MEMBERS[0].2, &["vm", "show", MEMBERS[0].0])?;
+    let ms = |key: &str| status[key].as_u64().map(|us| us as f64 / 1000.0);
     Ok(json!({
         "outcome": status["phase"],
-        "vm": "web",
+        "vm": CLUSTER,
         "from": status["from_name"],
         "to": status["to_name"],
         "requested_on": status["requested_on_name"],
+        "members": members,
         "epoch_before": status["epoch_before"],
         "epoch_after": status["epoch_after"],
         "total_ms": status["total_ms"],
-        "downtime_ms": status["downtime_us"].as_u64().map(|us| us as f64 / 1000.0),
-        "outage_ms": probe.longest_gap_ms,
-        "frames_sent": probe.sent,
-        "frames_lost": probe.lost,
-        "frames_reordered": probe.reordered,
+        "downtime_ms": ms("downtime_us"),
+        "stop_spread_ms": ms("stop_spread_us"),
+        "resume_spread_ms": ms("resume_spread_us"),
+        "outage_ms": seen.iter().map(|p| p.longest_gap_ms).fold(0.0, f64::max),
+        "frames_sent": sum(|p| p.sent),
+        "frames_lost": sum(|p| p.lost),
+        "frames_reordered": sum(|p| p.reordered),
         "ram_bytes": status["ram_bytes"],
         "ram_nonzero_bytes": status["ram_nonzero_bytes"],
         "wan_bytes": wan.carried_bytes(),
@@ -137,10 +179,7 @@ fn watch_move(swarm: &Swarm, guest: &Guest, prober: Prober) -> Result<Value> {
             "known": status["chunks_known"],
             "literal": status["chunks_literal"],
         },
-        "guest": {
-            "pages_verified": verified.pages_verified,
-            "pages_corrupt": verified.pages_corrupt,
-        },
+        "guest": { "pages_verified": verified, "pages_corrupt": corrupt },
         "accel": info["accel"],
     }))
 }
@@ -154,9 +193,12 @@ fn promises(report: &Value) -> Vec<String> {
             broken.push(promise.to_owned());
         }
     };
-    check(report["outcome"] == "moved", "the guest moved");
-    let names = [&report["from"], &report["to"], &report["requested_on"]];
-    check(names[0] != names[1] && names[1] != names[2] && names[0] != names[2], "three hosts");
+    check(report["outcome"] == "moved", "the guests moved");
+    let hosts =
+        |key: &str| -> Vec<&str> { report[key].as_str().unwrap_or("").split(',').collect() };
+    let all = [hosts("from"), hosts("to"), hosts("requested_on")].concat();
+    let different: std::collections::BTreeSet<_> = all.iter().collect();
+    check(all.len() == 5 && different.len() == 5, "five hosts");
     let next = number("/epoch_before").map(|e| e + 1.0);
     check(next.is_some() && number("/epoch_after") == next, "one epoch more");
     check(number("/frames_lost").is_some_and(|n| n <= 100.0), "at most 100 frames are lost");
@@ -171,12 +213,12 @@ fn promises(report: &Value) -> Vec<String> {
     broken
 }
 
-/// `godwit migrate --wait`, with its progress shown as the user sees it; then what all nodes know of it.
-pub fn migrate_watched(swarm: &Swarm, on: &str, vm: &str, to: &str) -> Result<Value> {
+/// `godwit migrate ... --wait`, with its progress shown as the user sees it; then what all nodes know of it.
+pub fn migrate_watched(swarm: &Swarm, on: &str, what: &[&str]) -> Result<Value> {
     let node = swarm.node(on)?;
     let program = crate::lab::node::godwit_binary()?;
     let mut command = node.host().ns.command(program);
-    command.arg("--state").arg(node.state_dir()).args(["migrate", vm, "--to", to, "--wait"]);
+    command.arg("--state").arg(node.state_dir()).arg("migrate").args(what).arg("--wait");
     let status = command.stdin(Stdio::null()).status().context("godwit migrate")?;
     let all = swarm.ask(on, &["migrations"])?;
     let found = all.as_array().and_then(|m| m.last().cloned());

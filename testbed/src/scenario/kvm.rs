@@ -83,7 +83,7 @@ fn move_and_verify(
     guest: &super::Guest,
     [on, from, to]: [&str; 3],
 ) -> Result<Value> {
-    let status = migrate_watched(swarm, on, &guest.name, to)?;
+    let status = migrate_watched(swarm, on, &[&guest.name, "--to", to])?;
     let info = swarm.ask(to, &["vm", "show", &guest.name])?;
     let console = info["detail"]["console"].as_str().context("the VM is not there")?.to_owned();
     let console = std::path::Path::new(&console).with_file_name("console.log");
