@@ -21,6 +21,7 @@ const KNOWN: Case = Case {
     disk: Some(("/var/tmp/hot", 8, 1000)),
     back: false,
     shaped: true,
+    members: 1,
     judged_by: "total_ms",
 };
 

@@ -1,5 +1,6 @@
 //! Benchmarks: figures that decide something, measured in the lab.
 
+pub mod cluster;
 pub mod disk;
 pub mod endpoints;
 pub mod ram;

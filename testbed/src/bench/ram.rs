@@ -16,6 +16,7 @@ const IDLE: Case = Case {
     disk: None,
     back: false,
     shaped: true,
+    members: 1,
     judged_by: "total_ms",
 };
 

@@ -11,6 +11,7 @@ mod ours;
 mod peer;
 pub(super) mod report;
 mod sampler;
+mod team;
 
 use std::path::Path;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 use crate::guest::GuestFiles;
 use crate::lab::wan::{LinkParams, WanMode};
 use crate::lab::{Lab, LabConfig, check};
+use crate::scenario::cluster::world::two_sites;
 use figures::{Run, medians};
 use report::Limit;
 
@@ -54,6 +56,8 @@ pub(super) struct Case {
     pub back: bool,
     /// 100 Mbit/s and 80 ms, or a plain veth.
     pub shaped: bool,
+    /// So many guests that move together; 1: one alone.
+    pub members: u8,
     /// The figure by which the better peer is chosen.
     pub judged_by: &'static str,
 }
@@ -62,6 +66,9 @@ impl Case {
     fn lab(&self) -> LabConfig {
         let wan =
             if self.shaped { WanMode::Shaped(LinkParams::new(100, 80)) } else { WanMode::Unshaped };
+        if self.members > 1 {
+            return LabConfig { wan, ..two_sites("benchcl", 80) };
+        }
         let labid = if self.disk.is_some() { "benchdsk" } else { "benchram" };
         LabConfig { wan, ..LabConfig::demo(labid) }
     }
@@ -147,6 +154,17 @@ pub(super) struct Compared {
     vm: Vm,
 }
 
+fn one_of_ours(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
+    if case.members > 1 { team::ours(case, files) } else { ours::run(case, files) }
+}
+
+fn one_of_theirs(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) -> Result<Run> {
+    match case.members {
+        0 | 1 => peer::run(case, files, vm, congestion),
+        _ => team::theirs(case, files, vm, congestion),
+    }
+}
+
 /// godwit and the peer in turns; `limits` are the case's promises on godwit's and the better peer's figures.
 pub(super) fn compare(
     case: &Case,
@@ -161,13 +179,13 @@ pub(super) fn compare(
     for turn in 1..=runs {
         report::say(case.name, &format!("run {turn} of {runs}: godwit"));
         let (run, its_vm) =
-            ours::run(case, files).with_context(|| format!("{}: godwit", case.name))?;
+            one_of_ours(case, files).with_context(|| format!("{}: godwit", case.name))?;
         report::say(case.name, &run.line());
         godwit.push(run);
         let its_vm = vm.insert(its_vm);
         for (congestion, runs_of_it) in &mut peers {
             report::say(case.name, &format!("run {turn} of {runs}: QEMU alone, {congestion}"));
-            let run = peer::run(case, files, its_vm, congestion)
+            let run = one_of_theirs(case, files, its_vm, congestion)
                 .with_context(|| format!("{}: QEMU alone", case.name))?;
             report::say(case.name, &run.line());
             runs_of_it.push(run);

@@ -20,6 +20,19 @@ pub(super) struct Guest {
     pub pages_corrupt: u64,
 }
 
+/// What only several guests together have.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Together {
+    /// From the first to the last STOP.
+    pub stop_spread_ms: f64,
+    /// From the first to the last RESUME.
+    pub resume_spread_ms: f64,
+    /// Datagrams that somebody outside sent and did not get back, over all guests.
+    pub frames_lost: Option<u64>,
+    /// Those that came behind a later one.
+    pub frames_reordered: Option<u64>,
+}
+
 /// One move of one side.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Run {
@@ -42,6 +55,9 @@ pub(super) struct Run {
     /// Share of the link's rate that was used while transferring; none on a link without a rate.
     pub link_use: Option<f64>,
     pub guest: Guest,
+    /// Of several that move together.
+    #[serde(flatten)]
+    pub together: Option<Together>,
     /// Where the time went: milliseconds since the request, and what happened.
     pub timeline: Vec<(f64, String)>,
 }

@@ -74,6 +74,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
         node_rss_anon_peak_bytes: usage.rss_anon_peak_bytes,
         node_rss_anon_above_idle_bytes: usage.rss_anon_growth_bytes,
         link_use: None,
+        together: None,
         guest: figures::Guest {
             image: image(files),
             ram_bytes,
@@ -134,7 +135,7 @@ fn swarm(case: &Case, files: &GuestFiles) -> Result<Swarm> {
 }
 
 /// Copies the nodes' logs to the current directory, if `GODWIT_BENCH_LOGS` is set.
-fn keep_logs(case: &Case, swarm: &Swarm) -> Result<()> {
+pub(super) fn keep_logs(case: &Case, swarm: &Swarm) -> Result<()> {
     if std::env::var_os("GODWIT_BENCH_LOGS").is_none() {
         return Ok(());
     }
@@ -153,7 +154,7 @@ pub(super) fn image(files: &GuestFiles) -> String {
 }
 
 /// When a moment of the timeline was, microseconds since 1970; for `stop:` and `resume:` by QEMU's own event.
-fn at_us(status: &Value, start: &str) -> Result<f64> {
+pub(super) fn at_us(status: &Value, start: &str) -> Result<f64> {
     let moments = status["timeline"].as_array().context("no timeline")?;
     let found = moments.iter().find(|m| m["what"].as_str().is_some_and(|w| w.starts_with(start)));
     found.and_then(|m| m["at_us"].as_f64()).with_context(|| format!("no {start} in {status}"))

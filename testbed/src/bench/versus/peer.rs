@@ -22,11 +22,10 @@ use crate::lab::wan::LinkStats;
 use crate::lab::{Host, Lab, cleanup, ns};
 use crate::scenario::swarm::{GuestPlan, MTU, run as block_on};
 
-/// Where the destination listens.
+/// Where the destination of the first guest listens, and that of the second behind it.
 const PORT: u16 = 4444;
-const TAP: &str = "peer0";
 pub(super) const COMMAND: Duration = Duration::from_secs(10);
-const BOOT: Duration = Duration::from_secs(180);
+pub(super) const BOOT: Duration = Duration::from_secs(180);
 /// Pause that QEMU may plan with, milliseconds.
 const DOWNTIME_LIMIT_MS: u64 = 300;
 
@@ -40,33 +39,57 @@ pub(super) fn tool(case: &Case, congestion: &str, runs: &[Run]) -> String {
 }
 
 /// A QEMU of the peer; killed when dropped.
-struct Process {
-    child: Child,
-    spec: QemuSpec,
+pub(super) struct Process {
+    pub child: Child,
+    pub spec: QemuSpec,
 }
 
 /// What both ends of a move are started with.
-struct Setting<'a> {
-    case: &'a Case,
-    lab: &'a Lab,
-    files: &'a GuestFiles,
-    vm: &'a Vm,
+pub(super) struct Setting<'a> {
+    pub case: &'a Case,
+    pub lab: &'a Lab,
+    pub files: &'a GuestFiles,
+    pub vm: &'a Vm,
+    /// Which guest of several, from 0.
+    pub member: u8,
+}
+
+impl Setting<'_> {
+    fn plan(&self) -> GuestPlan {
+        GuestPlan::new(&format!("web{}", self.member), 5 + self.member, MEMORY_MIB)
+    }
+
+    fn tap(&self) -> String {
+        format!("peer{}", self.member)
+    }
+
+    /// Makes the guest's tap on a host.
+    pub fn make_tap(&self, host: &Host) -> Result<()> {
+        let tap = self.tap();
+        host.ns.batch(&[format!("tuntap add {tap} mode tap"), format!("link set {tap} up")])
+    }
 }
 
 impl Process {
     /// With the disk image `disk`; one that waits for a disk, too, does not run by itself when it has arrived.
-    fn start(setting: &Setting<'_>, host: &Host, disk: PathBuf, incoming: bool) -> Result<Self> {
+    pub fn start(
+        setting: &Setting<'_>,
+        host: &Host,
+        disk: PathBuf,
+        incoming: bool,
+    ) -> Result<Self> {
         let Setting { case, files, vm, .. } = setting;
-        let plan = GuestPlan::new("web", 5, MEMORY_MIB);
+        let plan = setting.plan();
         let accel = if vm.accel == "kvm" { Accel::Kvm } else { Accel::Tcg };
         // A directory of its own: on the way back the host has had a QEMU before.
-        let dir = host.work_dir.join(if incoming { "incoming" } else { "first" });
+        let which = if incoming { "incoming" } else { "first" };
+        let dir = host.work_dir.join(format!("{which}{}", setting.member));
         cleanup::make_private_dir(&dir)?;
         let mut spec = QemuSpec::new(dir, MEMORY_MIB, accel);
         spec.machine.clone_from(&vm.machine);
         spec.cpu.clone_from(&vm.cpu);
         spec.disk = Some(disk);
-        spec.nics.push(QemuNic { tap: TAP.into(), mac: plan.mac() });
+        spec.nics.push(QemuNic { tap: setting.tap(), mac: plan.mac() });
         spec.address =
             Some(crate::guest::GuestAddress { ip: plan.ip(), prefix: 24, mtu: Some(MTU) });
         spec.incoming = incoming;
@@ -109,10 +132,10 @@ pub(super) fn run(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) ->
     let lab = Lab::new(&case.lab())?;
     lab.set_congestion_control(congestion)?;
     let hosts = [lab.host("h1")?.clone(), lab.host("h2")?.clone()];
+    let setting = Setting { case, lab: &lab, files, vm, member: 0 };
     for host in &hosts {
-        host.ns.batch(&[format!("tuntap add {TAP} mode tap"), format!("link set {TAP} up")])?;
+        setting.make_tap(host)?;
     }
-    let setting = Setting { case, lab: &lab, files, vm };
     let disk = lab.dir().join("web.img");
     files.make_disk(&disk, DiskForm::Raw)?;
     let mut source = Process::start(&setting, &hosts[0], disk, false)?;
@@ -151,6 +174,7 @@ pub(super) fn run(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) ->
         node_rss_anon_peak_bytes: None,
         node_rss_anon_above_idle_bytes: None,
         link_use: moved.link_use(case),
+        together: None,
         guest: Guest {
             image: ours::image(files),
             ram_bytes,
@@ -165,14 +189,14 @@ pub(super) fn run(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) ->
 }
 
 /// One move, times in microseconds since 1970.
-struct Moved {
-    version: String,
-    requested_us: i64,
+pub(super) struct Moved {
+    pub version: String,
+    pub requested_us: i64,
     /// When the first byte of disk or memory could leave.
-    copying_us: i64,
+    pub copying_us: i64,
     migrate_us: i64,
-    stopped_us: i64,
-    resumed_us: i64,
+    pub stopped_us: i64,
+    pub resumed_us: i64,
     wan: LinkStats,
     /// Bytes on the link, source to destination, from then to RESUME.
     transferred_bytes: u64,
@@ -190,7 +214,7 @@ impl Moved {
         Some(self.transferred_bytes as f64 * 8.0 / seconds / link.rate_bps as f64)
     }
 
-    fn timeline(&self) -> Vec<(f64, String)> {
+    pub fn timeline(&self) -> Vec<(f64, String)> {
         vec![
             (0.0, self.version.clone()),
             (self.ms(self.migrate_us), "migrate".into()),
@@ -205,14 +229,15 @@ fn now_us() -> Result<i64> {
     Ok(i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros())?)
 }
 
-async fn migrate(
+/// Starts a destination and moves a guest there.
+pub(super) async fn migrate(
     setting: &Setting<'_>,
     mut source: Process,
     target_host: &Host,
 ) -> Result<(Moved, Process)> {
     let Setting { case, lab, .. } = *setting;
     let from = source.monitor().await?;
-    let mut disk = lab.dir().join("web.img");
+    let mut disk = source.spec.disk.clone().context("no disk")?;
     if case.disk.is_some() {
         let old = source.spec.disk.as_ref().context("no disk")?;
         disk = lab.dir().join(format!("web-{}.img", target_host.name));
@@ -225,7 +250,7 @@ async fn migrate(
     for qmp in [&from, &to] {
         configure(case, qmp).await?;
     }
-    let uri = format!("tcp:{}:{PORT}", target_host.addr);
+    let uri = format!("tcp:{}:{}", target_host.addr, PORT + u16::from(setting.member));
     to.execute("migrate-incoming", json!({ "uri": uri }), COMMAND).await?;
     let transfer = lab.wan()?.stats()?;
     let copying_us = now_us()?;

@@ -32,6 +32,8 @@ pub struct Heard {
     pub done_ppm: u32,
     /// The end of the request: its error.
     pub error: Option<String>,
+    /// The request was answered, or failed.
+    pub over: bool,
 }
 
 /// A request that is being followed.
@@ -100,7 +102,10 @@ impl Follow {
                     _ = stopped => None,
                 }
             });
-            note(&|heard| heard.error = ended.as_ref().map(ToString::to_string));
+            note(&|heard| {
+                heard.error = ended.as_ref().map(ToString::to_string);
+                heard.over = true;
+            });
         })?;
         Ok(Self { id: MigrationId(id), heard, stop: Some(stop), thread: Some(thread) })
     }

@@ -15,7 +15,7 @@ use super::judge::{self, Facts};
 use crate::lab::qemus::SeenQemu;
 use crate::scenario::cluster::world::{CLUSTER, World};
 use crate::scenario::faults::case::{Phase, merge, now_us, release, until};
-use crate::scenario::faults::follow::{Follow, Pace};
+use crate::scenario::faults::follow::{Follow, Heard, Pace};
 use crate::scenario::faults::world::{REQUESTER, copy_on, ended, hold_dir, host_of};
 
 /// How long the WAN stays cut.
@@ -26,6 +26,8 @@ const SLOW: u64 = 3_000_000;
 const UNDER_WAY_PPM: u32 = 100_000;
 /// How long a move may take to its step.
 const REACH: Duration = Duration::from_secs(90);
+/// How often a move is begun that ends before its step is reached.
+const TRIES: u32 = 3;
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(5);
 /// How long a node may take to be ready again.
@@ -126,11 +128,24 @@ impl Case {
                 std::fs::remove_file(file?.path())?;
             }
         }
-        let scene = self.begin(world)?;
-        let landed = self.strike(world, &scene)?;
+        let mut tries = 1;
+        let (scene, heard) = loop {
+            let scene = self.begin(world)?;
+            let heard = self.reach(&scene)?;
+            if !heard.over {
+                break (scene, heard);
+            }
+            // A machine that is too busy to stop all in time: they stayed, and nothing was hit.
+            ensure!(tries < TRIES, "the step was not reached: {heard:?}");
+            tries += 1;
+            release(&scene.point)?;
+            world.settled()?;
+        };
+        let landed = self.strike(world, &scene, &heard)?;
         let facts = self.facts(world, &scene)?;
         let judged = judge::judge(self, world, &facts);
-        let places = json!({ "landed": landed, "from": scene.from, "to": scene.to });
+        let places =
+            json!({ "landed": landed, "from": scene.from, "to": scene.to, "tries": tries });
         Ok(merge(merge(self.says(), places), judged))
     }
 
@@ -153,17 +168,24 @@ impl Case {
         Ok(Scene { from, to, held, follow, started: Instant::now(), started_us, point })
     }
 
-    /// Brings the move to its step and does the fault there. Answers with the proof.
-    fn strike(&self, world: &mut World, scene: &Scene) -> Result<Value> {
+    /// Brings the move to its step; or it is over without.
+    fn reach(&self, scene: &Scene) -> Result<Heard> {
         let reached = scene.point.with_extension("reached");
-        let heard = scene.follow.wait(REACH, |heard| match self.phase.moves_on() {
-            true => {
-                heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
-                    && heard.done_ppm > UNDER_WAY_PPM
-            }
-            false => reached.exists(),
+        let heard = scene.follow.wait(REACH, |heard| {
+            let there = match self.phase.moves_on() {
+                true => {
+                    heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
+                        && heard.done_ppm > UNDER_WAY_PPM
+                }
+                false => reached.exists(),
+            };
+            there || heard.over
         });
-        let heard = heard.context("the step was not reached")?;
+        heard.context("the step was not reached")
+    }
+
+    /// Does the fault. Answers with the proof.
+    fn strike(&self, world: &mut World, scene: &Scene, heard: &Heard) -> Result<Value> {
         let struck = self.act(world, scene)?;
         self.was_phase(world, scene, struck["at_us"].as_u64().context("no time")?)?;
         Ok(json!({ "phase_shown": heard.phase, "done_ppm": heard.done_ppm, "struck": struck }))
