@@ -265,7 +265,8 @@ fn link_faults(case: &Case) -> Result<Vec<String>> {
     let config = case.lab();
     let WanMode::Shaped(params) = &config.wan else { return Ok(Vec::new()) };
     let lab = Lab::new(&config)?;
-    let (from, to) = (lab.host("h1")?, lab.host("h2")?);
+    let hosts = lab.hosts();
+    let (from, to) = hosts.first().zip(hosts.last()).context("a lab without hosts")?;
     let checked = check::check_rate(&lab, from, to, params, RAMP, RATE)?;
     lab.teardown()?;
     let fault = format!("{}: the link is not what it should be: {checked}", case.name);

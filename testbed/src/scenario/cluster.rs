@@ -27,7 +27,7 @@ const MEMBERS: [(&str, &str); 3] = [("a", "h1"), ("b", "h2"), ("c", "h2")];
 
 /// Runs it.
 pub fn small() -> Result<Value> {
-    let mut world = World::up(&two_sites("cluster", 20))?;
+    let mut world = World::up(&two_sites("cluster", 20), &[])?;
     world.populate(&MEMBERS)?;
     let mut steps = Vec::new();
     let mut step = |name: &str, world: &mut World, work: fn(&mut World) -> Result<Value>| {

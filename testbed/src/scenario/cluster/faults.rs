@@ -95,7 +95,8 @@ pub fn run(labid: &str, wanted: &dyn Fn(&str) -> bool) -> Result<Value> {
 
 fn one(labid: &str, world: &mut Option<World>, case: &Case) -> Result<Value> {
     if world.is_none() {
-        let mut fresh = World::up(&two_sites(labid, 80))?;
+        // Nothing of a move is kept: the next one would be over before it is hit in its transfer.
+        let mut fresh = World::up(&two_sites(labid, 80), &["--keep-bytes", "0"])?;
         fresh.populate(&MEMBERS)?;
         *world = Some(fresh);
     }

@@ -61,14 +61,17 @@ pub struct World {
 }
 
 impl World {
-    /// Builds the lab and the swarm; no guest yet.
-    pub fn up(config: &LabConfig) -> Result<Self> {
+    /// Builds the lab and the swarm, whose nodes get these arguments; no guest yet.
+    pub fn up(config: &LabConfig, args: &[&str]) -> Result<Self> {
         let dir = cleanup::run_dir(&config.labid);
         let mut qemus = None;
         let swarm = Swarm::up(config, |node| {
             let watch = qemus.get_or_insert_with(|| QemuWatch::start(&dir.join("qemus")));
             if let Ok(watch) = watch {
                 node.arg("--qemu").arg(&watch.program().display().to_string());
+            }
+            for arg in args {
+                node.arg(arg);
             }
             let_hold(node);
         })?;

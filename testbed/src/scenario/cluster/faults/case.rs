@@ -243,10 +243,10 @@ impl Case {
             Fault::DestinationQemu => {
                 let vm = world.guests[scene.held].name.clone();
                 let qemu = copy_on(&world.swarm, &world.qemus, &vm, &scene.to[scene.held])?;
+                let at_us = now_us();
                 kill(Pid::from_raw(qemu.pid), Signal::SIGKILL).context("kill -9 of QEMU")?;
                 let gone = || world.copies(&vm).iter().any(|q| q.pid == qemu.pid && !q.alive());
                 until(GONE, gone).context("QEMU lives on")?;
-                let at_us = now_us();
                 self.still_held(scene)?;
                 release(&scene.point)?;
                 Ok(json!({ "at_us": at_us, "killed_pid": qemu.pid }))

@@ -33,7 +33,7 @@ pub fn run(labid: &str) -> Result<Value> {
         SiteConfig::new("lima", &["h5"]),
     ];
     let wan = WanMode::Shaped(LinkParams::new(100, 40));
-    let mut world = World::up(&LabConfig { labid: labid.to_owned(), sites, wan })?;
+    let mut world = World::up(&LabConfig { labid: labid.to_owned(), sites, wan }, &[])?;
     world.populate(&[("a", "h1"), ("b", "h2")])?;
     world.swarm.wait("five voters at three sites", HEALED, |swarm| {
         let shown = swarm.ask("h1", &["cluster", "show", CLUSTER])?;
