@@ -8,3 +8,4 @@ pub mod bench;
 pub mod guest;
 pub mod lab;
 pub mod scenario;
+pub mod sim;

@@ -11,6 +11,7 @@ use godwit_testbed::guest::GuestKind;
 use godwit_testbed::lab::wan::LinkParams;
 use godwit_testbed::lab::{self, Lab, LabConfig};
 use godwit_testbed::scenario::{self, demo};
+use godwit_testbed::sim::campaign;
 
 #[derive(Parser)]
 #[command(name = "godwit-lab", version, about = "Lab, scenarios and benchmarks of godwit")]
@@ -49,6 +50,24 @@ enum Command {
         #[arg(long, default_value_t = 80)]
         rtt_ms: u64,
         /// Write the figures to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Run the production core under seeds: faults, crashes, partitions; and prove that its checkers bite
+    Sim {
+        /// How many seeds
+        #[arg(long, default_value_t = 1000)]
+        seeds: u64,
+        /// Run this seed alone and tell what it saw
+        #[arg(long)]
+        seed: Option<u64>,
+        /// With something wrong on purpose (names are in the report)
+        #[arg(long, requires = "seed")]
+        mutant: Option<String>,
+        /// Tell everything that happens in it
+        #[arg(long, requires = "seed")]
+        log: bool,
+        /// Write the report to this file, too
         #[arg(long)]
         json: Option<PathBuf>,
     },
@@ -166,6 +185,14 @@ fn run(command: Command) -> anyhow::Result<bool> {
             let value = lab::check::wan_check_of("wancheck", &LinkParams::new(mbit, rtt_ms))?;
             show(&value, json.as_deref())?;
             Ok(value["passed"] == true)
+        }
+        Command::Sim { seeds, seed, mutant, log, json } => {
+            let report = match seed {
+                Some(seed) => campaign::replay(seed, mutant.as_deref(), log)?,
+                None => campaign::report(seeds),
+            };
+            show(&report, json.as_deref())?;
+            Ok(report["passed"] == true)
         }
         Command::Bench { what: Bench::Ram { json, case, runs } } => {
             let (json, case) = (json.as_deref(), case.as_deref());

@@ -6,11 +6,12 @@ use godwit_protocol::wire::control::Control;
 use godwit_protocol::wire::migrate::Body;
 use godwit_protocol::wire::record::Cause;
 
-use super::settle;
-use super::world::{Faults, VM, World, host, index};
+use godwit_testbed::sim::faults::Faults;
+use godwit_testbed::sim::seeds::settle;
+use godwit_testbed::sim::world::{VM, World, host, index};
 
 fn gossiping(nodes: usize) -> World {
-    let faults = Faults { delay_ms: 20, ..Faults::default() };
+    let faults = Faults::quiet();
     let mut world = World::new(nodes, &[0], 1, faults);
     world.gossip = true;
     for i in 0..nodes {

@@ -1,120 +1,19 @@
-//! Clusters of two to five VMs move between three to five hosts: all of a team, or none of it.
+//! Named cases of a cluster that moves: each crash point, and who may be away.
 
-use std::collections::BTreeSet;
-
-use godwit_protocol::id::{CopyId, Epoch, VmId};
+use godwit_protocol::id::CopyId;
 use godwit_protocol::wire::control::Control;
 use godwit_protocol::wire::migrate::{Body, Phase};
-use godwit_protocol::wire::record::{Cause, Record};
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
+use godwit_testbed::sim::check::epochs;
+use godwit_testbed::sim::faults::Faults;
+use godwit_testbed::sim::qemu::Qemu;
+use godwit_testbed::sim::seeds::settle;
+use godwit_testbed::sim::world::{CLUSTER, World, host, placed, vm};
 
-use super::qemu::Qemu;
-use super::world::{CLUSTER, Event, Faults, Mutant, World, host, vm, voter};
-use super::{catch_mutants, random_events, random_faults, replay_seeds, run_seeds, settle, status};
-
-/// A cluster, its migrations and its faults, all from one number.
-fn random_cluster(seed: u64, mutant: Mutant) -> World {
-    let mut rng = StdRng::seed_from_u64(seed);
-    let nodes = rng.random_range(3..=5);
-    let vms = rng.random_range(2..=5);
-    let voters: &[usize] = match rng.random_range(0..6) {
-        0 => &[0],
-        1 => &[0, 1],
-        2 => &[1, 2, 0],
-        _ => &[0, 1, 2],
-    };
-    let faults = random_faults(&mut rng);
-    let mut world = World::empty(nodes, seed, faults);
-    world.mutant = mutant;
-    let hosts: Vec<usize> = (0..vms).map(|_| rng.random_range(0..nodes)).collect();
-    world.add_cluster(10, &hosts, voters);
-    if mutant == Mutant::MergeBelow {
-        for placed in world.decided.values().next().unwrap().placement.clone() {
-            world.decree(Record {
-                cluster: placed.vm,
-                name: placed.name.clone(),
-                epoch: Epoch(50),
-                voters: vec![voter(0)],
-                placement: vec![placed],
-                departed: Vec::new(),
-                cause: Cause::Joined(CLUSTER),
-            });
-        }
-    }
-    world.boot();
-    for n in 1..=rng.random_range(1..=3_u8) {
-        let start = u64::from(n - 1) * 8000;
-        let stays = if rng.random_bool(0.3) { rng.random_range(0..vms) } else { vms };
-        let to = (0..vms).filter(|k| *k != stays).map(|k| (vm(k), rng.random_range(0..nodes)));
-        let to = to.collect();
-        world.at(start, Event::AskCluster(n, to));
-        random_events(&mut world, &mut rng, n, start);
-    }
-    world
-}
-
-/// Every record that moves copies moves those of a whole team.
-fn together(world: &World) {
-    let records: Vec<&Record> = world.decided.values().filter(|r| r.cluster == CLUSTER).collect();
-    for pair in records.windows(2) {
-        let [old, new] = pair else { continue };
-        let moved = new.placement.iter().filter(|p| old.placement_of(p.vm) != Some(*p));
-        let moved: BTreeSet<VmId> = moved.map(|p| p.vm).collect();
-        assert_eq!(moved.is_empty(), new.cause != Cause::Move, "{new:?}");
-        assert!(
-            moved.is_empty() || world.teams.contains(&moved),
-            "a part of the cluster moved: {moved:?}"
-        );
-    }
-}
-
-fn run_cluster(seed: u64, mutant: Mutant) -> World {
-    let mut world = random_cluster(seed, mutant);
-    world.run(28_000);
-    settle(&mut world);
-    together(&world);
-    world
-}
-
-#[test]
-fn clusters_end_well() {
-    let ends = run_seeds("replay_clusters", 0..3000, run_cluster);
-    for (what, least) in [("moved", 300), ("stayed", 300), ("lost", 5), ("crashes", 400)] {
-        assert!(ends.get(what).is_some_and(|n| *n >= least), "the faults miss: {ends:?}");
-    }
-}
-
-#[test]
-fn more_clusters_end_well() {
-    run_seeds("replay_clusters", 10_000..13_000, run_cluster);
-}
-
-#[test]
-fn replay_clusters() {
-    replay_seeds("replay_clusters", run_cluster);
-}
-
-#[test]
-fn every_mutant_of_a_cluster_is_caught() {
-    let mutants = [
-        (Mutant::CleanRead, "two copies run"),
-        (Mutant::ContEarly, "no decided record names the copy that runs|two copies run"),
-        (Mutant::Unbound, "two copies run"),
-        (Mutant::VoteEarly, "two records for one epoch"),
-        (Mutant::DiscardEarly, "the source copy went before its successor ran"),
-        (Mutant::NoAdoption, "two records for one epoch"),
-        (Mutant::LostReply, "two copies run"),
-        (Mutant::HostOnly, "no decided record names the copy that runs|two copies run"),
-        (Mutant::MergeBelow, "never ends|names another copy"),
-        (Mutant::Alone, "a part of the cluster moved"),
-    ];
-    catch_mutants(&mutants, run_cluster);
-}
+use super::status;
 
 /// Three VMs on hosts 0, 0 and 1 of five; all move to hosts 3 and 4.
 fn quiet(seed: u64) -> World {
-    let mut world = World::empty(5, seed, Faults { delay_ms: 20, ..Faults::default() });
+    let mut world = World::empty(5, seed, Faults::quiet());
     world.add_cluster(10, &[0, 0, 1], &[0, 1, 2]);
     world.boot();
     world
@@ -141,12 +40,6 @@ fn loaded(world: &World) -> usize {
 
 fn says(message: &Control, f: fn(&Body) -> bool) -> bool {
     matches!(message, Control::Migrate(m) if f(&m.body))
-}
-
-fn cut_off(world: &mut World, i: usize) {
-    for j in (0..world.nodes.len()).filter(|j| *j != i) {
-        world.cut.extend([(i, j), (j, i)]);
-    }
 }
 
 #[test]
@@ -180,7 +73,6 @@ fn every_crash_point_of_a_cluster_ends_well() {
             ask(&mut world);
             world.run(5000);
             settle(&mut world);
-            super::moves::together(&world);
             assert_eq!(at(&world).len(), 3, "node {i} at {after}");
             moved += usize::from(at(&world) == [3, 4, 4]);
             if world.nodes[i].start == 0 {
@@ -249,7 +141,7 @@ fn a_member_that_does_not_stop_in_time_keeps_all() {
 fn a_lead_in_the_minority_is_moved_without() {
     let mut world = asked();
     assert!(world.run_until(60_000, |w| loaded(w) == 3));
-    cut_off(&mut world, 0);
+    world.cut_off(0, true, true);
     assert!(world.run_until(30_000, |w| at(w) == [3, 4, 4]));
     world.run(60_000);
     settle(&mut world);
@@ -261,7 +153,7 @@ fn a_lead_in_the_minority_is_moved_without() {
 fn a_proposer_in_the_minority_is_stayed_without() {
     let mut world = asked();
     assert!(world.run_until(60_000, |w| loaded(w) == 2));
-    cut_off(&mut world, 3);
+    world.cut_off(3, true, true);
     assert!(world.run_until(60_000, |w| at(w) == [0, 0, 1]));
     settle(&mut world);
     assert_eq!(at(&world), [0, 0, 1]);
@@ -269,11 +161,11 @@ fn a_proposer_in_the_minority_is_stayed_without() {
 
 #[test]
 fn a_member_that_is_switched_off_moves_by_the_record() {
-    let mut world = World::empty(4, 1, Faults { delay_ms: 20, ..Faults::default() });
+    let mut world = World::empty(4, 1, Faults::quiet());
     world.add_cluster(10, &[0, 1], &[0, 1, 2]);
     let mut record = world.decided.values().next().unwrap().clone();
     let copy = CopyId([99; 16]);
-    record.placement.push(super::world::placed(vm(2), 1, copy));
+    record.placement.push(placed(vm(2), 1, copy));
     record.placement[2].off = true;
     world.decided.clear();
     world.decree(record);
@@ -295,5 +187,5 @@ fn a_change_of_the_record_ends_a_move_and_nobody_is_lost() {
     world.act(2, |core, now| core.release(now, CLUSTER, &[vm(2)], false)).unwrap().unwrap();
     settle(&mut world);
     assert_eq!(at(&world).len(), 3);
-    super::clusters::owned_once(&world);
+    epochs::owned_once(&world).unwrap();
 }

@@ -6,12 +6,15 @@ use godwit_protocol::wire::epoch::Body as Vote;
 use godwit_protocol::wire::migrate::{Body, Message, Phase};
 use godwit_protocol::wire::record::Cause;
 
-use super::qemu::Qemu;
-use super::world::{Faults, VM, World, host, migration};
-use super::{is_settled, settle, status};
+use godwit_testbed::sim::faults::Faults;
+use godwit_testbed::sim::qemu::Qemu;
+use godwit_testbed::sim::seeds::{is_settled, settle};
+use godwit_testbed::sim::world::{VM, World, host, migration};
+
+use super::status;
 
 fn quiet(nodes: usize, voters: &[usize], seed: u64) -> World {
-    World::new(nodes, voters, seed, Faults { delay_ms: 20, ..Faults::default() })
+    World::new(nodes, voters, seed, Faults::quiet())
 }
 
 /// Four hosts, three voters; migration 1 to host `to` is asked for.
@@ -44,12 +47,6 @@ fn is_accept(message: &Control) -> bool {
 
 fn says(message: &Control, f: fn(&Body) -> bool) -> bool {
     matches!(message, Control::Migrate(m) if f(&m.body))
-}
-
-fn cut_off(world: &mut World, i: usize) {
-    for j in (0..world.nodes.len()).filter(|j| *j != i) {
-        world.cut.extend([(i, j), (j, i)]);
-    }
 }
 
 #[test]
@@ -202,7 +199,7 @@ fn the_destination_dies_in_the_transfer_and_is_asked_again() {
 fn a_source_in_the_minority_is_moved_without() {
     let mut world = asked(1);
     assert!(world.run_until(60_000, |w| is(w, 1, Qemu::Loaded)));
-    cut_off(&mut world, 0);
+    world.cut_off(0, true, true);
     assert!(world.run_until(30_000, |w| is(w, 1, Qemu::Running)), "the majority decides");
     world.run(60_000);
     assert!(is(&world, 0, Qemu::Stopped), "kept until it hears");
@@ -214,7 +211,7 @@ fn a_source_in_the_minority_is_moved_without() {
 fn a_destination_in_the_minority_is_stayed_without() {
     let mut world = asked(3);
     assert!(world.run_until(60_000, |w| is(w, 3, Qemu::Loaded)));
-    cut_off(&mut world, 3);
+    world.cut_off(3, true, true);
     assert!(
         world.run_until(60_000, |w| is(w, 0, Qemu::Running)),
         "the guest does not stand for ever"

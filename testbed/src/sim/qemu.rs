@@ -11,25 +11,40 @@ use godwit_protocol::time::Time;
 use godwit_protocol::wire::record::{Record, governing, has_missed};
 use godwit_protocol::wire::route::{Kind, Route};
 
-use super::world::{Event, Mutant, World, host, index};
+use super::check::{self, Invariant};
+use super::event::Event;
+use super::mutant::Mutant;
+use super::world::{World, host, index};
 
 /// How long the last of a stream may take to find its way.
 const STREAM_MS: u64 = 60_000;
 
+/// What a copy's process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Qemu {
+    /// It waits for a stream.
     Loading,
+    /// It waits for `cont`, and holds the guest.
     Loaded,
+    /// The guest runs.
     Running,
+    /// The guest stands still.
     Stopped,
+    /// It is gone.
     Dead,
 }
 
+/// One start of a VM.
 #[derive(Debug, Clone)]
 pub struct Copy {
+    /// The VM.
     pub vm: VmId,
+    /// Its host.
     pub at: usize,
+    /// What its process does.
     pub qemu: Qemu,
+    /// Stands for all that the guest holds: memory, devices, disks.
+    pub content: u64,
     /// Its guest has run, ever.
     pub ran: bool,
     /// The driver's note that `cont` was written; a restart derives it anew.
@@ -42,6 +57,7 @@ pub struct Copy {
 }
 
 impl World {
+    /// A new copy: the first one of a VM runs.
     pub fn mint(&mut self, vm: VmId, at: usize) -> CopyId {
         self.minted += 1;
         let id = CopyId([self.minted; 16]);
@@ -54,6 +70,7 @@ impl World {
             vm,
             at,
             qemu,
+            content: u64::from(vm.0[0]),
             ran: first,
             noted: first,
             memory: true,
@@ -70,34 +87,28 @@ impl World {
         self.copies.iter().find(|(_, c)| runs(c)).map(|(id, c)| (*id, c.at))
     }
 
-    /// After every step.
-    pub fn check(&self) {
-        for vm in &self.vms {
-            let copies = || self.copies.values().filter(|c| c.vm == *vm);
-            let running = copies().filter(|c| c.qemu == Qemu::Running).count();
-            assert!(running <= 1, "two copies run");
-            let alive = copies().any(|c| c.ran && c.qemu != Qemu::Dead);
-            assert!(alive || self.may_lose.contains(vm), "no copy of the guest is left");
-        }
-    }
-
     /// `cont`.
     pub fn run_copy(&mut self, id: CopyId) {
-        let Some(copy) = self.copies.get_mut(&id) else { return };
-        assert!(!matches!(copy.qemu, Qemu::Dead | Qemu::Loading), "cont of {:?}", copy.qemu);
+        let Some(mut copy) = self.copies.get(&id).cloned() else { return };
+        if matches!(copy.qemu, Qemu::Dead | Qemu::Loading) {
+            return self.broken(Invariant::OneCopy, format!("cont of {:?}", copy.qemu));
+        }
+        if copy.qemu != Qemu::Running {
+            self.judge(Invariant::Content, check::content::continues(self, &copy));
+        }
         copy.qemu = Qemu::Running;
         (copy.ran, copy.noted) = (true, true);
-        let (vm, at) = (copy.vm, copy.at);
-        let named = self.decided.values().any(|r| r.names(vm, host(at), id));
-        assert!(named, "no decided record names the copy that runs");
-        self.check();
+        self.copies.insert(id, copy.clone());
+        self.judge(Invariant::OneCopy, check::one_copy::begins(self, id, &copy));
     }
 
+    /// The node's routes tell where it runs.
     pub fn announce_copy(&mut self, i: usize, copy: CopyId) {
         let vm = self.copies[&copy].vm;
         let record = self.nodes[i].core.as_ref().and_then(|c| c.record_of(vm)).cloned();
-        let Some(record) = record else { return };
-        let name = record.placement_of(vm).unwrap().name.clone();
+        let placed = record.as_ref().and_then(|r| r.placement_of(vm));
+        let (Some(record), Some(placed)) = (&record, placed) else { return };
+        let name = placed.name.clone();
         let route = Route {
             vm,
             name,
@@ -113,20 +124,18 @@ impl World {
 
     fn discard(&mut self, i: usize, id: CopyId) {
         let Some(copy) = self.copies.get(&id) else { return };
-        let vm = copy.vm;
-        let lives = |c: &Copy| c.vm == vm && c.ran && c.qemu != Qemu::Dead;
-        let other = self.copies.iter().any(|(o, c)| *o != id && lives(c));
-        let kept = !copy.ran || copy.qemu == Qemu::Dead || other || self.may_lose.contains(&vm);
-        assert!(kept, "the source copy went before its successor ran");
+        let (vm, copy) = (copy.vm, copy.clone());
+        self.judge(Invariant::OneCopy, check::one_copy::ends(self, id, &copy));
         self.copies.remove(&id);
         self.act(i, |core, _| core.runs_no_more(vm, id));
     }
 
     /// [`Mutant::DiscardEarly`].
-    pub fn discard_superseded(&mut self, i: usize) {
+    pub(super) fn discard_superseded(&mut self, i: usize) {
         let stopped = self.copies.iter().find(|(id, c)| {
-            let newest = governing(self.decided.values(), c.vm).unwrap();
-            c.at == i && c.qemu == Qemu::Stopped && !newest.names(c.vm, host(i), **id)
+            let newest = governing(self.decided.values(), c.vm);
+            let named = newest.is_some_and(|r| r.names(c.vm, host(i), **id));
+            c.at == i && c.qemu == Qemu::Stopped && !named
         });
         if let Some(id) = stopped.map(|(id, _)| *id) {
             self.discard(i, id);
@@ -134,7 +143,7 @@ impl World {
     }
 
     /// [`Mutant::HostOnly`].
-    pub fn run_all_named(&mut self, i: usize, record: &Record) {
+    pub(super) fn run_all_named(&mut self, i: usize, record: &Record) {
         let here = |c: &Copy| record.placement_of(c.vm).is_some_and(|p| p.host == host(i));
         let loaded = |c: &Copy| c.at == i && c.qemu == Qemu::Loaded && here(c);
         let ids: Vec<_> =
@@ -143,7 +152,7 @@ impl World {
     }
 
     /// The node's process is gone: memory without a QEMU goes with it.
-    pub fn node_gone(&mut self, i: usize) {
+    pub(super) fn node_gone(&mut self, i: usize) {
         for copy in self.copies.values_mut().filter(|c| c.at == i && c.qemu == Qemu::Dead) {
             if copy.memory && copy.stored {
                 self.may_lose.insert(copy.vm);
@@ -152,7 +161,9 @@ impl World {
         }
     }
 
+    /// A QEMU is killed.
     pub fn kill(&mut self, id: CopyId) {
+        self.strikes();
         let Some(copy) = self.copies.get_mut(&id) else { return };
         let (at, was) = (copy.at, core::mem::replace(&mut copy.qemu, Qemu::Dead));
         let up = self.nodes[at].core.is_some();
@@ -167,7 +178,7 @@ impl World {
     }
 
     /// What a starting daemon finds: see the driver. Returns bound ends, and copies to continue.
-    pub fn adopt(&mut self, i: usize) -> (Vec<(Moving, bool)>, Vec<CopyId>) {
+    pub(super) fn adopt(&mut self, i: usize) -> (Vec<(Moving, bool)>, Vec<CopyId>) {
         let disk = self.nodes[i].disk.values();
         let bound: Vec<Moving> = disk
             .filter_map(|v| if let Value::Moving(m) = v { Some(m.clone()) } else { None })
@@ -207,11 +218,11 @@ impl World {
 
     fn tell(&mut self, i: usize, id: MigrationId, happened: Happened) {
         // Always as late, so that a driver's words keep their order.
-        let start = self.nodes[i].start;
-        self.at(3, Event::Happened(i, start, id, Box::new(happened)));
+        let (start, lag) = (self.nodes[i].start, self.nodes[i].lag_ms);
+        self.at(3 + lag, Event::Happened(i, start, id, Box::new(happened)));
     }
 
-    pub fn handle_qemu(&mut self, event: Event) {
+    pub(super) fn handle_qemu(&mut self, event: Event) {
         match event {
             Event::Work(i, start, id) if self.nodes[i].start == start => {
                 let work = self.nodes[i].work.get_mut(&id).and_then(|w| w.pop_front());
@@ -221,43 +232,49 @@ impl World {
                 }
             }
             Event::Figures(i, start, id) if self.nodes[i].start == start => self.figures(i, id),
-            Event::Stream { at, start, id, until } if self.nodes[at].start == start => {
-                self.stream(at, id, until);
+            Event::Stream { at, start, id, until, content } if self.nodes[at].start == start => {
+                self.stream(at, id, until, content);
             }
-            Event::Load(i, start, id, copy) if self.nodes[i].start == start => {
-                self.load(i, id, copy);
+            Event::Load(i, start, id, copy, content) if self.nodes[i].start == start => {
+                self.load(i, id, copy, content);
             }
             Event::Gone(i, start, copy) if self.nodes[i].start == start => self.gone(i, copy),
             Event::ReadBack(i, start, copy) if self.nodes[i].start == start => {
-                let Some(vm) = self.copies.get(&copy).map(|c| c.vm) else { return };
-                let stopped = self.copies[&copy].qemu == Qemu::Stopped;
-                let names = |j: usize| {
-                    let record = self.nodes[j].core.as_ref().and_then(|c| c.record_of(vm));
-                    record.is_none_or(|r| r.names(vm, host(i), copy))
-                };
-                if stopped && (0..self.nodes.len()).all(names) {
-                    self.run_copy(copy);
-                }
+                self.read_back(i, copy);
             }
-            Event::Kill(running) => {
-                let fits = |c: &Copy| (c.qemu == Qemu::Running) == running && c.qemu != Qemu::Dead;
-                // A source copy that stands still is the guest until its successor runs.
-                let fits = |c: &Copy| fits(c) && (running || !c.ran);
-                let ids: Vec<_> =
-                    self.copies.iter().filter(|(_, c)| fits(c)).map(|(id, _)| *id).collect();
-                if !ids.is_empty() {
-                    let which = self.below(ids.len() as u64) as usize;
-                    self.kill(ids[which]);
-                }
-            }
+            Event::Kill(running) => self.kill_any(running),
             _ => {}
+        }
+    }
+
+    /// [`Mutant::CleanRead`]: resumes because everyone who is reached still names it.
+    fn read_back(&mut self, i: usize, copy: CopyId) {
+        let Some(vm) = self.copies.get(&copy).map(|c| c.vm) else { return };
+        let stopped = self.copies[&copy].qemu == Qemu::Stopped;
+        let names = |j: usize| {
+            let record = self.nodes[j].core.as_ref().and_then(|c| c.record_of(vm));
+            record.is_none_or(|r| r.names(vm, host(i), copy))
+        };
+        if stopped && (0..self.nodes.len()).all(names) {
+            self.run_copy(copy);
+        }
+    }
+
+    fn kill_any(&mut self, running: bool) {
+        let fits = |c: &Copy| (c.qemu == Qemu::Running) == running && c.qemu != Qemu::Dead;
+        // A source copy that stands still is the guest until its successor runs.
+        let fits = |c: &Copy| fits(c) && (running || !c.ran);
+        let ids: Vec<_> = self.copies.iter().filter(|(_, c)| fits(c)).map(|(id, _)| *id).collect();
+        if !ids.is_empty() {
+            let which = self.below(ids.len() as u64) as usize;
+            self.kill(ids[which]);
         }
     }
 
     fn gone(&mut self, i: usize, id: CopyId) {
         let Some(copy) = self.copies.get(&id).filter(|c| c.qemu == Qemu::Dead) else { return };
         let (ran, vm) = (copy.noted, copy.vm);
-        let moving = self.core(i).migration_of(vm);
+        let moving = self.nodes[i].core.as_ref().and_then(|c| c.migration_of(vm));
         if let Some(m) = moving {
             self.act(i, |core, now| core.happened(now, m, Happened::QemuGone { ran }));
         }
@@ -322,7 +339,7 @@ impl World {
         self.run_copy(copy);
         self.announce_copy(i, copy);
         self.nodes[i].receiving.remove(&id);
-        let at_us = self.now.0;
+        let at_us = self.nodes[i].clock.read(self.now).0;
         self.tell(i, id, Happened::Running(at_us));
     }
 
@@ -333,8 +350,11 @@ impl World {
         if !copy.memory || !copy.stored {
             return failed("its memory is gone with both processes");
         }
-        assert!(!copy.ran, "built again after it ran");
-        assert_eq!(copy.qemu, Qemu::Dead, "built again beside a living QEMU");
+        if copy.ran || copy.qemu != Qemu::Dead {
+            let what = format!("built again beside a QEMU, or after it ran: {copy:?}");
+            self.broken(Invariant::OneCopy, what);
+            return failed("a checker saw it");
+        }
         copy.rebuilt += 1;
         if flaky && copy.rebuilt == 1 {
             return failed("QEMU does not start");
@@ -349,12 +369,19 @@ impl World {
         let Some((copy_id, copy)) = copy else {
             return self.tell(i, id, Happened::TransferFailed("nothing to stop".into()));
         };
+        let (copy_id, before) = (*copy_id, copy.content);
+        // It wrote as long as it ran.
+        copy.content = before.rotate_left(7) ^ self.now.0;
         copy.qemu = Qemu::Stopped;
-        let copy_id = *copy_id;
-        let (start, at_us, until) = (self.nodes[i].start, self.now.0, self.now.plus_ms(STREAM_MS));
+        let held = copy.content;
+        self.truth.insert(vm, held);
+        let content = if self.mutant == Mutant::EarlyRead { before } else { held };
+        let (start, until) = (self.nodes[i].start, self.now.plus_ms(STREAM_MS));
+        let at_us = self.nodes[i].clock.read(self.now).0;
         self.tell(i, id, Happened::Stopped(at_us));
-        let ms = 1 + self.below(self.faults.delay_ms);
-        self.at(ms, Event::Stream { at: i, start, id, until });
+        let ms = 1 + self.below(self.faults.delay_ms) + self.faults.wan_ms;
+        self.at(ms, Event::Stream { at: i, start, id, until, content });
+        self.ambush();
         if self.mutant == Mutant::CleanRead {
             self.at(2500, Event::ReadBack(i, start, copy_id));
         }
@@ -384,12 +411,12 @@ impl World {
         self.at(150, Event::Figures(i, start, id));
     }
 
-    fn stream(&mut self, at: usize, id: MigrationId, until: Time) {
+    fn stream(&mut self, at: usize, id: MigrationId, until: Time, content: u64) {
         let Some((vm, to)) = self.nodes[at].sending.get(&id).copied() else { return };
         let start = self.nodes[at].start;
         let cut = self.cut.contains(&(at, to)) || self.cut.contains(&(to, at));
         if cut && self.now < until {
-            return self.at(200, Event::Stream { at, start, id, until });
+            return self.at(200, Event::Stream { at, start, id, until, content });
         }
         let session = self.nodes[to].receiving.get(&id).copied().filter(|_| !cut);
         let waits = |c: &CopyId| self.copies.get(c).is_some_and(|c| c.qemu == Qemu::Loading);
@@ -400,7 +427,7 @@ impl World {
             return self.tell(to, id, Happened::TransferFailed("digests differ".into()));
         }
         let (start, ms) = (self.nodes[to].start, 1 + self.below(60));
-        self.at(ms, Event::Load(to, start, id, copy));
+        self.at(ms, Event::Load(to, start, id, copy, content));
         // The last byte arrived; that it did is not heard.
         if self.mutant == Mutant::LostReply && self.chance(self.faults.loss) {
             let stopped = |c: &Copy| c.vm == vm && c.at == at && c.qemu == Qemu::Stopped;
@@ -409,13 +436,13 @@ impl World {
         }
     }
 
-    fn load(&mut self, i: usize, id: MigrationId, copy: CopyId) {
+    fn load(&mut self, i: usize, id: MigrationId, copy: CopyId, content: u64) {
         let session = self.nodes[i].receiving.get(&id) == Some(&copy);
         let Some(c) = self.copies.get_mut(&copy) else { return };
         if !session || c.qemu != Qemu::Loading {
             return;
         }
-        (c.qemu, c.stored) = (Qemu::Loaded, true);
+        (c.qemu, c.stored, c.content) = (Qemu::Loaded, true, content);
         if self.mutant == Mutant::ContEarly {
             self.run_copy(copy);
         }

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use godwit_protocol::id::{HostId, VmId};
+use godwit_protocol::id::{CopyId, HostId, VmId};
 use godwit_protocol::migrate::lead;
 use godwit_protocol::migrate::source::Begin;
 use godwit_protocol::wire::migrate::{Options, Status};
+use godwit_protocol::wire::record::Record;
 
-use super::world::{CLUSTER, VM, World, host, index, migration};
+use super::world::{CLUSTER, VM, World, host, index, migration, vm};
 
 impl World {
     /// Asks the host that runs the VM to move it; `order` picks the k-th candidate of the others.
@@ -28,8 +29,8 @@ impl World {
     /// Asks the cluster's lead to move these members, each to the k-th of the other hosts, or the ones
     /// after it.
     pub fn ask_cluster(&mut self, n: u8, to: &[(VmId, usize)]) -> bool {
-        let newest = self.decided.values().filter(|r| r.cluster == CLUSTER).max_by_key(|r| r.epoch);
-        let lead = index(newest.unwrap().placement[0].host);
+        let first = self.cluster().and_then(|r| r.placement.first());
+        let Some(lead) = first.map(|p| index(p.host)) else { return false };
         let Some(record) = self.nodes[lead].core.as_ref().and_then(|c| c.newest(CLUSTER)).cloned()
         else {
             return false;
@@ -55,5 +56,30 @@ impl World {
             self.teams.insert(team);
         }
         done
+    }
+
+    /// Host `i` makes a cluster. Refused if it was begun before.
+    pub fn create_cluster(&mut self, i: usize) {
+        let name = super::world::placed(CLUSTER, 0, CopyId([0; 16])).name;
+        self.act(i, |core, now| drop(core.create_cluster(now, CLUSTER, name)));
+    }
+
+    /// The newest record of the cluster.
+    #[must_use]
+    pub fn cluster(&self) -> Option<&Record> {
+        let of = |r: &&Record| r.cluster == CLUSTER;
+        self.decided.values().filter(of).max_by_key(|r| r.epoch)
+    }
+
+    /// The host of VM `k` is asked to let it join.
+    pub fn join(&mut self, k: usize) {
+        let running = self.running(vm(k));
+        let (Some(record), Some((_, at))) = (self.cluster().cloned(), running) else { return };
+        self.act(at, |core, now| drop(core.join(now, vm(k), record)));
+    }
+
+    /// Host `i` is asked to let VM `k` leave.
+    pub fn part(&mut self, i: usize, k: usize) {
+        self.act(i, |core, now| drop(core.release(now, CLUSTER, &[vm(k)], false)));
     }
 }

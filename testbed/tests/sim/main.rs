@@ -1,0 +1,77 @@
+//! The simulator: many seeds, the mutants, and named cases of the core in virtual time.
+//!
+//! A seed that fails says which command runs it again: `godwit-lab sim --seed N`.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod cases;
+mod clusters;
+mod moves;
+mod voters;
+
+use godwit_protocol::wire::migrate::Status;
+use godwit_testbed::sim::campaign::{self, Report};
+use godwit_testbed::sim::mutant::{self, Mutant};
+use godwit_testbed::sim::world::{World, migration};
+
+/// How many seeds: more of them are `godwit-lab sim --seeds N`.
+const SEEDS: u64 = 1600;
+/// How many seeds from a mutant's own one are tried: the one that caught it when it was pinned may be
+/// another one after any change.
+const TRIED: u64 = 400;
+
+fn status(world: &World, i: usize, n: u8) -> Option<&Status> {
+    world.core(i).statuses().find(|s| s.id == migration(n))
+}
+
+fn none_fails(report: &Report) {
+    for outcome in &report.violations {
+        let breach = outcome.breach.as_ref().unwrap();
+        eprintln!("replay: {}\n{breach}", outcome.replay(None));
+    }
+    assert!(report.violations.is_empty(), "{} seeds fail", report.violations.len());
+}
+
+#[test]
+fn seeds_end_well() {
+    let report = campaign::run_seeds(0, SEEDS);
+    none_fails(&report);
+    let seen = &report.seen;
+    eprintln!("{seen:?}");
+    let least = [
+        (seen.committed, 400),
+        (seen.aborted, 200),
+        (seen.unknown_resolved, 200),
+        (seen.partitions, 1000),
+        (seen.crashes, 1000),
+        (seen.torn_writes, 20),
+        (seen.pauses, 100),
+        (seen.strangers, 1000),
+        (seen.lost, 1),
+        (seen.cutover_faults, SEEDS / 2),
+    ];
+    assert!(least.iter().all(|(n, least)| n >= least), "the faults miss: {seen:?}");
+}
+
+/// Whichever thread runs a seed, and however often.
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    let twice = [0, 1].map(|_| campaign::run_seeds(32, 64).trace);
+    assert_eq!(twice[0], twice[1]);
+    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+    (32..96).for_each(|seed| {
+        hasher.update(&campaign::run_one(seed, Mutant::None, false).trace.to_le_bytes());
+    });
+    assert_eq!(hasher.digest(), twice[0]);
+    assert_ne!(campaign::run_seeds(33, 64).trace, twice[0]);
+}
+
+/// The checkers find what is wrong on purpose, each for its own reason.
+#[test]
+fn every_mutant_is_caught() {
+    assert!(mutant::ALL.len() >= 10);
+    for (case, outcome) in campaign::hunt_all(TRIED) {
+        let seed = outcome.as_ref().map(|o| o.seed);
+        eprintln!("{} is caught by seed {seed:?}", case.name);
+        assert!(outcome.is_some(), "{} goes unnoticed", case.name);
+    }
+}
