@@ -289,7 +289,9 @@ impl Core {
         // One migration has one source, and texts have bounds.
         let other = known.is_some_and(|k| (k.from, k.vm) != (status.from, status.vm));
         let long = status.cause.len() > limits::TEXT_BYTES || status.timeline.len() > MOMENTS;
-        if self.moves.contains_key(&status.id) || other || long {
+        // What this host should know best and does not (its store is new): nothing of it will go on.
+        let forgotten = status.from == self.me.host && !status.phase.is_end();
+        if self.moves.contains_key(&status.id) || other || long || forgotten {
             return;
         }
         self.remember(status.clone());
