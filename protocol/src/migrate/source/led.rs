@@ -77,8 +77,9 @@ impl Source {
 
     pub(super) fn on_lead(&mut self, now: Time, from: HostId, body: Body, out: &mut Vec<Action>) {
         let member = self.status.cluster != self.status.vm;
-        if member && matches!(body, Body::How { .. }) {
-            // Taken up after a restart, it hears again whom it belongs to.
+        let leads = self.record.placement.first().is_some_and(|p| p.host == from);
+        if member && leads && matches!(body, Body::How { .. }) {
+            // Taken up after a restart, it hears again whom it belongs to: the lead, and nobody else.
             let id = of_member(self.status.id, self.status.vm);
             self.led.get_or_insert((Led { id, host: from }, now));
         }
