@@ -202,8 +202,10 @@ pub enum Happened {
     Loaded(CopyId),
     /// `cont` succeeded at that time (microseconds since 1970).
     Running(u64),
-    /// The copy's QEMU is gone.
+    /// A copy's QEMU is gone; one that an earlier migration left may be meant.
     QemuGone {
+        /// Which copy's.
+        copy: CopyId,
         /// Whether `cont` had been written to it: if not, the guest never ran in it.
         ran: bool,
     },

@@ -125,7 +125,7 @@ impl Engine {
         let now = self.node.now();
         let vm = copy.vm();
         if let Some(migration) = self.core.migration_of(vm) {
-            self.core.happened(now, migration, Happened::QemuGone { ran: copy.ran() });
+            self.core.happened(now, migration, Happened::QemuGone { copy: id, ran: copy.ran() });
             if self.core.migration_of(vm).is_some() {
                 return; // The copy's memory may be needed to build it again.
             }

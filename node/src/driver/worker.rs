@@ -120,7 +120,7 @@ impl Worker {
     /// A decided record names this copy: its guest may run.
     async fn cont(&mut self, id: CopyId) {
         let Some(copy) = self.node.copies.get(id) else {
-            let gone = Happened::QemuGone { ran: false };
+            let gone = Happened::QemuGone { copy: id, ran: false };
             return self.node.happened(self.id, gone).await;
         };
         if self.receiving.is_some() {
@@ -128,7 +128,7 @@ impl Worker {
         }
         let qemu = copy.qemu();
         if qemu.exit().is_some() {
-            let gone = Happened::QemuGone { ran: copy.ran() };
+            let gone = Happened::QemuGone { copy: id, ran: copy.ran() };
             return self.node.happened(self.id, gone).await;
         }
         cutover::quiet(&self.node, id).await;
@@ -148,7 +148,8 @@ impl Worker {
             Err(error) => {
                 tracing::error!(vm = %self.vm, copy = %id, %error, "cont failed");
                 if qemu.exit().is_some() {
-                    self.node.happened(self.id, Happened::QemuGone { ran: true }).await;
+                    let gone = Happened::QemuGone { copy: id, ran: true };
+                    self.node.happened(self.id, gone).await;
                 } else {
                     // It may still come: ask again, the record stands.
                     retry_cont(&self.node, self.id, &copy);
@@ -166,7 +167,7 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
             tokio::time::sleep(std::time::Duration::from_millis(500)).await;
             let qemu = copy.qemu();
             if qemu.exit().is_some() {
-                return node.happened(id, Happened::QemuGone { ran: true }).await;
+                return node.happened(id, Happened::QemuGone { copy: copy.id, ran: true }).await;
             }
             if let Ok(at) = qemu.cont().await {
                 let at_us = at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0));
@@ -177,7 +178,7 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
         }
         tracing::error!(copy = %copy.id, "QEMU takes no cont: ending it");
         let _ = copy.qemu().kill().await;
-        node.happened(id, Happened::QemuGone { ran: true }).await;
+        node.happened(id, Happened::QemuGone { copy: copy.id, ran: true }).await;
     });
 }
 

@@ -450,7 +450,10 @@ impl Migration for Destination {
                 Some(_) => {}
             },
             (Happened::Decided(record), _) => self.on_decided(now, &record, out),
-            (Happened::QemuGone { ran }, _) => self.on_qemu_gone(now, ran, out),
+            // Until it is loaded, which copy it will be is not known here.
+            (Happened::QemuGone { copy, ran }, _) if self.copy.is_none_or(|own| own == copy) => {
+                self.on_qemu_gone(now, ran, out);
+            }
             (Happened::RebuildFailed(cause), _) => self.on_rebuild_failed(now, cause, out),
             (Happened::Rebuilt, State::Loaded { qemu, .. }) => *qemu = Qemu::There,
             (Happened::Rebuilt, State::Starting { qemu, again_at }) if *qemu != Qemu::There => {

@@ -420,7 +420,7 @@ impl Migration for Source {
             }
             Happened::Decided(record) => self.on_decided(now, record, out),
             Happened::TransferFailed(cause) => self.on_failure(cause, out),
-            Happened::QemuGone { .. } => self.on_qemu_gone(out),
+            Happened::QemuGone { copy, .. } if copy == self.copy => self.on_qemu_gone(out),
             Happened::Running(at_us) if matches!(self.state, State::Resuming { .. }) => {
                 self.resumed_us = Some(at_us);
                 self.status.total_ms = now.ms_since(self.started);

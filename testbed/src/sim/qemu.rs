@@ -276,7 +276,7 @@ impl World {
         let (ran, vm) = (copy.noted, copy.vm);
         let moving = self.nodes[i].core.as_ref().and_then(|c| c.migration_of(vm));
         if let Some(m) = moving {
-            self.act(i, |core, now| core.happened(now, m, Happened::QemuGone { ran }));
+            self.act(i, |core, now| core.happened(now, m, Happened::QemuGone { copy: id, ran }));
         }
         let over = self.nodes[i].core.as_ref().is_some_and(|c| c.migration_of(vm).is_none());
         if over {
@@ -330,11 +330,11 @@ impl World {
 
     fn cont(&mut self, i: usize, id: MigrationId, copy: CopyId) {
         let Some(c) = self.copies.get(&copy) else {
-            return self.tell(i, id, Happened::QemuGone { ran: false });
+            return self.tell(i, id, Happened::QemuGone { copy, ran: false });
         };
         if c.qemu == Qemu::Dead {
             let ran = c.noted;
-            return self.tell(i, id, Happened::QemuGone { ran });
+            return self.tell(i, id, Happened::QemuGone { copy, ran });
         }
         self.run_copy(copy);
         self.announce_copy(i, copy);
