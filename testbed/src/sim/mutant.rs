@@ -59,7 +59,7 @@ pub struct Case {
 }
 
 /// How many seeds from the first one are tried.
-pub const TRIED: u64 = 2000;
+pub const TRIED: u64 = 1000;
 
 const fn case(
     mutant: Mutant,
@@ -75,15 +75,15 @@ pub const ALL: &[Case] = &[
     case(Mutant::CleanRead, "resume-after-clean-read", &[Invariant::OneCopy], 0),
     case(Mutant::ContEarly, "run-when-loaded", &[Invariant::OneCopy], 0),
     case(Mutant::Unbound, "bound-flag-not-written", &[Invariant::OneCopy], 0),
-    case(Mutant::VoteEarly, "vote-before-persist", &[Invariant::Epochs], 0),
+    case(Mutant::VoteEarly, "vote-before-persist", &[Invariant::Epochs, Invariant::OneCopy], 460),
     case(Mutant::Forgets, "promise-lost-in-restart", &[Invariant::Epochs], 0),
     case(Mutant::DiscardEarly, "discard-source-at-decision", &[Invariant::OneCopy], 0),
-    case(Mutant::NoAdoption, "skip-adoption", &[Invariant::Epochs], 0),
-    case(Mutant::NewVoter, "new-voter-without-record", &[Invariant::Epochs], 0),
+    case(Mutant::NoAdoption, "skip-adoption", &[Invariant::Epochs], 440),
+    case(Mutant::NewVoter, "new-voter-without-record", &[Invariant::Epochs], 230),
     case(Mutant::LostReply, "resume-on-lost-reply", &[Invariant::OneCopy], 0),
-    case(Mutant::HostOnly, "placement-without-copy", &[Invariant::OneCopy], 0),
+    case(Mutant::HostOnly, "placement-without-copy", &[Invariant::OneCopy, Invariant::Content], 0),
     case(Mutant::MergeBelow, "merge-below-epoch", &[Invariant::Ends], 0),
-    case(Mutant::Alone, "propose-for-one-member", &[Invariant::Teams], 0),
+    case(Mutant::Alone, "propose-for-one-member", &[Invariant::Teams], 130),
     case(Mutant::EarlyRead, "read-before-stop", &[Invariant::Content], 0),
     case(Mutant::Sleepy, "no-deadline-when-bound", &[Invariant::Ends], 0),
     case(Mutant::ToldOnce, "no-anti-entropy", &[Invariant::Routes], 0),

@@ -145,7 +145,8 @@ impl World {
     /// [`Mutant::HostOnly`].
     pub(super) fn run_all_named(&mut self, i: usize, record: &Record) {
         let here = |c: &Copy| record.placement_of(c.vm).is_some_and(|p| p.host == host(i));
-        let loaded = |c: &Copy| c.at == i && c.qemu == Qemu::Loaded && here(c);
+        let waits = |c: &Copy| matches!(c.qemu, Qemu::Loaded | Qemu::Stopped);
+        let loaded = |c: &Copy| c.at == i && waits(c) && here(c);
         let ids: Vec<_> =
             self.copies.iter().filter(|(_, c)| loaded(c)).map(|(id, _)| *id).collect();
         ids.into_iter().for_each(|id| self.run_copy(id));

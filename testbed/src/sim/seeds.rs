@@ -89,6 +89,9 @@ fn lenient(nodes: usize, seed: u64, rng: &mut StdRng, mutant: Mutant) -> World {
     let faults = Faults::random(rng);
     let mut world = World::empty(nodes, seed, faults);
     (world.strict, world.mutant) = (false, mutant);
+    if mutant == Mutant::AnyVote {
+        world.faults.strangers = 0.3;
+    }
     if rng.random_bool(0.3) {
         let slow = rng.random_range(0..nodes);
         world.nodes[slow].lag_ms = rng.random_range(1..400);
@@ -142,6 +145,10 @@ fn cluster(seed: u64, mutant: Mutant) -> World {
     // Some insist: again and again, on the same hosts, before what the last try left is gone.
     let insists = rng.random_bool(0.4);
     let most = if insists { 6 } else { 3 };
+    if insists {
+        // So that one move follows the other.
+        world.faults.ambush = 0.25;
+    }
     let mut to: Vec<(VmId, usize)> = Vec::new();
     for n in 1..=rng.random_range(1..=most) {
         let start = u64::from(n - 1) * if insists { 600 } else { 8000 };
