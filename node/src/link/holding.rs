@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use godwit_protocol::id::{Mac, Name};
 use godwit_protocol::limits::TAP_QUEUE_FRAMES;
 use tokio::io::unix::AsyncFd;
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::kernel::WAITING;
 use super::tap::Reader;
-use super::tunnel::{BLOCK, HEADER, TAG};
+use super::tunnel::{HEADER, TAG};
 use super::{LinkError, Links, names};
 
 /// How long the kernel may take to notice that a device is up, and how often it is asked.
@@ -46,15 +46,12 @@ impl Hold {
     /// # Errors
     /// The device is gone.
     pub fn drain(&self, mut take: impl FnMut(Bytes)) -> io::Result<()> {
-        let mut block = BytesMut::new();
+        let mut buffer = vec![0; self.longest];
         loop {
-            if block.capacity() < self.longest {
-                block = BytesMut::with_capacity(BLOCK.max(self.longest));
-            }
-            block.resize(self.longest, 0);
-            match nix::unistd::read(self.fd.get_ref(), &mut block) {
+            match nix::unistd::read(self.fd.get_ref(), &mut buffer) {
                 Ok(length) if length < HEADER => {}
-                Ok(length) => take(block.split_to(length).freeze()),
+                // Each for itself: a frame that is kept for long keeps nothing else.
+                Ok(length) => take(Bytes::copy_from_slice(&buffer[..length])),
                 Err(nix::errno::Errno::EAGAIN) => return Ok(()),
                 Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
@@ -70,8 +67,11 @@ impl Links {
     /// # Errors
     /// [`LinkError::NoWire`]; the kernel's, also if the NIC has one already.
     pub async fn open_hold(&self, wire: &Name, mac: &Mac) -> Result<Hold, LinkError> {
-        let state = self.state.lock().await;
-        let bridge = state.wires.get(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?.bridge;
+        // Not kept while the kernel is waited for: other NICs' routes change meanwhile.
+        let bridge = {
+            let state = self.state.lock().await;
+            state.wires.get(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?.bridge
+        };
         let name = names::hold(wire, mac);
         let fd = self.create_tap(&name, Reader::Node)?;
         let device = self.kernel.device(&name).await?;
