@@ -54,6 +54,8 @@ struct Sample {
     in_flight: u64,
     /// Whether its congestion control still looks for the path's rate.
     starting: bool,
+    /// Whether there was less to send than the path takes: a queue is somebody else's then.
+    idle: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +83,7 @@ impl Pace {
         let waits_us = s.rtt_us.saturating_sub(s.min_rtt_us);
         let long_us = if s.starting { s.min_rtt_us / 16 } else { s.min_rtt_us * 2 / 5 };
         let long_us = long_us.max(if s.starting { NOISE_US } else { 4 * NOISE_US });
-        let long = s.in_flight > 0 && s.min_rtt_us > 0 && waits_us > long_us;
+        let long = s.in_flight > 0 && s.min_rtt_us > 0 && waits_us > long_us && !s.idle;
         self.looks = if long { self.looks + 1 } else { 0 };
         if let State::Draining { rate, .. } = &mut self.state {
             // The path has been full since before: this is its own rate.
@@ -177,6 +179,8 @@ fn sample(socket: &Socket) -> io::Result<Sample> {
         min_rtt_us: u32_at(148),
         delivered: u64_at(160),
         starting: known && gain > 2 * 256,
+        // `tcpi_delivery_rate_app_limited`, the lowest bit.
+        idle: info[7] & 1 == 1,
     })
 }
 
@@ -252,6 +256,7 @@ mod tests {
                 delivered,
                 in_flight,
                 starting,
+                idle: false,
             });
             let gain = if starting { 2885 } else { 1000 };
             let wish = (delivered.max(self.best) * gain / 1000).max(200_000);
@@ -306,6 +311,7 @@ mod tests {
             delivered,
             in_flight,
             starting: true,
+            idle: false,
         };
         assert_eq!(pace.step(&sample(0, 80_000, 100_000, 1)), None);
         assert_eq!(pace.step(&sample(5_000, 80_000, 8_000_000, 640_000)), Some(18_000_000));
