@@ -28,6 +28,7 @@ use tokio::time::Instant;
 
 use super::copies::Copy;
 use super::node::Node;
+use crate::link::LinkError;
 
 pub(super) use arriving::Arriving;
 pub(super) use leaving::{Leaving, Rest};
@@ -36,6 +37,16 @@ pub(super) use leaving::{Leaving, Rest};
 const LAN: Duration = Duration::from_millis(3);
 /// How long the guest waits for word that what it sent at the old host has left it.
 const QUIET: Duration = Duration::from_millis(10);
+
+/// Before a plug that could not be taken off is tried again.
+const UNPLUG_AGAIN: [Duration; 6] = [
+    Duration::from_millis(10),
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+    Duration::from_secs(5),
+    Duration::from_secs(10),
+    Duration::from_secs(30),
+];
 
 /// A NIC: the tag of its wire and its address.
 pub(super) type Key = (u32, Mac);
@@ -61,7 +72,7 @@ impl Cutovers {
 
     /// The NIC whose frames wait in a hold here.
     pub fn held(&self, key: Key) -> Option<Arc<Leaving>> {
-        self.lock().leaving.get(&key).filter(|l| l.is_held()).cloned()
+        self.lock().leaving.get(&key).filter(|l| l.is_held() && !l.is_closing()).cloned()
     }
 
     fn of_copy(&self, copy: CopyId) -> (Vec<Arc<Leaving>>, Vec<Arc<Arriving>>) {
@@ -79,11 +90,11 @@ impl Cutovers {
             table.arriving.range(wire(tag)).for_each(|(_, a)| a.flooded(frame));
             return false;
         }
-        if let Some(arriving) = table.arriving.get(&key) {
+        let arriving = table.arriving.get(&key).filter(|a| a.runs_already());
+        if let Some(arriving) = arriving {
             arriving.fresh(from, frame.clone());
-            return true;
         }
-        false
+        arriving.is_some()
     }
 
     /// A broadcast of a guest of this host.
@@ -104,6 +115,17 @@ fn tail_id(id: MigrationId, wire: &Name, mac: &Mac) -> MigrationId {
     let mut derived = [0; 16];
     hasher.finalize_xof().fill(&mut derived);
     MigrationId(derived)
+}
+
+/// Takes a plug off, and does not give up soon: a NIC that stays plugged is deaf.
+async fn unplug(node: &Node, wire: &Name, mac: &Mac) {
+    for pause in UNPLUG_AGAIN {
+        match node.links.unplug(wire, mac).await {
+            Ok(()) | Err(LinkError::NoTap(_)) => return,
+            Err(error) => tracing::error!(%wire, mac = %mac.colons(), %error, "its tap is plugged"),
+        }
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// When a machine's timeout is, for the runtime; without one, some day.

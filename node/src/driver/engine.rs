@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::node::{DriverError, Input, Node, RunOptions};
 use super::worker::Worker;
-use super::{asks, hold, restart, wires};
+use super::{asks, cutover, hold, restart, wires};
 use crate::net::NetEvent;
 
 /// Things that happened and wait for the core.
@@ -134,6 +134,7 @@ impl Engine {
         self.core.runs_no_more(vm, id);
         self.node.copies.remove(id);
         self.node.corpus.forget_memory(id);
+        cutover::gone(&self.node, id);
         wires::runs_no_more(&self.node, &copy).await;
     }
 

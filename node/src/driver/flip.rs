@@ -40,6 +40,11 @@ pub(super) struct Turn {
     said: bool,
 }
 
+/// Whether a newer route of the VM is known: this one was read before it came.
+pub(super) fn is_old(node: &Node, route: &Route) -> bool {
+    node.table().routes.get(&route.vm).is_some_and(|known| known.epoch > route.epoch)
+}
+
 /// Enters a changed route into the table. A turn, if this host sends another way now, whose FDB entries
 /// are to be set next.
 pub(super) fn begin(node: &Node, route: &Route) -> Option<Turn> {

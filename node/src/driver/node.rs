@@ -97,6 +97,8 @@ pub(super) struct Node {
     pub draining: AtomicBool,
     pub timelines: super::timeline::Timelines,
     pub wires: Mutex<super::switch::Table>,
+    /// Held while a route goes into the table and the kernel.
+    pub turning: tokio::sync::Mutex<()>,
     pub frames: Frames,
     pub cutovers: super::cutover::Cutovers,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,

@@ -77,6 +77,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk,
         frames,
         wires: Mutex::default(),
+        turning: tokio::sync::Mutex::default(),
         cutovers: super::cutover::Cutovers::default(),
         memory_limit,
         caps,

@@ -110,6 +110,11 @@ impl Table {
         }
     }
 
+    /// Where a NIC is.
+    pub fn host_of(&self, key: Key) -> Option<HostId> {
+        self.by_mac.get(&key).map(|(_, host)| *host)
+    }
+
     /// The hosts that have a NIC on the wire.
     fn group(&self, wire: u32) -> impl Iterator<Item = HostId> {
         self.groups.get(&wire).into_iter().flat_map(|hosts| hosts.keys().copied())
@@ -203,10 +208,18 @@ impl Node {
         true
     }
 
+    /// Members that reach this host by VXLAN. Theirs are senders to wait for even if no NIC of the wire is known
+    /// to be there: what they send by the old way goes past this node, which could not pass it on.
+    fn near(&self) -> impl Iterator<Item = HostId> {
+        let members = self.net.members().into_iter().filter(|m| m.connected && !m.revoked);
+        members.map(|m| m.host).filter(|h| *h != self.me && matches!(self.via(*h), Where::Vxlan(_)))
+    }
+
     /// The other hosts that may have sent frames for a NIC of the wire here, when it runs at `host` now.
     pub fn senders(&self, tag: u32, host: HostId) -> BTreeSet<HostId> {
         let mut senders: BTreeSet<HostId> = self.table().group(tag).collect();
         senders.insert(host);
+        senders.extend(self.near());
         senders.remove(&self.me);
         senders.retain(|h| self.net.member(*h).is_some_and(|m| m.connected && !m.revoked));
         senders
@@ -216,6 +229,7 @@ impl Node {
     pub fn kernel_senders(&self, tag: u32) -> BTreeSet<HostId> {
         let mut senders: BTreeSet<HostId> = self.table().group(tag).collect();
         senders.retain(|h| *h != self.me && matches!(self.via(*h), Where::Vxlan(_)));
+        senders.extend(self.near());
         senders.insert(self.me);
         senders
     }

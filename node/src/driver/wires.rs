@@ -122,6 +122,11 @@ pub(super) async fn runs_no_more(node: &Arc<Node>, copy: &Arc<Copy>) {
 /// Brings a changed route into the kernel, on wires that this host has. Where the guest ran before it is
 /// told, behind the last frame that goes there.
 pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
+    // One after the other: table and kernel change in the same order, and never back to an older route.
+    let _turn = node.turning.lock().await;
+    if flip::is_old(node, route) {
+        return;
+    }
     let turn = flip::begin(node, route);
     let local = node.copies.running(route.vm).is_some_and(|c| c.id == route.copy);
     for nic in &route.nics {

@@ -214,7 +214,8 @@ impl Arriving {
         self.news.notify_one();
     }
 
-    fn runs_already(&self) -> bool {
+    /// Frames for the NIC may come here: its guest runs here. Earlier, one that comes is passed on.
+    pub fn runs_already(&self) -> bool {
         lock(&self.inside).past.is_some()
     }
 
@@ -241,6 +242,10 @@ impl Arriving {
 
     /// The guest runs: its frames come here now, older ones first.
     pub async fn runs(&self, node: &Arc<Node>) {
+        // Again: a plug lets a byte a second pass, and the transfer may have taken long.
+        if let Err(error) = node.links.plug(&self.wire, &self.mac).await {
+            tracing::error!(wire = %self.wire, %error, "frames may overtake older ones");
+        }
         let past = node.links.injector(&self.wire, &self.mac).await;
         if let Err(error) = &past {
             tracing::error!(wire = %self.wire, %error, "what the old host held is lost");
@@ -266,9 +271,7 @@ impl Arriving {
     }
 
     async fn unplug(&self, node: &Node) {
-        if let Err(error) = node.links.unplug(&self.wire, &self.mac).await {
-            tracing::error!(wire = %self.wire, mac = %self.mac.colons(), %error, "its tap stays plugged");
-        }
+        super::unplug(node, &self.wire, &self.mac).await;
     }
 
     /// Forgets the NIC.

@@ -23,8 +23,9 @@ use super::super::wires;
 use super::{Key, instant, report, tail_id};
 use crate::link::{Hold, TapView, Where, forwarding_settled};
 
-/// How long a guest may take to empty its taps before it is stopped all the same. It runs meanwhile.
-const EMPTY: Duration = Duration::from_secs(2);
+/// How long a guest may take to empty its taps before it is stopped all the same. It runs meanwhile, but the
+/// other members of its cluster may stand still already; what it leaves goes along.
+const EMPTY: Duration = Duration::from_millis(100);
 /// How long a frame may take into the stream before the stream counts as lost.
 const WRITE: Duration = Duration::from_secs(30);
 /// Before a stream that broke is opened again.
@@ -42,6 +43,8 @@ pub(in super::super) struct Leaving {
     id: MigrationId,
     hold: Hold,
     held: AtomicBool,
+    /// Nothing is held any more; what was is on its way.
+    closing: AtomicBool,
     /// Where the guest runs, once that is known.
     host: Mutex<Option<HostId>>,
     machine: Mutex<Departure<Bytes>>,
@@ -96,6 +99,7 @@ pub(in super::super) async fn prepare(
             id,
             hold,
             held: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             host: Mutex::default(),
             machine: Mutex::new(Departure::new(CUTOVER_BYTES)),
             items: Notify::new(),
@@ -203,6 +207,11 @@ impl Leaving {
         self.held.load(Ordering::SeqCst)
     }
 
+    /// The NIC's frames go where the newest route says: routes that come now are not for the hold.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::SeqCst)
+    }
+
     async fn write_tail(&self, node: &Node, to: HostId) -> std::io::Result<()> {
         let stream = node.bulk.connect(to).await.map_err(std::io::Error::other)?;
         let mut stream = BufWriter::new(stream);
@@ -294,9 +303,14 @@ impl Leaving {
 
     /// Everybody else sends to the new host: so does this one now, and the rest of the hold follows.
     async fn close(&self, node: &Arc<Node>) {
-        let host = *lock(&self.host);
-        let to = host.map_or(Where::None, |host| node.via(host));
-        wires::set(node, &self.wire, &self.mac, to).await;
+        {
+            let _turn = node.turning.lock().await;
+            self.closing.store(true, Ordering::SeqCst);
+            let newest = node.table().host_of(self.key).filter(|host| *host != node.me);
+            let host = newest.or(*lock(&self.host));
+            let to = host.map_or(Where::None, |host| node.via(host));
+            wires::set(node, &self.wire, &self.mac, to).await;
+        }
         forwarding_settled().await;
         let mut machine = lock(&self.machine);
         self.drain_into(&mut machine);
@@ -318,9 +332,9 @@ impl Leaving {
             machine.stay()
         };
         let sent = past.as_ref().ok().map(|p| frames.iter().filter(|f| p.send(f)).count());
-        let unplugged = node.links.unplug(wire, mac).await;
+        super::unplug(node, wire, mac).await;
         let sent = sent.unwrap_or(0);
-        for error in [plugged.err(), past.err(), unplugged.err()].into_iter().flatten() {
+        for error in [plugged.err(), past.err()].into_iter().flatten() {
             tracing::error!(%wire, mac = %mac.colons(), %error, "what was held is late or lost");
         }
         let lost = frames.len() - sent;
