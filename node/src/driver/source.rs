@@ -6,7 +6,6 @@
 use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use godwit_protocol::chunk::ChunkKey;
@@ -47,44 +46,21 @@ pub(super) struct Sending {
     copy: Arc<Copy>,
     session: Arc<SourceHandle>,
     mirrors: Arc<Mirrors>,
-    paced: Arc<Paced>,
+    /// What the user allows, bytes per second; 0: no limit.
+    limit: u64,
     tasks: Vec<JoinHandle<()>>,
 }
 
 impl Sending {
     /// What this exchange may take of the path from now on, bytes per second; 0: what the path gives.
     pub(super) fn pace(&self, share: u64) {
-        self.paced.share.store(share, Ordering::Relaxed);
-        self.session.set_bandwidth(least(self.paced.limit, share));
+        self.session.set_bandwidth(least(self.limit, share));
     }
 }
 
 /// The lower of two limits, of which 0 is none.
 fn least(a: u64, b: u64) -> u64 {
     if a == 0 || b == 0 { a.max(b) } else { a.min(b) }
-}
-
-/// What an exchange may take of its path, and what the path gave while that did not hold it back: the
-/// members of a cluster are stopped together, and none is held back then.
-struct Paced {
-    /// What the user allows, bytes per second; 0: no limit.
-    limit: u64,
-    /// This member's share; 0: no limit.
-    share: AtomicU64,
-    free: AtomicU64,
-}
-
-impl Paced {
-    /// The rate to plan the stop with, given the one that was measured.
-    fn rate(&self, measured: u64) -> u64 {
-        let share = self.share.load(Ordering::Relaxed);
-        // Nearly as much as it may: the path might give more.
-        let held = share > 0 && measured >= share / 5 * 4;
-        if !held {
-            self.free.store(measured, Ordering::Relaxed);
-        }
-        self.free.load(Ordering::Relaxed)
-    }
 }
 
 impl Drop for Sending {
@@ -123,14 +99,12 @@ impl Worker {
         let speed = options.disk_bandwidth_bytes_per_s;
         let mirrors = Arc::new(Mirrors::start(&copy, images, session.inlets(), speed).await?);
         let limit = options.bandwidth_bytes_per_s;
-        let (share, free) = (AtomicU64::new(0), AtomicU64::new(0));
-        let paced = Arc::new(Paced { limit, share, free });
         let tasks = vec![
-            self.watch_figures(&session, &copy, &mirrors, &paced),
+            self.watch_figures(&session, &copy, &mirrors, limit),
             self.watch_end(finished),
             self.stream_when_copied(&copy, socket, &mirrors),
         ];
-        self.sending = Some(Sending { copy, session, mirrors, paced, tasks });
+        self.sending = Some(Sending { copy, session, mirrors, limit, tasks });
         Ok(())
     }
 
@@ -165,9 +139,8 @@ impl Worker {
         session: &Arc<SourceHandle>,
         copy: &Arc<Copy>,
         mirrors: &Arc<Mirrors>,
-        paced: &Arc<Paced>,
+        limit: u64,
     ) -> JoinHandle<()> {
-        let paced = Arc::clone(paced);
         let (node, id, session) = (Arc::clone(&self.node), self.id, Arc::clone(session));
         let (qemu, mirrors) = (copy.qemu(), Arc::clone(mirrors));
         let mut throttle = Throttle::new(Arc::clone(copy));
@@ -189,7 +162,7 @@ impl Worker {
                 };
                 throttle.follow(&now, &copied, cost.ppm()).await;
                 let mut figures = figures(&now, &cost, &info.ram.unwrap_or_default());
-                figures.link_bytes_per_s = paced.rate(figures.link_bytes_per_s);
+                figures.link_bytes_per_s = least(limit, figures.link_bytes_per_s);
                 figures.disk_bytes = copied.bytes;
                 figures.disk_left_bytes = copied.left;
                 figures.disks_ready = copied.ready;
@@ -217,7 +190,8 @@ impl Worker {
     pub(super) async fn stop(&mut self) -> Result<u64, String> {
         let sending = self.sending.as_ref().ok_or("there is no transfer")?;
         sending.tasks.iter().for_each(JoinHandle::abort);
-        sending.session.set_bandwidth(sending.paced.limit);
+        // All members are stopped together: none is held back for another now.
+        sending.session.set_bandwidth(sending.limit);
         // Before the stop, while the guest still empties its taps.
         let rest = cutover::hold(&self.node, &sending.copy).await;
         // Before the stop: QEMU waits in it for what its mirrors have under way.
@@ -365,14 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn the_stop_is_planned_with_what_the_path_gives_when_nothing_holds_it_back() {
-        let (share, free) = (AtomicU64::new(0), AtomicU64::new(0));
-        let paced = Paced { limit: 0, share, free };
-        assert_eq!(paced.rate(3_000_000), 3_000_000);
-        paced.share.store(500_000, Ordering::Relaxed);
-        assert_eq!(paced.rate(490_000), 3_000_000, "held back");
-        paced.share.store(9_000_000, Ordering::Relaxed);
-        assert_eq!(paced.rate(5_000_000), 5_000_000);
+    fn no_limit_is_none() {
         assert_eq!((least(0, 7), least(7, 0), least(7, 9), least(0, 0)), (7, 7, 7, 0));
     }
 

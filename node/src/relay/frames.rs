@@ -63,6 +63,8 @@ pub(super) struct Meter {
     pub(super) bytes_in: AtomicU64,
     /// Nanoseconds during which the stream was taking bytes.
     pub(super) busy: AtomicU64,
+    /// Nanoseconds during which the cap held the stream back: they say nothing of the path.
+    pub(super) held: AtomicU64,
     /// Most bytes per second that leave; 0: no limit. May change at any time.
     pub(super) cap: AtomicU64,
 }
@@ -172,7 +174,7 @@ async fn send_all(
     while let Some(frame) = frames.recv().await {
         let mut bytes = bulk::prefix(&frame.head, frame.payload.len()).map_err(io::Error::other)?;
         let total = bytes.len() + frame.payload.len();
-        let began = Instant::now();
+        let (began, mut held) = (Instant::now(), Duration::ZERO);
         if frame.payload.len() < SMALL {
             bytes.extend_from_slice(&frame.payload);
             write.write_all(&bytes).await?;
@@ -180,14 +182,18 @@ async fn send_all(
             write.write_all(&bytes).await?;
             for slice in frame.payload.chunks(SLICE) {
                 write.write_all(slice).await?;
+                let paced = Instant::now();
                 due = pace(due, slice.len(), &meter.cap).await;
+                held += paced.elapsed();
             }
         }
         if frames.is_empty() {
             write.flush().await?;
         }
         meter.bytes_out.fetch_add(total as u64, Ordering::Relaxed);
-        meter.busy.fetch_add(began.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        let busy = began.elapsed().saturating_sub(held);
+        meter.busy.fetch_add(busy.as_nanos() as u64, Ordering::Relaxed);
+        meter.held.fetch_add(held.as_nanos() as u64, Ordering::Relaxed);
     }
     write.shutdown().await
 }

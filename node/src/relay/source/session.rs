@@ -436,6 +436,7 @@ struct Window {
     at: Instant,
     bytes: u64,
     busy: u64,
+    held: u64,
     ticks: u64,
 }
 
@@ -445,6 +446,7 @@ impl Window {
             at: Instant::now(),
             bytes: meter.bytes_out.load(Ordering::Relaxed),
             busy: meter.busy.load(Ordering::Relaxed),
+            held: meter.held.load(Ordering::Relaxed),
             ticks: 0,
         }
     }
@@ -453,7 +455,10 @@ impl Window {
         let ticks = self.ticks + 1;
         let now = Self { ticks, ..Self::new(meter) };
         let busy = Duration::from_nanos(now.busy - self.busy);
-        note(now.bytes - self.bytes, now.at - self.at, busy);
+        // While a cap held the stream back, what left says nothing of the path: the last word on it stays.
+        if now.held == self.held {
+            note(now.bytes - self.bytes, now.at - self.at, busy);
+        }
         *self = now;
     }
 }
