@@ -49,6 +49,7 @@ pub fn small() -> Result<Value> {
     step("back, each to its host", &mut world, back);
     step("one of them alone", &mut world, alone);
     step("a host is drained and is not", &mut world, drained);
+    step("most voters are lost, and come back", &mut world, forced);
     step("one leaves, one ends, the rest part", &mut world, parted);
     let double = double_runs(&world.qemus.seen());
     world.down()?;
@@ -179,6 +180,39 @@ fn drained(world: &mut World) -> Result<Value> {
     let back = world.swarm.ask("h4", &["drain", "--undo"])?;
     ensure!(back["draining"] == false, "{back}");
     Ok(json!({ "done": drained["done"] }))
+}
+
+/// A record is forced only when no majority answers; whoever comes back takes it for what it is.
+fn forced(world: &mut World) -> Result<Value> {
+    let force = ["cluster", "force", CLUSTER, "--i-am-sure", "--why", "a test"];
+    let out = world.swarm.node("h1")?.cli(&force, MOVE)?;
+    ensure!(!out.ok() && out.stderr.contains("can decide"), "{out:?}");
+    let hosts = world.hosts()?;
+    let voters = world.cluster("h1")?["voters"].clone();
+    let voters: Vec<&str> =
+        voters.as_array().into_iter().flatten().filter_map(|v| v.as_str()).collect();
+    let [one, two, ..] = voters.as_slice() else { anyhow::bail!("few voters: {voters:?}") };
+    for lost in [one, two] {
+        // Its guests run on.
+        world.swarm.node_mut(lost)?.kill9()?;
+    }
+    let names = ["h1", "h2", "h3", "h4", "h5"];
+    let asked = names.into_iter().find(|n| n != one && n != two).context("all were voters")?;
+    let shown = world.swarm.node(asked)?.cli_json(&force, MOVE)?;
+    ensure!(shown["voters"] == json!([asked]), "{shown}");
+    let cause = shown["cause"].as_str().unwrap_or_default();
+    ensure!(cause.starts_with("forced: by ") && cause.ends_with(": a test"), "{cause}");
+    for back in [one, two] {
+        world.swarm.node_mut(back)?.start_ready(Duration::from_secs(30))?;
+    }
+    world.settled()?;
+    world.swarm.wait("all agree", MOVE, |swarm| {
+        let shown = |host: &str| swarm.ask(host, &["cluster", "show", CLUSTER]);
+        let told = names.map(shown).into_iter().collect::<Result<Vec<_>>>()?;
+        Ok(told.iter().all(|s| s["epoch"] == told[0]["epoch"]))
+    })?;
+    whole(world, &hosts.iter().map(String::as_str).collect::<Vec<_>>())?;
+    Ok(json!({ "cause": cause, "epoch": shown["epoch"] }))
 }
 
 fn parted(world: &mut World) -> Result<Value> {

@@ -201,7 +201,8 @@ fn promises(report: &Value) -> Vec<String> {
     check(all.len() == 5 && different.len() == 5, "five hosts");
     let next = number("/epoch_before").map(|e| e + 1.0);
     check(next.is_some() && number("/epoch_after") == next, "one epoch more");
-    check(number("/frames_lost").is_some_and(|n| n <= 100.0), "at most 100 frames are lost");
+    check(number("/frames_lost") == Some(0.0), "no frame is lost");
+    check(number("/frames_reordered") == Some(0.0), "no frame is out of order");
     check(number("/guest/pages_verified").is_some_and(|n| n >= 4000.0), "4,000 pages verified");
     check(number("/guest/pages_corrupt") == Some(0.0), "no page is corrupt");
     let wan = number("/wan_bytes").zip(number("/ram_nonzero_bytes"));
