@@ -27,6 +27,7 @@ mod images;
 mod leave;
 mod migrate;
 mod mirrors;
+mod nics;
 mod node;
 mod place;
 mod ports;

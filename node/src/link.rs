@@ -25,14 +25,17 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use godwit_protocol::id::{Mac, Name};
-use godwit_protocol::limits::{TAP_QUEUE_FRAMES, TUNNEL_QUEUE_FRAMES};
+use godwit_protocol::limits::TUNNEL_QUEUE_FRAMES;
+use godwit_protocol::wire::filter::Rule;
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 mod cidr;
 mod error;
+mod filter;
 mod guard;
 mod holding;
 mod kernel;
+mod loose;
 mod names;
 mod nft;
 mod plug;
@@ -52,7 +55,7 @@ pub use stats::{Counters, NicCounters, WireCounters};
 pub use tunnel::{Injected, Outgoing, TunnelCounters, TunnelFrame};
 
 use guard::Guard;
-use kernel::{Fdb, Kernel, PortFlags, WAITING};
+use kernel::{Fdb, Kernel, PortFlags};
 use tap::Reader;
 use tunnel::Tunnel;
 
@@ -155,22 +158,25 @@ impl Links {
 
     /// Makes the tap of a NIC and returns its fd, for QEMU. The wire must be set up. The NIC is attached
     /// but gets no frames until [`Links::set_route`] says [`Where::Local`]: an incoming VM waits so. The
-    /// device lives as long as its fd or a copy of it; nothing has to be removed.
+    /// device lives as long as its fd or a copy of it; nothing has to be removed. The filter is in force
+    /// before the NIC is on the wire.
     ///
     /// # Errors
     /// [`LinkError::TapBusy`] if a VM holds it; [`LinkError::NoWire`].
-    pub async fn open_tap(&self, wire: &Name, mac: &Mac) -> Result<OwnedFd, LinkError> {
+    pub async fn open_tap(
+        &self,
+        wire: &Name,
+        mac: &Mac,
+        filter: &[Rule],
+    ) -> Result<OwnedFd, LinkError> {
         let state = self.state.lock().await;
         let bridge = state.wires.get(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?.bridge;
         let name = names::tap(wire, mac);
         let fd = self.create_tap(&name, Reader::Qemu)?;
         let device = self.kernel.device(&name).await?;
-        let index = device.ok_or(LinkError::NoTap(name))?.index;
-        let alias = names::alias(wire, Some(mac));
-        let queue = Some(TAP_QUEUE_FRAMES);
-        self.kernel.dress(index, &alias, self.config.mtu, queue, Some(bridge)).await?;
-        self.kernel.port(index, &WAITING).await?;
-        self.kernel.up(index).await?;
+        let index = device.ok_or_else(|| LinkError::NoTap(name.clone()))?.index;
+        self.filter_device(name, filter, true).await?;
+        self.join(index, wire, mac, bridge).await?;
         Ok(fd)
     }
 

@@ -10,6 +10,8 @@ use tokio::sync::mpsc::Receiver;
 
 #[path = "link/cutover.rs"]
 mod cutover;
+#[path = "link/filter.rs"]
+mod filter;
 #[path = "link/world.rs"]
 mod world;
 use world::*;
@@ -223,7 +225,7 @@ fn a_restarted_daemon_goes_on_with_what_it_finds() {
         let routes = a.routes(&red).await;
         assert_eq!(routes, [(mac(1), Where::Local), (mac(2), Where::Vxlan(world.b.ip))]);
         assert!(a.has_tap(&red, &mac(1)).await.unwrap());
-        assert!(matches!(a.open_tap(&red, &mac(1)).await, Err(LinkError::TapBusy(_))));
+        assert!(matches!(a.open_tap(&red, &mac(1), &[]).await, Err(LinkError::TapBusy(_))));
         two.send(BROADCAST, "members stayed let in");
         assert_eq!(one.hear().as_deref(), Some("members stayed let in"));
         a.broadcast_set(&red, &[]).await.unwrap();

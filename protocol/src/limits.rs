@@ -25,6 +25,8 @@ pub const MOVES: usize = 1024;
 pub const DEPARTED: usize = 2 * CLUSTER_VMS;
 /// Most disks of a VM.
 pub const DISKS: usize = 16;
+/// Most rules of a NIC.
+pub const RULES: usize = 64;
 /// Most NICs of a VM.
 pub const NICS: usize = 8;
 /// Longest name of a VM, wire, site or cluster, bytes.

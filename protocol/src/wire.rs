@@ -6,6 +6,7 @@ pub mod bulk;
 pub mod codec;
 pub mod control;
 pub mod epoch;
+pub mod filter;
 pub mod migrate;
 pub mod record;
 pub mod route;

@@ -12,6 +12,7 @@ mod migrate;
 mod progress;
 mod show;
 mod timeline;
+mod wire_args;
 
 use std::future::Future;
 use std::io::{IsTerminal, Write};
@@ -22,7 +23,7 @@ use clap::Parser;
 use godwit_protocol::id::MigrationId;
 use serde_json::{Value, json};
 
-use self::args::{Cli, Command, ImageCommand, MigrationsCommand, VmCommand, WireCommand};
+use self::args::{Cli, Command, ImageCommand, MigrationsCommand, VmCommand};
 pub use self::args::{InitOptions, JoinOptions, RunOptions};
 use super::client;
 use super::types::{ApiError, Migration, Request};
@@ -184,9 +185,7 @@ fn request(command: &Command) -> Result<Request, ApiError> {
         Command::Routes => Request::Routes {},
         Command::Status => Request::Status {},
         Command::Wires => Request::WireInfo {},
-        Command::Wire { command: WireCommand::Port { wire, mac, remove } } => {
-            Request::WirePort { wire: wire.clone(), mac: mac.clone(), remove: *remove }
-        }
+        Command::Wire { command } => command.request(),
         Command::Init(_)
         | Command::Join(_)
         | Command::Run(_)

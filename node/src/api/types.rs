@@ -182,6 +182,27 @@ pub enum Request {
         #[serde(default)]
         remove: bool,
     },
+    /// Put a NIC of a VM of this host onto a wire, or take it off. Answer: [`Done`].
+    WireConnect {
+        /// Name or id.
+        vm: String,
+        /// The wire.
+        wire: Name,
+        /// The NIC; none: the only one that it can be.
+        mac: Option<String>,
+        /// Take it off instead.
+        #[serde(default)]
+        disconnect: bool,
+    },
+    /// Replace what may reach a NIC of a VM of this host. Answer: [`Done`].
+    WireFilter {
+        /// Name or id.
+        vm: String,
+        /// The NIC; none: the only one.
+        mac: Option<String>,
+        /// The rules, first first; none: everything may.
+        rules: Vec<String>,
+    },
     /// The wires of this host. Answer: `Vec<`[`WireStatus`]`>`.
     WireInfo {},
 }

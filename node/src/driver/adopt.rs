@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
-use super::{boot, images, mirrors, ports, wires};
+use super::{boot, images, mirrors, nics, ports, wires};
 use crate::store::Hard;
 use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy};
 
@@ -86,12 +86,13 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     end_superseded(node, &saved, &mut living).await?;
     for copy in living.values() {
         node.copies.insert(Arc::clone(copy));
-        for nic in &copy.spec.nics {
+        for nic in copy.wired() {
             wires::adopt(node, &nic.wire).await;
         }
         if copy.ran() && !saved.binds(copy.id) {
-            for nic in &copy.spec.nics {
-                wires::take_up(node, nic).await;
+            nics::adopt(node, copy).await;
+            for nic in copy.wired() {
+                wires::take_up(node, &nic).await;
             }
             // What an unfinished migration of the last daemon left.
             mirrors::clear(copy).await;

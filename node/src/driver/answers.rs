@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::node::{self, DriverError, Node};
-use super::{boot, clusters, group, leave, migrate, ports, wires};
+use super::{boot, clusters, group, leave, migrate, nics, ports, wires};
 use crate::api::server::Listener;
 use crate::api::types::{
     ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token, WireStatus,
@@ -126,10 +126,28 @@ async fn answer(
             value(removed.await.map_err(ApiError::plain)??)
         }
         Request::Status {} => value(status(node)),
-        Request::WireInfo {} => value(wire_info(node).await),
+        Request::WireInfo {}
+        | Request::WireConnect { .. }
+        | Request::WireFilter { .. }
+        | Request::WirePort { .. } => of_wires(node, request).await,
+    }
+}
+
+async fn of_wires(node: &Arc<Node>, request: Request) -> Result<Value, ApiError> {
+    match request {
+        Request::WireConnect { vm, wire, mac, disconnect: false } => {
+            value(nics::connect(node, &vm, &wire, mac.as_deref()).await?)
+        }
+        Request::WireConnect { vm, wire, mac, disconnect: true } => {
+            value(nics::disconnect(node, &vm, &wire, mac.as_deref()).await?)
+        }
+        Request::WireFilter { vm, mac, rules } => {
+            value(nics::filter(node, &vm, mac.as_deref(), &rules).await?)
+        }
         Request::WirePort { wire, mac, remove } => {
             value(ports::set(node, &wire, &mac, remove).await?)
         }
+        _ => value(wire_info(node).await),
     }
 }
 

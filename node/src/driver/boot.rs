@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protocol::id::{CopyId, Mac, VmId};
-use godwit_protocol::wire::route::{Kind, Nic, Route};
+use godwit_protocol::wire::route::{Kind, Route};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -152,14 +152,13 @@ async fn start_guest(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError>
 
 /// The route that tells others that this copy runs here.
 pub(super) fn route(node: &Node, copy: &Copy, epoch: godwit_protocol::id::Epoch) -> Route {
-    let nics = copy.spec.nics.iter().map(|n| Nic { wire: n.wire.clone(), mac: n.mac }).collect();
     Route {
         vm: copy.vm(),
         name: copy.spec.name.clone(),
         host: node.me,
         copy: copy.id,
         epoch,
-        nics,
+        nics: copy.wired(),
         kind: Kind::Vm,
         gone: false,
     }
@@ -247,6 +246,11 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
         info.accel = copy.spec.accel.to_string();
         info.machine.clone_from(&copy.spec.machine);
         info.pid = Some(qemu.pid());
+        let nics = copy
+            .nics()
+            .into_iter()
+            .map(|n| json!({ "mac": n.mac.colons(), "wire": n.wire, "filter": n.filter }));
+        info.detail.insert("cards".into(), nics.collect());
         info.detail.insert("cpu".into(), json!(copy.spec.cpu));
         info.detail.insert("console".into(), json!(qemu.console()));
         let disks =

@@ -302,6 +302,10 @@ fn in_words(record: &Record) -> String {
         Cause::Move => "moved".into(),
         Cause::Stay(why) => format!("stayed: {why}"),
         Cause::Voters => "its voters changed".into(),
+        Cause::Wires(vm) => match record.placement_of(*vm) {
+            Some(placed) => format!("NICs of {} changed", placed.name),
+            None => "NICs changed".into(),
+        },
         Cause::Add { vm, .. } => match record.placement_of(*vm) {
             Some(placed) => format!("{} joined", placed.name),
             None => "a VM joined".into(),

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use godwit_protocol::id::{CopyId, VmId};
+use godwit_protocol::wire::route::Nic;
 
+use crate::vmm::resolved::ResolvedNic;
 use crate::vmm::{GuestMemory, Qemu, ResolvedSpec};
 
 /// One copy.
@@ -18,6 +20,8 @@ pub(super) struct Copy {
     pub dir: PathBuf,
     pub memory: Arc<GuestMemory>,
     qemu: Mutex<Qemu>,
+    /// What the spec says of its NICs, as it is by now.
+    nics: Mutex<Vec<ResolvedNic>>,
     /// Set before `cont` is written to its QEMU: from then on its guest may have run.
     ran: AtomicBool,
 }
@@ -29,6 +33,7 @@ impl Copy {
             spec: qemu.spec().clone(),
             dir: qemu.dir().to_owned(),
             memory: Arc::clone(qemu.memory()),
+            nics: Mutex::new(qemu.spec().nics.clone()),
             qemu: Mutex::new(qemu),
             ran: AtomicBool::new(ran),
         }
@@ -40,6 +45,26 @@ impl Copy {
 
     pub fn qemu(&self) -> Qemu {
         lock(&self.qemu).clone()
+    }
+
+    /// Its NICs, in the guest's order.
+    pub fn nics(&self) -> Vec<ResolvedNic> {
+        lock(&self.nics).clone()
+    }
+
+    pub fn set_nics(&self, nics: Vec<ResolvedNic>) {
+        *lock(&self.nics) = nics;
+    }
+
+    /// Those of its NICs that are on a wire.
+    pub fn wired(&self) -> Vec<Nic> {
+        let nics = self.nics().into_iter();
+        nics.filter_map(|nic| Some(Nic { wire: nic.wire?, mac: nic.mac })).collect()
+    }
+
+    /// The spec with its NICs as they are by now.
+    pub fn described(&self) -> ResolvedSpec {
+        ResolvedSpec { nics: self.nics(), ..self.spec.clone() }
     }
 
     pub fn replace(&self, qemu: Qemu) {

@@ -193,6 +193,7 @@ impl Engine {
             }
             Command::Effect { id, vm, effect } => self.effect(id, vm, effect).await,
             Command::Decided(record) => {
+                self.node.decided.notify_waiters();
                 tracing::info!(vm = %record.name, epoch = %record.epoch, cause = ?record.cause, "decided");
             }
             Command::Undecided(vm, epoch) => {

@@ -70,9 +70,8 @@ pub(super) fn begin(node: &Node, route: &Route) -> Option<Turn> {
 
 /// The guest runs here, and ran elsewhere: this host's own frames for it do not leave any more.
 pub(super) fn here(node: &Node, copy: &Copy) -> Option<Turn> {
-    let nics = copy.spec.nics.iter().map(|n| Nic { wire: n.wire.clone(), mac: n.mac });
     let arriving = |n: &Nic| node.cutovers.arriving((tag(&n.wire), n.mac)).map(|a| a.from);
-    let nics: Vec<Nic> = nics.collect();
+    let nics = copy.wired();
     let old = nics.iter().find_map(arriving)?;
     let mut turn = turn(old, nics.into_iter(), Epoch::default());
     turn.rest = node.via(old) == Where::Tunnel;

@@ -81,7 +81,7 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
 pub(super) fn described(node: &Node, copy: &Copy) -> Result<Vec<u8>, String> {
     copy.spec.check_movable().map_err(|e| e.to_string())?;
     node.caps.check_migration().map_err(|e| e.to_string())?;
-    let mut spec = copy.spec.clone();
+    let mut spec = copy.described();
     for disk in spec.disks.iter_mut().filter(|disk| disk.moves()) {
         if let Err(error) = disk.measure() {
             tracing::warn!(disk = disk.id, %error, "an image cannot be measured");

@@ -100,6 +100,10 @@ pub(super) struct Node {
     /// Held while a route goes into the table and the kernel.
     pub turning: tokio::sync::Mutex<()>,
     pub frames: Frames,
+    /// Held while a VM's NICs are connected otherwise.
+    pub rewiring: tokio::sync::Mutex<()>,
+    /// A record was decided.
+    pub decided: tokio::sync::Notify,
     pub cutovers: super::cutover::Cutovers,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,
     pub dialled: super::bulk::Dialled,

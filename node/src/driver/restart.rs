@@ -78,6 +78,8 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         frames,
         wires: Mutex::default(),
         turning: tokio::sync::Mutex::default(),
+        rewiring: tokio::sync::Mutex::default(),
+        decided: tokio::sync::Notify::new(),
         cutovers: super::cutover::Cutovers::default(),
         memory_limit,
         caps,

@@ -154,6 +154,11 @@ impl Node {
         self.table().carried.values().cloned().collect()
     }
 
+    /// Whether some VM has this NIC.
+    pub fn is_known(&self, tag: u32, mac: Mac) -> bool {
+        self.table().by_mac.contains_key(&(tag, mac))
+    }
+
     fn wire_of(&self, tag: u32) -> Option<Name> {
         self.table().carried.get(&tag).cloned()
     }

@@ -7,8 +7,9 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use godwit_protocol::core::Core;
 use godwit_protocol::id::{Epoch, Mac, Name};
-use godwit_protocol::wire::route::Route;
+use godwit_protocol::wire::route::{Nic, Route};
 
 use super::copies::Copy;
 use super::node::Node;
@@ -16,7 +17,6 @@ use super::{boot, cutover, flip};
 use crate::api::types::{ApiError, WireStatus};
 use crate::link::Where;
 use crate::vmm::ResolvedSpec;
-use crate::vmm::resolved::ResolvedNic;
 
 /// The tag of a wire in tunnel datagrams.
 pub(super) fn tag(wire: &Name) -> u32 {
@@ -32,8 +32,14 @@ pub(super) async fn open_taps(
 ) -> Result<Vec<OwnedFd>, ApiError> {
     let mut taps = Vec::with_capacity(spec.nics.len());
     for nic in &spec.nics {
-        ensure(node, &nic.wire).await?;
-        taps.push(node.links.open_tap(&nic.wire, &nic.mac).await.map_err(ApiError::plain)?);
+        let tap = match &nic.wire {
+            Some(wire) => {
+                ensure(node, wire).await?;
+                node.links.open_tap(wire, &nic.mac, &nic.filter).await
+            }
+            None => node.links.open_loose_tap(spec.id, &nic.mac).await,
+        };
+        taps.push(tap.map_err(ApiError::plain)?);
     }
     Ok(taps)
 }
@@ -69,7 +75,8 @@ pub(super) async fn adopt(node: &Node, wire: &Name) {
 /// The copy's guest runs here: its frames come here, and everyone is told.
 pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
     let turn = flip::here(node, copy);
-    for nic in &copy.spec.nics {
+    let nics = copy.wired();
+    for nic in &nics {
         let key = (tag(&nic.wire), nic.mac);
         if let Some(arriving) = node.cutovers.arriving(key) {
             arriving.runs(node).await;
@@ -91,7 +98,7 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
         Ok(epoch) => turn.into_iter().for_each(|turn| turn.at(epoch).end(node)),
         Err(error) => tracing::error!(%error, "the route was not told"),
     }
-    for nic in &copy.spec.nics {
+    for nic in &nics {
         if let Some(leaving) = node.cutovers.held((tag(&nic.wire), nic.mac)) {
             leaving.stays(node).await;
         }
@@ -103,8 +110,17 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
     }
 }
 
+/// Everyone is told which wires a VM that runs here is on since that epoch.
+pub(super) async fn tell(node: &Arc<Node>, copy: &Arc<Copy>, epoch: Epoch) -> Result<(), ApiError> {
+    let (node_, copy) = (Arc::clone(node), Arc::clone(copy));
+    let work = move |core: &mut Core, now| {
+        core.runs(now, copy.vm(), copy.id, boot::route(&node_, &copy, epoch));
+    };
+    node.with_core(work).await
+}
+
 /// The NIC's frames come here, and whatever a daemon that is gone left in their way ends.
-pub(super) async fn take_up(node: &Node, nic: &ResolvedNic) {
+pub(super) async fn take_up(node: &Node, nic: &Nic) {
     if let Err(error) = node.links.unplug(&nic.wire, &nic.mac).await {
         tracing::error!(wire = %nic.wire, %error, "its tap may be plugged");
     }
@@ -113,6 +129,11 @@ pub(super) async fn take_up(node: &Node, nic: &ResolvedNic) {
 
 /// The copy is gone from this host: its frames go where the routes say.
 pub(super) async fn runs_no_more(node: &Arc<Node>, copy: &Arc<Copy>) {
+    for nic in copy.wired() {
+        if let Err(error) = node.links.forget_tap(&nic.wire, &nic.mac).await {
+            tracing::warn!(wire = %nic.wire, %error, "a filter of no use stays");
+        }
+    }
     let route = node.table().routes.get(&copy.vm()).cloned();
     if let Some(route) = route {
         route_changed(node, &route).await;
@@ -127,7 +148,15 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
     if flip::is_old(node, route) {
         return;
     }
+    let known = node.table().routes.get(&route.vm).map(|r| r.nics.clone());
     let turn = flip::begin(node, route);
+    let left = known.into_iter().flatten().filter(|nic| !route.nics.contains(nic));
+    for nic in left.filter(|nic| node.carries(&nic.wire)) {
+        // Unless another VM has it by now.
+        if !node.is_known(tag(&nic.wire), nic.mac) {
+            set(node, &nic.wire, &nic.mac, Where::None).await;
+        }
+    }
     let local = node.copies.running(route.vm).is_some_and(|c| c.id == route.copy);
     for nic in &route.nics {
         if !node.carries(&nic.wire) {

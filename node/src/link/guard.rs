@@ -19,7 +19,7 @@ use super::nft::{Batch, Expression};
 /// VXLAN, and below the ephemeral range.
 pub(super) const VXLAN_PORT: u16 = 14789;
 
-const TABLE: &str = "godwit";
+pub(super) const TABLE: &str = "godwit";
 const FAMILY_INET: u8 = 1;
 const FAMILY_BRIDGE: u8 = 7;
 const V4: (&str, u32, u32) = ("members4", 7, 4);
@@ -62,11 +62,12 @@ impl Guard {
             batch.table(family, TABLE, false);
             batch.delete_table(family, TABLE);
         }
-        self.commit(&batch.finish())
+        self.commit(&batch.finish())?;
+        self.forget_nics()
     }
 
     /// Sends one transaction and reads the answers: an error to any message undoes all.
-    fn commit(&self, bytes: &(Vec<u8>, u32)) -> io::Result<()> {
+    pub(super) fn commit(&self, bytes: &(Vec<u8>, u32)) -> io::Result<()> {
         let socket = self.socket.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Answers to a transaction that was given up on would be taken for this one's.
         super::nft::drain(&socket)?;

@@ -231,6 +231,18 @@ impl Kernel {
         self.change("bring a device up", LinkUnspec::new_with_index(index).up().build()).await
     }
 
+    /// Takes a device off its bridge, and down.
+    pub(super) async fn leave(&self, index: u32) -> Result<(), LinkError> {
+        let message = LinkUnspec::new_with_index(index).nocontroller().alias("").down().build();
+        self.change("take a device off its bridge", message).await
+    }
+
+    /// Gives a device that is down another name.
+    pub(super) async fn rename(&self, index: u32, name: &str) -> Result<(), LinkError> {
+        let message = LinkUnspec::new_with_index(index).name(name).build();
+        self.change("rename a device", message).await
+    }
+
     /// Sets how a bridge port behaves.
     pub(super) async fn port(&self, index: u32, flags: &PortFlags) -> Result<(), LinkError> {
         let message = LinkBridgePort::new(index)

@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use godwit_protocol::id::{Mac, Name};
+use godwit_protocol::id::{Mac, Name, VmId};
 
 /// All devices of this program begin with this; nothing else on a host is ever removed.
 pub(super) const PREFIX: &str = "gw";
@@ -49,6 +49,11 @@ pub(super) fn tunnel(wire: &Name) -> String {
 /// The tap of a NIC.
 pub(super) fn tap(wire: &Name, mac: &Mac) -> String {
     short(TAP, &[b"tap", wire.as_str().as_bytes(), &mac.0])
+}
+
+/// The tap of a NIC that is on no wire.
+pub(super) fn loose(vm: VmId, mac: &Mac) -> String {
+    short(TAP, &[b"loose", &vm.0, &mac.0])
 }
 
 /// Where the NIC's frames wait while it moves.

@@ -1,4 +1,4 @@
-//! The few nftables messages that [`super::guard`] needs, as bytes.
+//! The few nftables messages that [`super::guard`] and [`super::filter`] need, as bytes.
 //!
 //! Owns the encoding (numbers from `linux/netfilter/nf_tables.h`) and the reading of answers; knows no
 //! rule of ours. Invariant: a batch is begun and ended once, and each message in it asks for an answer.
@@ -14,7 +14,9 @@ const BATCH_END: u16 = 0x11;
 const NEWTABLE: u16 = 0;
 const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
+const DELCHAIN: u16 = 5;
 const NEWRULE: u16 = 6;
+const DELRULE: u16 = 8;
 const NEWSET: u16 = 9;
 const NEWSETELEM: u16 = 12;
 
@@ -33,8 +35,18 @@ const REGISTER: u32 = 1;
 pub(super) enum Expression<'a> {
     /// IPv4 is 2, IPv6 is 10.
     NetworkProtocol(u8),
+    /// The type of the Ethernet frame.
+    EtherProtocol(u16),
     TransportProtocol(u8),
     DestinationPort(u16),
+    /// The first byte behind the network header is in this range.
+    FirstByte(u8, u8),
+    /// The source address at this offset is in the network.
+    SourceIn {
+        offset: u32,
+        mask: Vec<u8>,
+        network: Vec<u8>,
+    },
     /// The bytes of the source address are not an element of the set.
     SourceNotIn {
         offset: u32,
@@ -44,6 +56,7 @@ pub(super) enum Expression<'a> {
     /// The name of the device it came in by begins with this.
     InputNamed(&'a str),
     Count,
+    Accept,
     Drop,
 }
 
@@ -99,6 +112,23 @@ impl Batch {
         let body =
             [text(1, table), text(3, chain), nested(4, &hook), number(5, 1), text(7, "filter")];
         self.message(NEWCHAIN, CREATE, family, &body.concat());
+    }
+
+    /// A filter chain on the way out of a device (hook 1 of the netdev family), policy accept.
+    pub(super) fn egress_chain(&mut self, family: u8, table: &str, device: &str) {
+        let hook = [number(1, 1), number(2, 0), text(3, device)].concat();
+        let body =
+            [text(1, table), text(3, device), nested(4, &hook), number(5, 1), text(7, "filter")];
+        self.message(NEWCHAIN, CREATE, family, &body.concat());
+    }
+
+    pub(super) fn delete_chain(&mut self, family: u8, table: &str, chain: &str) {
+        self.message(DELCHAIN, 0, family, &[text(1, table), text(3, chain)].concat());
+    }
+
+    /// Removes all rules of a chain.
+    pub(super) fn flush(&mut self, family: u8, table: &str, chain: &str) {
+        self.message(DELRULE, 0, family, &[text(1, table), text(2, chain)].concat());
     }
 
     pub(super) fn set(&mut self, family: u8, table: &str, set: &str, key: u32, length: u32) {
@@ -165,10 +195,31 @@ fn meta(key: u32, value: &[u8]) -> Vec<u8> {
 }
 
 fn equals(value: &[u8]) -> Vec<u8> {
-    expression(
-        "cmp",
-        &[number(1, REGISTER), number(2, 0), nested(3, &attribute(1, value))].concat(),
-    )
+    compare(0, value)
+}
+
+/// 0: equal; 3: at most; 5: at least.
+fn compare(how: u32, value: &[u8]) -> Vec<u8> {
+    let data = [number(1, REGISTER), number(2, how), nested(3, &attribute(1, value))];
+    expression("cmp", &data.concat())
+}
+
+/// Keeps these bits of the register.
+fn masked(mask: &[u8]) -> Vec<u8> {
+    let nothing = vec![0; mask.len()];
+    let data = [
+        number(1, REGISTER),
+        number(2, REGISTER),
+        number(3, mask.len() as u32),
+        nested(4, &attribute(1, mask)),
+        nested(5, &attribute(1, &nothing)),
+    ];
+    expression("bitwise", &data.concat())
+}
+
+fn verdict(code: u32) -> Vec<u8> {
+    let verdict = nested(2, &number(1, code));
+    expression("immediate", &[number(1, 0), nested(2, &verdict)].concat())
 }
 
 fn payload(base: u32, offset: u32, length: u32) -> Vec<u8> {
@@ -179,6 +230,13 @@ fn payload(base: u32, offset: u32, length: u32) -> Vec<u8> {
 fn encode(one: &Expression<'_>) -> Vec<u8> {
     match one {
         Expression::NetworkProtocol(number) => meta(15, &[*number]),
+        Expression::EtherProtocol(number) => meta(1, &number.to_be_bytes()),
+        Expression::FirstByte(first, last) => {
+            [payload(2, 0, 1), compare(5, &[*first]), compare(3, &[*last])].concat()
+        }
+        Expression::SourceIn { offset, mask, network } => {
+            [payload(1, *offset, mask.len() as u32), masked(mask), equals(network)].concat()
+        }
         Expression::TransportProtocol(number) => meta(16, &[*number]),
         Expression::InputNamed(prefix) => meta(6, prefix.as_bytes()),
         Expression::DestinationPort(port) => {
@@ -189,10 +247,8 @@ fn encode(one: &Expression<'_>) -> Vec<u8> {
             [payload(1, *offset, *length), expression("lookup", &data)].concat()
         }
         Expression::Count => expression("counter", &[]),
-        Expression::Drop => {
-            let verdict = nested(2, &number(1, 0));
-            expression("immediate", &[number(1, 0), nested(2, &verdict)].concat())
-        }
+        Expression::Accept => verdict(1),
+        Expression::Drop => verdict(0),
     }
 }
 

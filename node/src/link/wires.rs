@@ -103,7 +103,7 @@ impl Links {
         self.blocking("set the packet filter (nftables)", set).await
     }
 
-    async fn blocking(
+    pub(super) async fn blocking(
         &self,
         what: &str,
         work: impl FnOnce() -> std::io::Result<()> + Send + 'static,

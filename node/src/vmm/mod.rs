@@ -22,7 +22,7 @@ pub mod pidfd;
 pub mod probe;
 mod process;
 pub mod qmp;
-mod record;
+pub mod record;
 mod refusal;
 pub mod reserve;
 pub mod resolved;

@@ -12,7 +12,7 @@ use std::path::Path;
 use godwit_protocol::id::CopyId;
 use serde::{Deserialize, Serialize};
 
-use super::resolved::ResolvedSpec;
+use super::resolved::{ResolvedNic, ResolvedSpec};
 
 /// Name of the file.
 pub const FILE: &str = "copy.json";
@@ -83,4 +83,14 @@ impl CopyRecord {
         record.spec.check().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         Ok(record)
     }
+}
+
+/// The NICs of the copy in `dir` are these from now on.
+///
+/// # Errors
+/// When there is no record, or it cannot be written: the old one stands.
+pub fn rewire(dir: &Path, nics: Vec<ResolvedNic>) -> io::Result<()> {
+    let mut record = CopyRecord::read(dir)?;
+    record.spec.nics = nics;
+    record.write(dir)
 }

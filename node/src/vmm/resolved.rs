@@ -8,7 +8,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use godwit_protocol::id::{CopyId, Mac, Name, VmId};
-use godwit_protocol::limits::NICS;
+use godwit_protocol::limits::{NICS, RULES};
+use godwit_protocol::wire::filter::Rule;
 use serde::{Deserialize, Serialize};
 
 use super::disk::{Backing, NVRAM, ResolvedDisk, image_path};
@@ -59,12 +60,15 @@ impl FileRef {
 /// A network card with its address settled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResolvedNic {
-    /// The wire that it is connected to.
-    pub wire: Name,
+    /// The wire that it is connected to, if any.
+    pub wire: Option<Name>,
     /// Its address.
     pub mac: Mac,
     /// Largest packet in bytes that the guest is told to use. Part of the device: the same at both ends.
     pub mtu: u16,
+    /// What may reach it: the first rule that fits decides. It is in force before the NIC is on a wire.
+    #[serde(default)]
+    pub filter: Vec<Rule>,
 }
 
 /// A VM with everything settled, as it travels to a destination.
@@ -140,8 +144,9 @@ impl ResolvedSpec {
             let given = nic.mac.as_deref().map(parse_mac).transpose()?;
             let missing = || value_error("nic.mac", "none was generated");
             let mac = given.or_else(|| with.macs.get(index).copied()).ok_or_else(missing)?;
-            let wire = check_name("nic.wire", &nic.wire)?;
-            nics.push(ResolvedNic { wire, mac, mtu: nic.mtu.unwrap_or(with.mtu) });
+            let wire = nic.wire.as_ref().map(|wire| check_name("nic.wire", wire)).transpose()?;
+            let (mtu, filter) = (nic.mtu.unwrap_or(with.mtu), nic.filter.clone());
+            nics.push(ResolvedNic { wire, mac, mtu, filter });
         }
         let resolved = Self {
             id: with.id,
@@ -181,6 +186,7 @@ impl ResolvedSpec {
         check_count("nic", self.nics.len(), NICS)?;
         for (index, nic) in self.nics.iter().enumerate() {
             check_mtu(nic.mtu)?;
+            check_count("nic.filter", nic.filter.len(), RULES)?;
             if !is_unicast(nic.mac) {
                 return Err(value_error("nic.mac", "is not a unicast address"));
             }

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use godwit_protocol::id::{Mac, Name};
-use godwit_protocol::limits::{GUEST_MEMORY_BYTES, NICS};
+use godwit_protocol::limits::{GUEST_MEMORY_BYTES, NICS, RULES};
+use godwit_protocol::wire::filter::Rule;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -142,14 +143,18 @@ pub struct NvramSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NicSpec {
-    /// The wire that it is connected to.
-    pub wire: String,
+    /// The wire that it is connected to; absent: none.
+    #[serde(default)]
+    pub wire: Option<String>,
     /// Its address with colons; absent: generated once.
     #[serde(default)]
     pub mac: Option<String>,
     /// Largest packet in bytes that the guest is told to use; absent: what the node's wires carry.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// What may reach it: rules such as `allow tcp 22 from 10.0.0.0/8`; the first that fits decides.
+    #[serde(default)]
+    pub filter: Vec<Rule>,
 }
 
 /// A PCI device of the host given to the guest: `[[hostdev]]`. Such a VM cannot move.
@@ -269,7 +274,8 @@ impl VmSpec {
         }
         check_count("nic", self.nic.len(), NICS)?;
         for nic in &self.nic {
-            check_name("nic.wire", &nic.wire)?;
+            nic.wire.as_ref().map(|wire| check_name("nic.wire", wire)).transpose()?;
+            check_count("nic.filter", nic.filter.len(), RULES)?;
             nic.mac.as_deref().map(parse_mac).transpose()?;
             nic.mtu.map_or(Ok(()), check_mtu)?;
         }

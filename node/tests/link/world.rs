@@ -149,7 +149,7 @@ pub fn text(frame: &[u8]) -> Option<String> {
 impl Guest {
     pub async fn boot(host: &Host, links: &Links, wire: &Name, mac: Mac) -> Self {
         host.enter();
-        Self { mac, fd: links.open_tap(wire, &mac).await.unwrap() }
+        Self { mac, fd: links.open_tap(wire, &mac, &[]).await.unwrap() }
     }
 
     pub fn send(&self, to: Mac, text: &str) {

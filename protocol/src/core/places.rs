@@ -2,9 +2,10 @@
 //!
 //! Owns the way from a guest that runs to the routing table. Decides nothing.
 
-use super::{Core, Local};
-use crate::id::{CopyId, HostId, VmId};
+use super::{Core, Local, voters};
+use crate::id::{CopyId, Epoch, HostId, VmId};
 use crate::time::Time;
+use crate::wire::record::{Cause, Record};
 use crate::wire::route::Route;
 
 impl Core {
@@ -29,6 +30,30 @@ impl Core {
     pub fn redirect(&mut self, now: Time, to: HostId, vm: VmId) {
         self.routes.tell(to, vm);
         self.drain(now);
+    }
+
+    /// Proposes the record after which NICs of a VM that runs here are connected otherwise. Gives the epoch that it
+    /// follows.
+    ///
+    /// # Errors
+    /// One line for the user; nothing changed.
+    pub fn rewire(&mut self, now: Time, vm: VmId) -> Result<Epoch, String> {
+        let record = self.record_of(vm).cloned().ok_or("no record of the VM is known here")?;
+        if record.is_closed() || record.placement_of(vm).is_none_or(|p| p.host != self.me.host) {
+            return Err("the VM belongs elsewhere by now: ask again".to_owned());
+        }
+        if self.moves.values().any(|m| m.status().cluster == record.cluster) {
+            return Err(
+                "the VM moves: wait for it (godwit migrations), or abort it first".to_owned()
+            );
+        }
+        let base = record.epoch;
+        let next = Record { epoch: base.next(), cause: Cause::Wires(vm), ..record };
+        self.epochs
+            .propose(now, next, now.plus_ms(voters::PROPOSE_MS))
+            .map_err(|e| e.to_string())?;
+        self.drain(now);
+        Ok(base)
     }
 
     /// This host's copy of `vm` is gone.

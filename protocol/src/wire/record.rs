@@ -39,6 +39,9 @@ pub enum Cause {
     Stay(String),
     /// The voters changed.
     Voters,
+    /// NICs of that member were connected, disconnected or filtered: what follows is in its description, and
+    /// its route is of this epoch.
+    Wires(VmId),
     /// A lone VM was removed: it runs nowhere. A tombstone that keeps the epoch.
     Delete,
     /// A lone VM belongs to that cluster from the record on which names it there. Until then its copy
@@ -184,7 +187,7 @@ impl Record {
         let number = self.epoch == next;
         let departed = self.departed == base.departed;
         let fits = match &self.cause {
-            Cause::Stay(_) | Cause::Voters => placed && number && departed,
+            Cause::Stay(_) | Cause::Voters | Cause::Wires(_) => placed && number && departed,
             Cause::Joined(cluster) => {
                 placed && number && departed && base.is_lone() && *cluster != base.cluster
             }

@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod refusals;
 pub mod roundtrip;
 pub mod swarm;
+pub mod wires;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -81,6 +82,11 @@ pub const ALL: &[Scenario] = &[
         name: "frames",
         about: "moves, aborts and stays while numbered frames go in and out: none lost, none out of order",
         run: frames::full,
+    },
+    Scenario {
+        name: "wires",
+        about: "a NIC is filtered, disconnected and connected while its guest runs and moves",
+        run: || wires::wires("wires"),
     },
     Scenario {
         name: "kvm",

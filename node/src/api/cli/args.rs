@@ -10,6 +10,7 @@ use godwit_protocol::id::Name;
 
 use super::cluster::ClusterCommand;
 use super::human;
+pub use super::wire_args::WireCommand;
 
 /// `godwit`.
 #[derive(Debug, Parser)]
@@ -143,22 +144,6 @@ pub enum VmCommand {
     Console {
         /// Name or id
         vm: String,
-    },
-}
-
-/// `godwit wire`.
-#[derive(Debug, Subcommand)]
-pub enum WireCommand {
-    /// Tell the other hosts that an address which is no VM's is on a wire of this host
-    Port {
-        /// Name of the wire
-        wire: Name,
-        /// The Ethernet address behind the port
-        #[arg(long)]
-        mac: String,
-        /// Forget the port instead
-        #[arg(long)]
-        remove: bool,
     },
 }
 
@@ -430,6 +415,9 @@ mod tests {
             "godwit migrations show abcd",
             "godwit abort abcd",
             "godwit routes",
+            "godwit wire connect web lan --mac 52:54:00:00:00:01",
+            "godwit wire disconnect web lan",
+            "godwit wire filter web deny",
             "godwit image add /x",
             "godwit image list",
             "godwit image remove /x",

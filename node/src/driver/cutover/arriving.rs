@@ -85,7 +85,7 @@ pub(in super::super) async fn prepare(
     from: HostId,
 ) {
     plug(node, copy).await;
-    for nic in &copy.spec.nics {
+    for nic in copy.wired() {
         let key = (wires::tag(&nic.wire), nic.mac);
         let arriving = Arc::new(Arriving {
             copy: copy.id,
@@ -119,7 +119,7 @@ pub(in super::super) async fn prepare(
 
 /// Plugs a copy's taps, before anything comes for them. Again after its QEMU was started again.
 pub(in super::super) async fn plug(node: &Node, copy: &Copy) {
-    for nic in &copy.spec.nics {
+    for nic in copy.wired() {
         if let Err(error) = node.links.plug(&nic.wire, &nic.mac).await {
             tracing::error!(wire = %nic.wire, %error, "frames may overtake older ones");
         }

@@ -67,7 +67,7 @@ pub(in super::super) async fn prepare(
     base: Epoch,
     to: HostId,
 ) {
-    for nic in &copy.spec.nics {
+    for nic in copy.wired() {
         let key = (wires::tag(&nic.wire), nic.mac);
         let earlier = node.cutovers.lock().leaving.get(&key).cloned();
         if let Some(earlier) = earlier {

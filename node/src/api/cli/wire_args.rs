@@ -1,0 +1,69 @@
+//! The arguments of `godwit wire`, and what is asked with them. Owns their names, forms and help texts.
+
+use clap::Subcommand;
+use godwit_protocol::id::Name;
+
+use crate::api::types::Request;
+
+/// `godwit wire`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum WireCommand {
+    /// Put a NIC of a running VM of this host onto a wire
+    Connect {
+        /// Name or id of the VM
+        vm: String,
+        /// Name of the wire
+        wire: Name,
+        /// The NIC's address, if the VM has more than one that is free
+        #[arg(long)]
+        mac: Option<String>,
+    },
+    /// Take a NIC of a running VM of this host off a wire
+    Disconnect {
+        /// Name or id of the VM
+        vm: String,
+        /// Name of the wire
+        wire: Name,
+        /// The NIC's address, if the VM has more than one there
+        #[arg(long)]
+        mac: Option<String>,
+    },
+    /// Replace what may reach a NIC of a running VM of this host
+    Filter {
+        /// Name or id of the VM
+        vm: String,
+        /// The NIC's address, if the VM has more than one
+        #[arg(long)]
+        mac: Option<String>,
+        /// Rules such as "allow tcp 22 from 10.0.0.0/8"; the first that fits decides; none: everything may
+        #[arg(value_name = "RULE")]
+        rules: Vec<String>,
+    },
+    /// Tell the other hosts that an address which is no VM's is on a wire of this host
+    Port {
+        /// Name of the wire
+        wire: Name,
+        /// The Ethernet address behind the port
+        #[arg(long)]
+        mac: String,
+        /// Forget the port instead
+        #[arg(long)]
+        remove: bool,
+    },
+}
+
+impl WireCommand {
+    /// What the daemon is asked.
+    pub fn request(&self) -> Request {
+        match self.clone() {
+            Self::Connect { vm, wire, mac } => {
+                Request::WireConnect { vm, wire, mac, disconnect: false }
+            }
+            Self::Disconnect { vm, wire, mac } => {
+                Request::WireConnect { vm, wire, mac, disconnect: true }
+            }
+            Self::Filter { vm, mac, rules } => Request::WireFilter { vm, mac, rules },
+            Self::Port { wire, mac, remove } => Request::WirePort { wire, mac, remove },
+        }
+    }
+}

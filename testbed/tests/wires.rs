@@ -1,0 +1,12 @@
+//! A NIC's filter and its connection, across moves. Needs root; without it the test says so and ends.
+
+#[test]
+fn a_filter_moves_with_its_nic() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: the lab needs root");
+        return Ok(());
+    }
+    let report = godwit_testbed::scenario::wires::wires("twires")?;
+    anyhow::ensure!(report["passed"] == true, "{report:#}");
+    Ok(())
+}
