@@ -63,7 +63,10 @@ pub fn run(labid: &str) -> Result<Value> {
         Ok(same.iter().all(|s| s["epoch"] == first["epoch"] && s["members"] == first["members"]))
     })?;
     // What was begun without a majority may have been decided since: b left, or it did not.
-    world.swarm.ask("h5", &["cluster", "create", CLUSTER, "--vms", "a,b"])?;
+    // It is asked again while connections come back.
+    world.swarm.wait("all are members again", HEALED, |swarm| {
+        swarm.ask("h5", &["cluster", "create", CLUSTER, "--vms", "a,b"]).map(|_| true)
+    })?;
     world.settled()?;
     let state = ["migrate", CLUSTER, "--to", "site:tokyo", "--wait"];
     let moved = world.swarm.node("h5")?.cli_json(&state, Duration::from_secs(120))?;
