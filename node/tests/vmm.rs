@@ -397,6 +397,21 @@ async fn an_older_qemu_is_refused_by_the_name_of_what_it_lacks() {
 }
 
 #[tokio::test]
+async fn a_qemu_without_what_a_move_sets_is_refused_before_it_begins() {
+    let mut caps = HostCaps::probe(Path::new(QEMU)).await.unwrap();
+    caps.check_migration().unwrap();
+    let refused = |caps: &HostCaps, what: &str| {
+        let cause = caps.check_migration().unwrap_err().to_string();
+        assert!(cause.contains(&format!("has no migration {what}; install QEMU 8.2")), "{cause}");
+    };
+    // As QEMU 8.1.
+    caps.parameters.retain(|name| name != "avail-switchover-bandwidth");
+    refused(&caps, "parameter avail-switchover-bandwidth");
+    caps.capabilities.retain(|name| name != "pause-before-switchover");
+    refused(&caps, "capability pause-before-switchover");
+}
+
+#[tokio::test]
 async fn a_tap_is_taken_back_from_a_living_qemu() {
     let cleanup = Cleanup::new();
     let Some(tap) = open_tap() else {

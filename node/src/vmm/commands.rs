@@ -245,6 +245,16 @@ impl Qmp {
         Ok(list.into_iter().map(|item| item.capability).collect())
     }
 
+    /// The names of the parameters that `query-migrate-parameters` shows.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub async fn query_migrate_parameters(&self) -> Result<Vec<String>, QmpError> {
+        let all: serde_json::Map<String, Value> =
+            self.query("query-migrate-parameters", Value::Null).await?;
+        Ok(all.into_iter().map(|(name, _)| name).collect())
+    }
+
     /// `query-cpu-definitions`: what each model lacks under this QEMU's accelerator.
     ///
     /// # Errors

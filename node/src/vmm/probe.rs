@@ -1,6 +1,6 @@
 //! What the QEMU and the processor of this host can do, found by asking and trying.
 //!
-//! Owns [`HostCaps`]: QEMU's version, machine types and migration capabilities, whether KVM works, and which CPU models
+//! Owns [`HostCaps`]: QEMU's version, machine types, migration capabilities and parameters, whether KVM works, and which CPU models
 //! it can give. Never assumes from a version number or from `/dev/kvm` alone. Starts short-lived QEMUs with `-S` that
 //! die with the node.
 
@@ -28,13 +28,13 @@ use super::resolved::{BASELINE_CPU, ResolvedSpec};
 use super::selftest;
 use super::spec::{Accel, AccelChoice};
 
-/// Migration capabilities that a move needs, and the first QEMU that has each.
-const NEEDED: [(&str, &str); 4] = [
-    ("events", "2.4"),
-    ("return-path", "4.0"),
-    ("x-ignore-shared", "4.0"),
-    ("switchover-ack", "8.2"),
-];
+/// Migration capabilities that a move needs; the youngest, switchover-ack, came with QEMU 8.1.
+const CAPABILITIES: [&str; 5] =
+    ["events", "return-path", "x-ignore-shared", "pause-before-switchover", "switchover-ack"];
+/// Migration parameters that a move needs, beside those that every QEMU has: it came with QEMU 8.2.
+const PARAMETERS: [&str; 1] = ["avail-switchover-bandwidth"];
+/// The first QEMU that has all of them.
+const ALL_SINCE: &str = "8.2";
 /// Time for one probing QEMU.
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -95,6 +95,8 @@ pub struct HostCaps {
     pub machines: Vec<String>,
     /// Its migration capabilities.
     pub capabilities: Vec<String>,
+    /// Its migration parameters.
+    pub parameters: Vec<String>,
     /// Whether KVM runs guests.
     pub kvm: Kvm,
     #[serde(skip)]
@@ -115,12 +117,14 @@ impl HostCaps {
         machines.retain(|name| machine_version(name).is_some());
         machines.sort_by_key(|name| machine_version(name));
         let capabilities = probe.qmp.query_migrate_capabilities().await.map_err(ask)?;
+        let parameters = probe.qmp.query_migrate_parameters().await.map_err(ask)?;
         let mut caps = Self {
             qemu: qemu.to_owned(),
             version: probe.qmp.version(),
             package: probe.qmp.package().to_owned(),
             machines,
             capabilities,
+            parameters,
             kvm: Kvm::Absent("not tried".into()),
             cpus: Arc::default(),
         };
@@ -151,12 +155,15 @@ impl HostCaps {
     /// # Errors
     /// [`Refusal::MissingCapability`], by name.
     pub fn check_migration(&self) -> Result<(), Refusal> {
-        for (name, needed) in NEEDED {
-            if !self.capabilities.iter().any(|have| have == name) {
-                return Err(Refusal::MissingCapability { name, qemu: self.version_text(), needed });
-            }
-        }
-        Ok(())
+        let lacks = |have: &[String], need: &[&'static str]| {
+            need.iter().copied().find(|name| !have.iter().any(|have| have == name))
+        };
+        let missing = lacks(&self.capabilities, &CAPABILITIES).map(|name| ("capability", name));
+        let missing = missing
+            .or_else(|| lacks(&self.parameters, &PARAMETERS).map(|name| ("parameter", name)));
+        let Some((kind, name)) = missing else { return Ok(()) };
+        let (qemu, needed) = (self.version_text(), ALL_SINCE);
+        Err(Refusal::MissingCapability { kind, name, qemu, needed })
     }
 
     /// The accelerator for a spec's wish: KVM where a trial showed that it works.

@@ -28,16 +28,18 @@ pub enum Refusal {
         /// QEMU's version.
         qemu: String,
     },
-    /// A migration capability that the QEMU here lacks.
+    /// A migration capability or parameter that the QEMU here lacks.
     #[error(
-        "QEMU {qemu} on this host has no migration capability {name}; install QEMU {needed} or newer (scripts/setup does)"
+        "QEMU {qemu} on this host has no migration {kind} {name}; install QEMU {needed} or newer (scripts/setup does)"
     )]
     MissingCapability {
-        /// The capability.
+        /// `capability` or `parameter`.
+        kind: &'static str,
+        /// Its name.
         name: &'static str,
         /// QEMU's version.
         qemu: String,
-        /// The first version that has it.
+        /// The first version that has all that is needed.
         needed: &'static str,
     },
     /// CPU features that this host lacks.

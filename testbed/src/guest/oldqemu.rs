@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use super::cache::{Cache, run};
 
-/// Versions from this one on have what a move needs.
+/// Versions from this one on have switchover-ack, which the lab's older host is to lack.
 const NEW: [u32; 2] = [8, 1];
 /// Built from one source in one version.
 const PARTS: [&str; 3] = ["qemu-system-x86", "qemu-system-common", "qemu-system-data"];
