@@ -2,14 +2,15 @@
 //!
 //! Owns the batch being filled from what the mirror writes, and per disk a thread that reads the
 //! image itself: the digest's entries of a disk come from there, never from what the mirror said.
-//! Blocks while the store is full: that is the back-pressure that reaches the mirror. Invariant:
+//! Blocks while the store is full: that is the back-pressure that reaches the mirror; once the guest
+//! stands still it has a deadline. Invariant:
 //! every block that was written, or that the image says it holds, is read from the image once more
 //! before the disk counts as checked.
 
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::digest::REGION_PAGES;
@@ -19,7 +20,7 @@ use super::Job;
 use super::blocks::Blocks;
 use super::reader::{Batch, HURRIED_PAGES};
 use super::session::Event;
-use super::shared::Shared;
+use super::shared::{NoRoom, Shared};
 use crate::relay::RelayError;
 use crate::relay::pool::{Pool, lock};
 use crate::relay::table::parts;
@@ -58,6 +59,8 @@ pub struct Inlet {
     pages: Range<u32>,
     filling: Mutex<Filling>,
     filled: Condvar,
+    /// Set by [`Inlet::finish`]: nobody waits for room in the store any longer.
+    by: OnceLock<Instant>,
 }
 
 impl Inlet {
@@ -81,7 +84,8 @@ impl Inlet {
             ended: false,
             checked: false,
         };
-        Self { shared, pool, pages, filling: Mutex::new(filling), filled: Condvar::new() }
+        let (filling, filled, by) = (Mutex::new(filling), Condvar::new(), OnceLock::new());
+        Self { shared, pool, pages, filling, filled, by }
     }
 
     /// Size of the disk, bytes.
@@ -149,9 +153,11 @@ impl Inlet {
     /// image is read where it changed.
     ///
     /// # Errors
-    /// `BrokenPipe` if the session has ended, `TimedOut` if the image is not read within `deadline`.
+    /// `BrokenPipe` if the session has ended, `TimedOut` if the store has no room for the rest, or
+    /// the image is not read, within `deadline`.
     pub fn finish(&self, deadline: Duration) -> io::Result<()> {
-        let until = Instant::now() + deadline;
+        // Before the lock: whoever holds it may be waiting for room.
+        let until = *self.by.get_or_init(|| Instant::now() + deadline);
         let mut filling = lock(&self.filling);
         self.flush(&mut filling)?;
         filling.ended = true;
@@ -215,7 +221,10 @@ impl Inlet {
             return Ok(());
         }
         let batch = std::mem::replace(&mut filling.batch, Batch { disk: true, ..Batch::default() });
-        self.shared.send(&self.pool, batch).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        self.shared.send(&self.pool, batch, &self.by).map_err(|no| match no {
+            NoRoom::Stopped => io::ErrorKind::BrokenPipe.into(),
+            NoRoom::Late => io::ErrorKind::TimedOut.into(),
+        })
     }
 
     /// Blocks to read from the image; waits a little for some. None: all is read and the disk has

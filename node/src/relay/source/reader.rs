@@ -7,8 +7,8 @@
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use godwit_protocol::chunk::Page;
@@ -180,7 +180,9 @@ impl Filler {
             return Ok(());
         }
         self.begun += 1;
-        self.shared.send(&self.pool, std::mem::take(&mut self.batch))
+        // For QEMU's stream the session's own deadlines stand.
+        let sent = self.shared.send(&self.pool, std::mem::take(&mut self.batch), &OnceLock::new());
+        sent.map_err(|_| RelayError::Aborted)
     }
 
     fn flush_opaque(&mut self) -> Result<(), RelayError> {

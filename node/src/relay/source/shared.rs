@@ -5,8 +5,8 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::chunk::layout::Layout;
@@ -23,6 +23,15 @@ use crate::relay::table::Table;
 /// How long a full store or a hold waits before orders are looked at again.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Why nothing is stored. The session ends then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NoRoom {
+    /// Told to stop.
+    Stopped,
+    /// There was none in time.
+    Late,
+}
+
 /// Bytes of guest pages that are stored, up to [`RELAY_STORE_BYTES`].
 #[derive(Debug, Default)]
 pub(super) struct Store {
@@ -31,18 +40,29 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// Waits for room; true: told to stop.
-    pub(super) fn take(&self, bytes: usize, stop: &AtomicBool) -> bool {
+    /// Waits for room, until `by` once that is set: it may be while this waits.
+    pub(super) fn take(
+        &self,
+        bytes: usize,
+        stop: &AtomicBool,
+        by: &OnceLock<Instant>,
+    ) -> Result<(), NoRoom> {
         let mut used = lock(&self.used);
         // One batch always fits, however large it is.
         while *used > 0 && *used + bytes > RELAY_STORE_BYTES {
             if stop.load(Ordering::Relaxed) {
-                return true;
+                return Err(NoRoom::Stopped);
+            }
+            if by.get().is_some_and(|by| Instant::now() > *by) {
+                return Err(NoRoom::Late);
             }
             used = self.freed.wait_timeout(used, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
+        if stop.load(Ordering::Relaxed) {
+            return Err(NoRoom::Stopped);
+        }
         *used += bytes;
-        stop.load(Ordering::Relaxed)
+        Ok(())
     }
 
     pub(super) fn give(&self, bytes: usize) {
@@ -98,11 +118,14 @@ impl Shared {
         }
     }
 
-    /// Numbers a batch and has it hashed, once there is room for its pages.
-    pub(super) fn send(&self, pool: &Pool<Job>, mut batch: Batch) -> Result<(), RelayError> {
-        if self.store.take(batch.data.len(), &self.stop) {
-            return Err(RelayError::Aborted);
-        }
+    /// Numbers a batch and has it hashed, once there is room for its pages; see [`Store::take`].
+    pub(super) fn send(
+        &self,
+        pool: &Pool<Job>,
+        mut batch: Batch,
+        by: &OnceLock<Instant>,
+    ) -> Result<(), NoRoom> {
+        self.store.take(batch.data.len(), &self.stop, by)?;
         batch.seq = self.batches.fetch_add(1, Ordering::AcqRel) + 1;
         pool.put(Job::Hash(batch), true);
         Ok(())
