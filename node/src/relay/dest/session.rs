@@ -1,7 +1,8 @@
 //! The destination's session: messages in, answers out, until memory and device state are whole.
 //!
 //! Owns the connection (the newest that was attached), the stream for QEMU and the end. Invariant:
-//! device state is fed only when all pages are placed; every wait has a deadline.
+//! device state is fed only when all pages are placed; every wait has a deadline, and what waits to
+//! be placed or said is bounded: nothing more is heard meanwhile.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -29,6 +30,10 @@ const TICK: Duration = Duration::from_millis(100);
 const HELLO: Duration = Duration::from_secs(5);
 /// Answers that wait between threads and session.
 const ANSWERS: usize = 64;
+/// Messages that wait for a far end that does not read: with so many nothing more is heard of it.
+const UNSAID: usize = 1024;
+/// What a message counts for besides what it carries, bytes.
+const MESSAGE_BYTES: usize = 256;
 
 /// What a thread did: bytes of the message it is done with, and what to say.
 type Done = (usize, Result<Vec<Frame>, RelayError>);
@@ -106,7 +111,7 @@ impl Session {
             let (mut worker, done) = (workers.next(), done_out.clone());
             move |frame: Frame| {
                 let Some(worker) = worker.as_mut() else { return };
-                let bytes = frame.payload.len();
+                let bytes = weight(&frame.head, frame.payload.len());
                 // A session that has ended wants no answers.
                 let _ = done.blocking_send((bytes, worker.run(frame)));
             }
@@ -167,7 +172,7 @@ impl Session {
         let (mut heard, mut whole) = (Instant::now(), None);
         let mut loaded = false;
         loop {
-            let room = self.placing < PLACING_BYTES;
+            let room = self.placing < PLACING_BYTES && self.outbox.len() < UNSAID;
             let saying = !self.outbox.is_empty();
             let (incoming, outgoing) = match conn.as_mut() {
                 Some(conn) => (Some(&mut conn.incoming), Some(&conn.outgoing)),
@@ -273,12 +278,12 @@ impl Session {
         match frame.head {
             Head::Offer { .. } | Head::Ids { .. } | Head::Push { .. } | Head::Literals { .. } => {
                 if let Head::Literals { coding: Coding::Stream { len, .. }, .. } = frame.head {
-                    self.placing += len as usize;
+                    self.placing += weight(&frame.head, len as usize);
                     self.unstream.put(frame, false);
                     return Ok(());
                 }
                 let urgent = matches!(frame.head, Head::Offer { .. } | Head::Ids { .. });
-                self.placing += frame.payload.len();
+                self.placing += weight(&frame.head, frame.payload.len());
                 self.pool.put(frame, urgent);
             }
             Head::Opaque { offset, held, coding } => {
@@ -367,6 +372,18 @@ impl Session {
     fn publish(&self) {
         self.progress.send_replace(self.figures());
     }
+}
+
+/// Bytes that a message takes until it is placed: also one without content takes some.
+fn weight(head: &Head, content: usize) -> usize {
+    let lists = match head {
+        Head::Offer { pages, zeros, .. } | Head::Push { pages, zeros, .. } => {
+            pages.len() + zeros.len()
+        }
+        Head::Literals { segments, .. } => std::mem::size_of_val(segments.as_slice()),
+        _ => 0,
+    };
+    MESSAGE_BYTES + lists + content
 }
 
 /// A thread that unpacks a long stream and hands its content to those who place it.
