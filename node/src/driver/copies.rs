@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use godwit_protocol::id::{CopyId, VmId};
 use godwit_protocol::wire::route::Nic;
@@ -81,10 +81,27 @@ impl Copy {
     }
 }
 
+/// Guests' memory on this host, in the table or not: what is being kept takes room until it is.
+#[derive(Default)]
+struct Memories(Vec<Weak<GuestMemory>>);
+
+impl Memories {
+    fn add(&mut self, memory: &Arc<GuestMemory>) {
+        self.0.push(Arc::downgrade(memory));
+    }
+
+    /// Bytes of those that exist.
+    fn bytes(&mut self) -> u64 {
+        self.0.retain(|memory| memory.strong_count() > 0);
+        self.0.iter().filter_map(Weak::upgrade).map(|memory| memory.size()).sum()
+    }
+}
+
 /// All copies of this host, and memory that is promised to copies still being made.
 #[derive(Default)]
 pub(super) struct Copies {
     copies: Mutex<BTreeMap<CopyId, Arc<Copy>>>,
+    memories: Mutex<Memories>,
     promised: Mutex<BTreeMap<CopyId, u64>>,
 }
 
@@ -95,6 +112,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Copies {
     pub fn insert(&self, copy: Arc<Copy>) {
+        lock(&self.memories).add(&copy.memory);
         lock(&self.promised).remove(&copy.id);
         lock(&self.copies).insert(copy.id, copy);
     }
@@ -117,14 +135,32 @@ impl Copies {
         lock(&self.copies).values().find(|c| c.vm() == vm && c.ran()).cloned()
     }
 
-    /// Bytes of memory that guests have or are promised.
+    /// Bytes of memory that guests have, had and have not given back yet, or are promised.
     pub fn used(&self) -> u64 {
-        let held: u64 = lock(&self.copies).values().map(|c| c.spec.memory).sum();
-        held + lock(&self.promised).values().sum::<u64>()
+        lock(&self.memories).bytes() + lock(&self.promised).values().sum::<u64>()
     }
 
     /// Promises memory to a copy that is being made: until it is inserted or removed.
     pub fn promise(&self, id: CopyId, bytes: u64) {
         lock(&self.promised).insert(id, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_counts_until_nobody_reads_it() {
+        let mut memories = Memories::default();
+        let made = [1_u64, 2].map(|mib| Arc::new(GuestMemory::create(mib << 20).unwrap()));
+        made.iter().for_each(|memory| memories.add(memory));
+        assert_eq!(memories.bytes(), 3 << 20);
+        let [first, second] = made;
+        let kept = Arc::clone(&second);
+        drop((first, second));
+        assert_eq!(memories.bytes(), 2 << 20, "one is being kept");
+        drop(kept);
+        assert_eq!(memories.bytes(), 0);
     }
 }
