@@ -251,6 +251,32 @@ fn exercise(mut client: Client, max: u32) -> Vec<u8> {
 }
 
 #[test]
+fn what_is_of_the_image_itself_is_told_from_what_is_below() {
+    let dir = TempDir::new().unwrap();
+    let (base, top) = (dir.path().join("base.img"), dir.path().join("top.qcow2"));
+    image(&base);
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-b", text(&base), "-F", "raw", text(&top)]);
+    let write = |what: &str| tool("qemu-io", &["-f", "qcow2", "-c", what, text(&top)]);
+    write("write -P 7 6M 1M");
+    // Zeros over content of the base are the image's own, too.
+    write("write -z 0 64k");
+    let server = qemu_nbd(dir.path(), &["-f", "qcow2", "-A", text(&top)]);
+    let mut client = Client::connect_own_layer(server.path(), "disk0", WAIT).unwrap();
+    assert!(client.knows_status());
+    let (mut at, mut own) = (0, Vec::new());
+    while at < client.size() {
+        for Extent { len, hole, zero } in client.status(at, client.size() - at).unwrap() {
+            assert!(!zero, "nobody says so");
+            if !hole {
+                own.push(at..at + len);
+            }
+            at += len;
+        }
+    }
+    assert_eq!(own, [0..64 << 10, 6 * MIB..7 * MIB]);
+}
+
+#[test]
 fn our_client_at_qemu_nbd() {
     for format in ["raw", "qcow2"] {
         let dir = TempDir::new().unwrap();

@@ -18,7 +18,7 @@ use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
 use super::copies::{Copy, lock};
-use crate::nbd::{self, BlockSize, Client, Export, Extent};
+use crate::nbd::{self, BlockSize, Client, Export, Extent, NbdError};
 use crate::relay::{ImageReader, Inlet};
 use crate::vmm::{Mirror, MirrorParams, Qemu, ResolvedDisk};
 
@@ -39,6 +39,9 @@ pub(super) fn spaces(disks: &[ResolvedDisk]) -> Vec<DiskSpace> {
     let moving = disks.iter().filter(|disk| disk.moves());
     moving.map(|d| DiskSpace { bytes: d.size, backed: !d.backing.is_empty() }).collect()
 }
+
+/// How a client reaches an export.
+type Connect = fn(&Path, &str, Duration) -> Result<Client, NbdError>;
 
 /// The images of a running copy, each readable through its QEMU.
 pub(super) struct Images {
@@ -66,14 +69,14 @@ impl Images {
     pub async fn readers(&self) -> Result<Vec<(DiskSpace, Box<dyn ImageReader>)>, String> {
         let mut readers: Vec<(DiskSpace, Box<dyn ImageReader>)> = Vec::new();
         for (disk, space) in self.disks.iter().zip(spaces(&self.disks)) {
-            readers.push((space, Box::new(Reader(self.client(disk).await?))));
+            readers.push((space, Box::new(Reader(self.client(disk, Client::connect).await?))));
         }
         Ok(readers)
     }
 
-    async fn client(&self, disk: &ResolvedDisk) -> Result<Client, String> {
+    async fn client(&self, disk: &ResolvedDisk, connect: Connect) -> Result<Client, String> {
         let (socket, id) = (self.socket.clone(), disk.id.clone());
-        let connect = move || Client::connect(&socket, &id, READ);
+        let connect = move || connect(&socket, &id, READ);
         let client = tokio::task::spawn_blocking(connect).await.map_err(|e| e.to_string())?;
         client.map_err(|e| format!("{} at the source: {e}", disk.id))
     }
@@ -186,13 +189,13 @@ impl Mirrors {
             streams: Streams::default(),
         };
         for (disk, inlet) in this.images.disks.iter().zip(inlets) {
-            if disk.backing.is_empty() {
-                note_content(this.images.client(disk).await?, Arc::clone(inlet)).await?;
-            }
+            let own = !disk.backing.is_empty();
+            let connect = if own { Client::connect_own_layer } else { Client::connect };
+            note_content(this.images.client(disk, connect).await?, Arc::clone(inlet), own).await?;
             let socket = copy.dir.join(format!("mirror-{}.sock", disk.id));
             let target = Target {
                 inlet: Arc::clone(inlet),
-                image: Mutex::new(this.images.client(disk).await?),
+                image: Mutex::new(this.images.client(disk, Client::connect).await?),
             };
             this.servers.push(serve(&this.streams, &socket, &disk.id, target)?);
             let params = MirrorParams {
@@ -294,15 +297,20 @@ fn failure(mirror: &Mirror) -> Result<(), String> {
     }
 }
 
-/// Tells the relay what the image says it holds: all of it is read, whatever the mirror writes.
-async fn note_content(mut image: Client, inlet: Arc<Inlet>) -> Result<(), String> {
+/// Tells the relay what the image says it holds: all of it is read, whatever the mirror writes. Of one
+/// with layers below it only what is its own: the far side has those.
+async fn note_content(mut image: Client, inlet: Arc<Inlet>, own: bool) -> Result<(), String> {
     let note = move || -> io::Result<()> {
         let (mut at, end) = (0, inlet.bytes());
-        while at < end && image.knows_status() {
+        if !image.knows_status() {
+            return Err(io::Error::other("its QEMU does not say"));
+        }
+        while at < end {
             for extent in image.status(at, (end - at).min(1 << 30))? {
                 let len = extent.len.min(end - at);
                 let whole = at.next_multiple_of(4096)..(at + len) / 4096 * 4096;
-                if !extent.zero && !whole.is_empty() {
+                let holds = if own { !extent.hole } else { !extent.zero };
+                if holds && !whole.is_empty() {
                     inlet.holds(whole.start, whole.end - whole.start)?;
                 }
                 at += len;

@@ -17,7 +17,9 @@ use super::codec::transmission::{
     ChunkHeader, ChunkKind, Command, DATA_OFFSET_BYTES, HOLE_BYTES, ReplyHeader, Request,
     command_flag, decode_error, decode_hole, decode_status, state_flag,
 };
-use super::codec::{BlockSize, ErrorCode, Extent, PAYLOAD_BYTES_MAX};
+use super::codec::{
+    ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSize, ErrorCode, Extent, OWN_LAYER, PAYLOAD_BYTES_MAX,
+};
 
 mod handshake;
 mod pieces;
@@ -39,6 +41,7 @@ pub struct Client {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
     terms: Terms,
+    meta: &'static str,
     cookie: u64,
     ended: bool,
 }
@@ -68,23 +71,37 @@ impl Client {
     ///
     /// Errors: nobody listens, the deadline, no such export, a peer that is no NBD server.
     pub fn connect(path: &Path, export: &str, deadline: Duration) -> Result<Self, NbdError> {
-        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-        // Before connecting: also a full backlog is a wait.
-        socket.set_write_timeout(Some(deadline))?;
-        socket.set_read_timeout(Some(deadline))?;
-        socket.connect(&socket2::SockAddr::unix(path)?)?;
-        Self::over(UnixStream::from(OwnedFd::from(socket)), export, deadline)
+        Self::over(dial(path, deadline)?, export, deadline)
+    }
+
+    /// As [`Client::connect`], to an export of QEMU's whose [`Client::status`] then tells what is allocated
+    /// in the image itself: all else is a hole, whatever the images below it hold.
+    pub fn connect_own_layer(
+        path: &Path,
+        export: &str,
+        deadline: Duration,
+    ) -> Result<Self, NbdError> {
+        Self::shake(dial(path, deadline)?, export, deadline, ALLOCATION_DEPTH)
     }
 
     /// As [`Client::connect`], over a connected socket.
     pub fn over(stream: UnixStream, export: &str, deadline: Duration) -> Result<Self, NbdError> {
+        Self::shake(stream, export, deadline, BASE_ALLOCATION)
+    }
+
+    fn shake(
+        stream: UnixStream,
+        export: &str,
+        deadline: Duration,
+        meta: &'static str,
+    ) -> Result<Self, NbdError> {
         stream.set_nonblocking(false)?;
         stream.set_write_timeout(Some(deadline))?;
         stream.set_read_timeout(Some(deadline))?;
         let mut writer = stream.try_clone()?;
         let mut reader = BufReader::with_capacity(READ_AHEAD, stream);
-        let terms = handshake(&mut reader, &mut writer, export)?;
-        Ok(Self { reader, writer, terms, cookie: 0, ended: false })
+        let terms = handshake(&mut reader, &mut writer, export, meta)?;
+        Ok(Self { reader, writer, terms, meta, cookie: 0, ended: false })
     }
 
     /// Size of the export, bytes.
@@ -359,10 +376,11 @@ impl Client {
                 }
                 // Exactly one: a second one overlaps the first.
                 piece.cover(call.offset, call.offset, piece.len)?;
+                let own = self.meta == ALLOCATION_DEPTH;
                 found.extend(descriptors.iter().map(|d| Extent {
                     len: d.len.into(),
-                    hole: d.flags & state_flag::HOLE != 0,
-                    zero: d.flags & state_flag::ZERO != 0,
+                    hole: if own { d.flags != OWN_LAYER } else { d.flags & state_flag::HOLE != 0 },
+                    zero: !own && d.flags & state_flag::ZERO != 0,
                 }));
             }
             (ChunkKind::Error, _) => {
@@ -380,6 +398,15 @@ impl Client {
         (&mut self.reader).take(len.min(PAYLOAD_BYTES_MAX).into()).read_to_end(&mut payload)?;
         if payload.len() as u64 == u64::from(len) { Ok(payload) } else { Err(NbdError::Closed) }
     }
+}
+
+/// A connected socket. Before connecting it gets its deadline: also a full backlog is a wait.
+fn dial(path: &Path, deadline: Duration) -> Result<UnixStream, NbdError> {
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+    socket.set_write_timeout(Some(deadline))?;
+    socket.set_read_timeout(Some(deadline))?;
+    socket.connect(&socket2::SockAddr::unix(path)?)?;
+    Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
 #[cfg(test)]

@@ -17,8 +17,12 @@ pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 pub const TEXT_BYTES_MAX: usize = 4096;
 /// Most descriptors in one block status.
 pub const DESCRIPTORS_MAX: u32 = 1 << 20;
-/// The one metadata context that is known.
+/// The metadata context that a server here knows.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+/// QEMU's own: in which layer of an image a block is allocated, [`OWN_LAYER`] for the topmost.
+pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+/// The depth of what is allocated in the image itself and not in one below it.
+pub const OWN_LAYER: u32 = 1;
 
 /// Bytes that are no message of the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

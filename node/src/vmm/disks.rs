@@ -140,7 +140,7 @@ impl Qemu {
         }
     }
 
-    /// Exports block node `node` (a disk's id) as `name` on the NBD server.
+    /// Exports block node `node` (a disk's id) as `name` on the NBD server, which also tells what is in its own layer.
     ///
     /// # Errors
     /// No server, no such node, or the name is taken.
@@ -152,6 +152,7 @@ impl Qemu {
     ) -> Result<(), ProcessError> {
         let arguments = json!({
             "type": "nbd", "id": name, "node-name": node, "name": name, "writable": writable,
+            "allocation-depth": true,
         });
         self.order("block-export-add", arguments).await
     }

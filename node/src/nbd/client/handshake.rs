@@ -9,7 +9,7 @@ use super::super::codec::handshake::{
     ClientOption, FIXED_NEWSTYLE, GREETING_BYTES, Info, InfoRequest, MetaRequest, NO_ZEROES,
     OptionReply, OptionReplyHeader, Refusal, decode_greeting,
 };
-use super::super::codec::{BASE_ALLOCATION, BlockSize, PAYLOAD_BYTES_MAX};
+use super::super::codec::{BlockSize, PAYLOAD_BYTES_MAX};
 use super::NbdError;
 
 /// Replies to one option.
@@ -25,15 +25,16 @@ pub(super) struct Terms {
     pub block: BlockSize,
     /// Reads are answered with chunks.
     pub structured: bool,
-    /// The id of `base:allocation`, if the server has it.
+    /// The id of the metadata context that was asked for, if the server has it.
     pub context: Option<u32>,
 }
 
-/// From the greeting to transmission.
+/// From the greeting to transmission; `meta` is the metadata context to ask for.
 pub(super) fn handshake(
     reader: &mut impl Read,
     writer: &mut impl Write,
     export: &str,
+    meta: &str,
 ) -> Result<Terms, NbdError> {
     let mut greeting = [0; GREETING_BYTES];
     reader.read_exact(&mut greeting)?;
@@ -48,12 +49,12 @@ pub(super) fn handshake(
     let structured = ask(&ClientOption::StructuredReply)?.1.is_none();
     let mut context = None;
     if structured {
-        let queries = vec![BASE_ALLOCATION.to_owned()];
+        let queries = vec![meta.to_owned()];
         let request = MetaRequest { export: export.to_owned(), queries };
         let (replies, refusal) = ask(&ClientOption::SetMeta(request))?;
         if refusal.is_none() {
             context = replies.into_iter().find_map(|reply| match reply {
-                OptionReply::Meta { id, name } if name == BASE_ALLOCATION => Some(id),
+                OptionReply::Meta { id, name } if name == meta => Some(id),
                 _ => None,
             });
         }
