@@ -24,6 +24,7 @@ mod flip;
 mod group;
 mod hold;
 mod images;
+mod keeping;
 mod leave;
 mod migrate;
 mod mirrors;

@@ -21,9 +21,9 @@ use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
-use super::{boot, images, mirrors, nics, ports, wires};
+use super::{boot, images, keeping, mirrors, nics, ports, wires};
 use crate::store::Hard;
-use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy};
+use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy, reserve};
 
 /// How long a superseded QEMU may take to leave.
 const QUIT: Duration = Duration::from_secs(5);
@@ -150,6 +150,7 @@ async fn find_living(
     for dir in copy_dirs(&node.vm_dir()).map_err(DriverError::of)? {
         match Qemu::readopt(&dir).await {
             Ok(Adoption::Alive(qemu)) => {
+                reserve::release(qemu.spec());
                 let moving = saved.moving.iter().find(|m| m.copy == qemu.copy());
                 let ran = moving.is_none_or(|m| m.role == Role::Source || m.started);
                 living.insert(qemu.copy(), Arc::new(Copy::new(qemu, ran)));
@@ -178,15 +179,21 @@ async fn end_superseded(
     let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c) && !saved.has_missed(c);
     for copy in living.values().filter(|c| superseded(c)) {
         tracing::info!(vm = %copy.spec.name, copy = %copy.id, "superseded: ending it");
+        let ran = copy.qemu().run_state().await.is_ok_and(|s| s.status != "inmigrate");
         // Not by a signal: what it has of its disks is content for the next try.
         if copy.qemu().quit(QUIT).await.is_err() {
             copy.qemu().kill().await.map_err(DriverError::of)?;
         }
         remove(&copy.dir);
+        // The next thing that is heard may be that the source tries again: that waits for the mark.
+        let mark = node.keeping.begin(copy.vm());
         let (node, copy) = (Arc::clone(node), Arc::clone(copy));
-        // Waited for: the next thing that is heard may be that the source tries again.
-        let kept = tokio::task::spawn_blocking(move || images::keep(&node, &copy, false)).await;
-        kept.map_err(DriverError::of)?;
+        // Not waited for: this host's votes are.
+        tokio::task::spawn_blocking(move || {
+            keeping::disks(&node, &copy, ran);
+            keeping::memory(&node, &copy, ran);
+            drop(mark);
+        });
     }
     living.retain(|_, c| !superseded(c));
     Ok(())

@@ -24,6 +24,8 @@ use crate::vmm::{Mode, ResolvedSpec, image};
 const BLOB: &str = "device.state";
 /// How long a QEMU may take to load device state.
 const LOAD: Duration = Duration::from_secs(30);
+/// How long a move waits for what is being kept of its VM.
+const KEEPING: Duration = Duration::from_secs(20);
 /// How long the source may be silent on the bulk connection.
 const SILENCE: Duration = Duration::from_secs(90);
 
@@ -45,6 +47,12 @@ impl Worker {
         let spec = ResolvedSpec::decode(spec).map_err(|e| format!("the source's VM: {e}"))?;
         if spec.id != self.vm {
             return Err("the source's description is of another VM".into());
+        }
+        // What is being kept of it is content for this very move, and its memory still counts.
+        let (keeping, vm) = (Arc::clone(&self.node.keeping), self.vm);
+        let kept = move || keeping.wait(vm, std::time::Instant::now() + KEEPING);
+        if !tokio::task::spawn_blocking(kept).await.map_err(|e| e.to_string())? {
+            tracing::warn!(%vm, "a migration begins before what was here of it is kept");
         }
         let budget = boot::budget(&self.node);
         self.node.takes_vms()?;

@@ -1,17 +1,17 @@
 //! The destination's disks: their images, filled through the QEMU that will use them.
 //!
-//! Owns the sockets between this node and that QEMU for the disks of one incoming migration, and
-//! what becomes of images that are not needed any more. Invariant: before a copy counts as loaded
-//! its images are flushed and nobody but its QEMU has them open.
+//! Owns the sockets between this node and that QEMU for the disks of one incoming migration.
+//! Invariant: before a copy counts as loaded its images are flushed and nobody but its QEMU has them
+//! open.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::layout::{Layout, Place};
-use godwit_protocol::id::{CopyId, VmId};
+use godwit_protocol::id::CopyId;
 use godwit_protocol::limits::CHUNK_BYTES;
 
 use super::copies::{Copy, lock};
@@ -19,8 +19,7 @@ use super::node::Node;
 use super::{bulk, hold, mirrors};
 use crate::nbd::Client;
 use crate::relay::{PageSink, Settle};
-use crate::store::images::Kind;
-use crate::vmm::{Backing, Reservation, ResolvedDisk, ResolvedSpec, image, reserve};
+use crate::vmm::{Backing, Refusal, Reservation, ResolvedDisk, ResolvedSpec, image, reserve};
 
 /// How long QEMU may take to answer on its own disk.
 const WRITE: Duration = Duration::from_secs(60);
@@ -28,8 +27,6 @@ const WRITE: Duration = Duration::from_secs(60);
 const CLIENTS: usize = 2;
 /// How often what was written is flushed: little is left for the stop.
 const FLUSH: Duration = Duration::from_secs(1);
-/// Free share of a file system below which nothing is kept there that was received in vain.
-const LEAST_FREE: f64 = 0.05;
 /// How long indexing what this host has may hold up a migration.
 const INDEX: Duration = Duration::from_secs(20);
 
@@ -45,10 +42,13 @@ pub(super) fn make(node: &Node, spec: &ResolvedSpec, copy: CopyId) -> Result<Roo
     std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
     let find = |base: &Backing| node.images.find(&base.blake3, base.bytes);
     let spec = spec.place(dir, copy, find).map_err(|e| e.to_string())?;
-    let reserved = reserve::reserve(&spec, dir).map_err(|e| e.to_string())?;
+    let reserved = reserve::reserve(&spec, dir).or_else(|refusal| match lacking(&refusal) {
+        // What is only kept gives way, what earlier tries left of this VM last.
+        Some(bytes) if node.images.give_up(dir, bytes, spec.id) => reserve::reserve(&spec, dir),
+        _ => Err(refusal),
+    });
+    let reserved = reserved.map_err(|e| e.to_string())?;
     image::create(&spec).map_err(|e| e.to_string())?;
-    // What is being kept this moment may be this VM's.
-    drop(lock(&node.keeping));
     // What is here is worth waiting for; what is not indexed by then crosses.
     node.images.hurry();
     if !node.images.wait_indexed(Instant::now() + INDEX) {
@@ -63,7 +63,18 @@ pub(super) fn has_room(node: &Node, spec: &ResolvedSpec) -> Result<(), String> {
     std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
     let find = |base: &Backing| node.images.find(&base.blake3, base.bytes);
     let spec = spec.place(dir, CopyId([0; 16]), find).map_err(|e| e.to_string())?;
-    reserve::check_room(&spec, dir).map_err(|e| e.to_string())
+    match reserve::check_room(&spec, dir) {
+        Err(refusal) if lacking(&refusal).is_none_or(|b| b > node.images.spare_bytes(dir)) => {
+            Err(refusal.to_string())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that there is too little room for, if it is that.
+fn lacking(refusal: &Refusal) -> Option<u64> {
+    let Refusal::Space { need_mib, room_mib, .. } = refusal else { return None };
+    Some(need_mib.saturating_sub(*room_mib).saturating_mul(1 << 20))
 }
 
 /// One disk as it is filled.
@@ -247,72 +258,4 @@ pub(super) fn attach(node: &Node, copy: &Copy) {
             tracing::warn!(disk = disk.id, %error, "not used as content");
         }
     }
-}
-
-/// What a copy leaves behind when it has moved away, or was received in vain: content for the next
-/// move. Its QEMU has ended. Blocks.
-///
-/// `whole`: the guest ran in it; what an earlier copy of the VM left is of no more use then.
-pub(super) fn keep(node: &Node, copy: &Copy, whole: bool) {
-    let _keeping = lock(&node.keeping);
-    node.images.detach_disks(copy.id);
-    if let Some(path) = short_of_space(node, copy).filter(|_| !whole) {
-        tracing::warn!(path = %path.display(), "removed, not kept: its file system is nearly full");
-        if let Err(error) = image::remove(&copy.spec, &node.options.image_dir, copy.id) {
-            tracing::warn!(%error, "an image that is of no use stays");
-        }
-        return;
-    }
-    for disk in copy.spec.moving() {
-        let owned = disk.path.starts_with(&node.options.image_dir);
-        let kept = retire(&disk.path, copy.id, owned)
-            .map_err(|e| e.to_string())
-            .and_then(|path| keep_file(node, &path, copy.vm(), owned));
-        if let Err(error) = kept {
-            tracing::warn!(path = %disk.path.display(), error, "not kept as content");
-        }
-    }
-    if whole {
-        forget_older(node, copy);
-    }
-    let memory = bulk::Readable(Arc::clone(&copy.memory));
-    if let Err(error) = node.images.keep_memory(&memory, copy.vm(), copy.id) {
-        tracing::warn!(copy = %copy.id, %error, "its memory is not kept");
-    }
-}
-
-/// The image directory, if what was received there in vain would keep it full.
-fn short_of_space<'a>(node: &'a Node, copy: &Copy) -> Option<&'a Path> {
-    let dir = node.options.image_dir.as_path();
-    let owned = copy.spec.moving().any(|disk| disk.path.starts_with(dir));
-    let free = reserve::free_share(dir).unwrap_or(1.0);
-    (owned && free < LEAST_FREE).then_some(dir)
-}
-
-fn forget_older(node: &Node, copy: &Copy) {
-    let this = copy.id.to_string();
-    let kept = node.images.list().into_iter().filter(|image| {
-        matches!(image.kind, Kind::KeptDisk | Kind::KeptMemory) && image.vm == Some(copy.vm())
-    });
-    for image in kept.filter(|image| !image.path.to_string_lossy().contains(&this)) {
-        if let Err(error) = node.images.remove(&image.path) {
-            tracing::debug!(path = %image.path.display(), %error, "an older image stays");
-        }
-    }
-}
-
-fn keep_file(node: &Node, path: &Path, vm: VmId, owned: bool) -> Result<(), String> {
-    node.images.keep(path, Kind::KeptDisk, vm, owned).map(drop).map_err(|e| e.to_string())
-}
-
-/// An operator's own image gets a name that says that its VM has moved; nothing else is done to it.
-fn retire(path: &Path, copy: CopyId, owned: bool) -> io::Result<PathBuf> {
-    if owned {
-        return Ok(path.to_owned());
-    }
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".moved-{copy}"));
-    let to = PathBuf::from(name);
-    std::fs::rename(path, &to)?;
-    Ok(to)
 }

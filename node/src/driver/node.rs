@@ -88,8 +88,7 @@ pub(super) struct Node {
     pub links: Links,
     pub corpus: Arc<Corpus>,
     pub images: Arc<Images>,
-    /// Held while a copy's disks and memory are being kept.
-    pub keeping: Mutex<()>,
+    pub keeping: Arc<super::keeping::Keeping>,
     pub chunk_key: [u8; 32],
     pub copies: Copies,
     pub asks: Asks,

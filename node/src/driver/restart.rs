@@ -18,8 +18,8 @@ use super::{answers, bulk, leave, switch};
 use crate::link::{self, Links};
 use crate::net::{Net, NetConfig, NetEvent};
 use crate::store::{Corpus, Hard, Images, Settings};
-use crate::vmm::HostCaps;
 use crate::vmm::resolved::BASELINE_CPU;
+use crate::vmm::{HostCaps, reserve};
 
 /// Pages that the index of known content may hold: 64 GiB of images.
 const CORPUS_PAGES: usize = 16 << 20;
@@ -87,7 +87,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         links,
         corpus,
         images,
-        keeping: Mutex::default(),
+        keeping: Arc::default(),
         chunk_key,
         copies: Copies::default(),
         asks: Asks::default(),
@@ -123,6 +123,7 @@ fn open_images(
         state: options.state.clone(),
         keep: options.keep,
         keep_bytes: options.keep_bytes,
+        room: reserve::room,
     };
     let images = Images::open(Arc::clone(hard), Arc::clone(corpus), settings);
     Ok(Arc::new(images.map_err(DriverError::of)?))

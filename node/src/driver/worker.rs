@@ -12,7 +12,7 @@ use super::copies::Copy;
 use super::destination::Receiving;
 use super::node::{Node, wall_us};
 use super::source::Sending;
-use super::{cutover, hold, images, migrate, wires};
+use super::{cutover, hold, images, keeping, migrate, wires};
 
 /// Effects that may wait at one worker. A migration has few at a time.
 const EFFECTS: usize = 32;
@@ -136,8 +136,7 @@ impl Worker {
         match qemu.cont().await {
             Ok(at) => {
                 let at_us = at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0));
-                wires::runs_here(&self.node, &copy).await;
-                images::attach(&self.node, &copy);
+                runs_here(&self.node, &copy).await;
                 if self.receiving.is_some() {
                     hold::at("running").await;
                 }
@@ -171,8 +170,7 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
             }
             if let Ok(at) = qemu.cont().await {
                 let at_us = at.map_or_else(wall_us, |t| u64::try_from(t.micros).unwrap_or(0));
-                wires::runs_here(&node, &copy).await;
-                images::attach(&node, &copy);
+                runs_here(&node, &copy).await;
                 return node.happened(id, Happened::Running(at_us)).await;
             }
         }
@@ -185,10 +183,25 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
 /// Ends a copy that has moved away or was received in vain. Its disks and its memory stay for a time,
 /// as content: what comes back need not cross again.
 async fn retire(node: &Arc<Node>, id: CopyId) {
+    // Before others can hear that it is gone and try again.
+    let mark = node.copies.get(id).map(|copy| node.keeping.begin(copy.vm()));
     let Some(copy) = discard(node, id).await else { return };
     let node = Arc::clone(node);
-    // Not waited for: nobody needs it before the next migration.
-    tokio::task::spawn_blocking(move || images::keep(&node, &copy, copy.ran()));
+    // Not waited for: nobody needs it before the next migration of this VM.
+    tokio::task::spawn_blocking(move || {
+        keeping::disks(&node, &copy, copy.ran());
+        keeping::memory(&node, &copy, copy.ran());
+        drop(mark);
+    });
+}
+
+/// The guest runs here: others may reach it, its disks are content, and what earlier tries left of it
+/// is of no more use.
+async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
+    wires::runs_here(node, copy).await;
+    images::attach(node, copy);
+    let (images, vm) = (Arc::clone(&node.images), copy.vm());
+    tokio::task::spawn_blocking(move || images.end_in_vain(vm));
 }
 
 /// Ends a copy's QEMU and removes what it held; its disks' images stay. The guest must not be needed

@@ -135,18 +135,32 @@ impl ImageError {
 pub struct Settings {
     /// The state directory: `index/` and `kept/` are made in it.
     pub state: PathBuf,
-    /// How long is kept what moved away or was received in vain.
+    /// How long is kept what moved away.
     pub keep: Duration,
-    /// How much of it, bytes on the disk; 0: nothing.
+    /// How much of it, bytes on the disk; 0: nothing of what moved away.
     pub keep_bytes: u64,
+    /// Bytes that may still be written where a path lies.
+    pub room: fn(&Path) -> std::io::Result<u64>,
 }
 
 impl Settings {
     /// What is kept unless the operator says otherwise: 20 GiB for a day.
     #[must_use]
-    pub fn new(state: PathBuf) -> Self {
-        Self { state, keep: Duration::from_secs(24 * 3600), keep_bytes: 20 << 30 }
+    pub fn new(state: PathBuf, room: fn(&Path) -> std::io::Result<u64>) -> Self {
+        Self { state, keep: Duration::from_secs(24 * 3600), keep_bytes: 20 << 30, room }
     }
+}
+
+/// On what terms a file is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// Whose content it is.
+    pub vm: VmId,
+    /// Whether godwit made the file: then it gets mode 0600, and is deleted with its entry.
+    pub owned: bool,
+    /// Received by a move that did not end here: it waits for the next try for an hour, whatever the
+    /// [`Settings`] say.
+    pub in_vain: bool,
 }
 
 /// The image library of a host. Everything here may block for some file operations, and what is
@@ -246,23 +260,18 @@ impl Images {
     }
 
     /// Keeps a file as a source for the time and within the bound of the [`Settings`]; older ones
-    /// make room. It gets mode 0600. An `owned` one is deleted with its entry, or at once if it is
-    /// not kept (the bound is 0, or less than the file), which is answered with none.
+    /// make room. An owned one is deleted at once if it is not kept (the bound is 0, or less than the
+    /// file), which is answered with none. In vain, it takes the place of what earlier tries left of
+    /// the same disk, unless that is more.
     ///
     /// # Errors
     /// [`ImageError`]; the file and the library are as before.
-    pub fn keep(
-        &self,
-        path: &Path,
-        kind: Kind,
-        vm: VmId,
-        owned: bool,
-    ) -> Result<Option<Image>, ImageError> {
-        self.library.keep(&file(path)?, kind, vm, owned, kept::wall_s())
+    pub fn keep(&self, path: &Path, kind: Kind, keep: Keep) -> Result<Option<Image>, ImageError> {
+        self.library.keep(&file(path)?, kind, keep, kept::wall_s())
     }
 
     /// Writes memory to a file of its own and keeps it: holes and pages of zeros stay holes
-    /// (blocks). None: it is not kept, as with [`Images::keep`].
+    /// (blocks). None: it is not kept, as with [`Images::keep`], or there is no room for it.
     ///
     /// # Errors
     /// [`ImageError`]; nothing was kept.
@@ -271,8 +280,27 @@ impl Images {
         memory: &dyn ReadAt,
         vm: VmId,
         copy: CopyId,
+        in_vain: bool,
     ) -> Result<Option<Image>, ImageError> {
-        self.library.keep_memory(memory, vm, copy)
+        self.library.keep_memory(memory, vm, copy, in_vain)
+    }
+
+    /// Ends what was kept for the next try of a move of this VM: one has ended here.
+    pub fn end_in_vain(&self, vm: VmId) {
+        self.library.end_in_vain(vm, |_, _| true);
+    }
+
+    /// Bytes that [`Images::give_up`] could free where `dir` lies.
+    #[must_use]
+    pub fn spare_bytes(&self, dir: &Path) -> u64 {
+        self.library.spare_bytes(dir)
+    }
+
+    /// Frees `bytes` where `dir` lies of what is only kept, the oldest first, that of the VM `last` after
+    /// all else. False: there is not as much, and nothing was deleted.
+    #[must_use]
+    pub fn give_up(&self, dir: &Path, bytes: u64, last: VmId) -> bool {
+        self.library.give_up(dir, bytes, last)
     }
 
     /// Ends the keeping of what is older than its time at `now_s` (seconds since 1970), or over the

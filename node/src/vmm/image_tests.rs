@@ -165,6 +165,11 @@ fn room_is_held_given_back_and_refused() {
     assert_eq!(file.metadata().unwrap().blocks(), 0);
     drop(held);
     assert!(!file.exists());
+    // A share of the file system stays free, whatever is asked for.
+    let stat = nix::sys::statvfs::statvfs(dir.path()).unwrap();
+    let free = stat.blocks_available() * stat.fragment_size();
+    placed.disks[0].allocated = free / 21 * 20 - (64 << 20);
+    assert!(matches!(reserve(&placed, dir.path()), Err(Refusal::Space { .. })));
     placed.disks[0].allocated = 1 << 45;
     let refused = reserve(&placed, dir.path()).unwrap_err().to_string();
     assert!(refused.starts_with("no space: the VM's disks need 35232154 MiB, "), "{refused}");

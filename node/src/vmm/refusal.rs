@@ -94,12 +94,14 @@ pub enum Refusal {
         disk: String,
     },
     /// Too little room for the disks.
-    #[error("no space: the VM's disks need {need_mib} MiB, {dir} has {free_mib} MiB free")]
+    #[error(
+        "no space: the VM's disks need {need_mib} MiB, {dir} has room for {room_mib} MiB (5 % stay free); free some or choose another --image-dir"
+    )]
     Space {
         /// What they need, in MiB.
         need_mib: u64,
-        /// What is free, in MiB.
-        free_mib: u64,
+        /// What may be written, in MiB.
+        room_mib: u64,
         /// Where.
         dir: String,
     },

@@ -18,6 +18,8 @@ use super::resolved::ResolvedSpec;
 
 /// Room is given back in steps of this many bytes, so that not every write costs a system call.
 const STEP: u64 = 16 << 20;
+/// What share of a file system stays free: one part in so many.
+const STAYS_FREE: u64 = 20;
 
 /// Room that is held for one image. Dropping it gives it back.
 #[derive(Debug)]
@@ -65,12 +67,12 @@ pub(super) fn reserve_path(image: &Path) -> PathBuf {
 }
 
 /// Holds what the moving disks of a placed spec take at their source, and 5 % more, in `dir`. Blocking. A file system
-/// that cannot allocate ahead is only asked what it has free.
+/// that cannot allocate ahead is only asked what room it has.
 ///
 /// # Errors
 /// [`Refusal::Space`]; nothing is held then.
 pub fn reserve(spec: &ResolvedSpec, dir: &Path) -> Result<Vec<Reservation>, Refusal> {
-    let no_space = room(spec, dir)?;
+    let no_space = fits(spec, dir)?;
     let mut held = Vec::new();
     for disk in spec.moving() {
         let path = reserve_path(&disk.path);
@@ -86,12 +88,12 @@ pub fn reserve(spec: &ResolvedSpec, dir: &Path) -> Result<Vec<Reservation>, Refu
     Ok(held)
 }
 
-/// Whether what [`reserve`] would hold is free in `dir`.
+/// Whether there is room in `dir` for what [`reserve`] would hold.
 ///
 /// # Errors
 /// [`Refusal::Space`].
 pub fn check_room(spec: &ResolvedSpec, dir: &Path) -> Result<(), Refusal> {
-    room(spec, dir).map(drop)
+    fits(spec, dir).map(drop)
 }
 
 /// What a disk that takes so much at its source needs, bytes.
@@ -100,31 +102,35 @@ fn need(allocated: u64) -> u64 {
 }
 
 /// Checks that there is room; answers with what to say if it turns out otherwise.
-fn room(spec: &ResolvedSpec, dir: &Path) -> Result<impl Fn() -> Refusal + use<>, Refusal> {
+fn fits(spec: &ResolvedSpec, dir: &Path) -> Result<impl Fn() -> Refusal + use<>, Refusal> {
     let total = spec.moving().fold(0_u64, |sum, disk| sum.saturating_add(need(disk.allocated)));
-    let free = free_bytes(dir).map_err(|error| file_refusal(dir, &error))?;
+    let room = room(dir).map_err(|error| file_refusal(dir, &error))?;
     let dir = dir.display().to_string();
     let no_space = move || Refusal::Space {
         need_mib: total.div_ceil(1 << 20),
-        free_mib: free >> 20,
+        room_mib: room >> 20,
         dir: dir.clone(),
     };
-    if total > free { Err(no_space()) } else { Ok(no_space) }
+    if total > room { Err(no_space()) } else { Ok(no_space) }
 }
 
-/// What a user may still allocate where `dir` lies, in bytes.
-fn free_bytes(dir: &Path) -> io::Result<u64> {
-    let stat = statvfs(dir)?;
-    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+/// Gives back what a node that was killed held for the disks of `spec`.
+pub fn release(spec: &ResolvedSpec) {
+    for disk in spec.moving() {
+        // There is none beside an image that nothing was received into.
+        let _ = std::fs::remove_file(reserve_path(&disk.path));
+    }
 }
 
-/// What share of its file system is free at `dir`, 0 to 1.
+/// What may still be written where `dir` lies, in bytes: one part in [`STAYS_FREE`] of a file system stays free, because
+/// a node that cannot write its promises ends.
 ///
 /// # Errors
 /// The file system's.
-pub fn free_share(dir: &Path) -> io::Result<f64> {
+pub fn room(dir: &Path) -> io::Result<u64> {
     let stat = statvfs(dir)?;
-    Ok(stat.blocks_available() as f64 / stat.blocks().max(1) as f64)
+    let left = stat.blocks_available().saturating_sub(stat.blocks() / STAYS_FREE);
+    Ok(left.saturating_mul(stat.fragment_size()))
 }
 
 fn hold(disk: String, path: PathBuf, bytes: u64) -> io::Result<Reservation> {

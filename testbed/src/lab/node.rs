@@ -21,6 +21,8 @@ use super::{Host, cleanup, ns};
 
 /// UDP and TCP port of a node in the lab, unless told otherwise.
 pub const PORT: u16 = 7700;
+/// How long a node may take to forget a file.
+const FORGET: Duration = Duration::from_secs(60);
 /// Output of one CLI command that is kept, in bytes.
 const OUTPUT_MAX: u64 = 16 << 20;
 
@@ -246,6 +248,22 @@ impl Node {
             );
         }
         out.json()
+    }
+
+    /// Ends whatever it keeps of moves, also for the next try of one, so that a move to it starts from nothing.
+    ///
+    /// # Errors
+    /// The node does not say what it keeps.
+    pub fn forget_kept(&self) -> Result<()> {
+        let images = self.cli_json(&["image", "list"], FORGET)?;
+        for image in images.as_array().into_iter().flatten() {
+            let kept = image["kind"].as_str().is_some_and(|kind| kind.starts_with("kept"));
+            if let Some(path) = image["path"].as_str().filter(|_| kept) {
+                // Refused when it is gone by now.
+                self.cli(&["image", "remove", path], FORGET)?;
+            }
+        }
+        Ok(())
     }
 
     /// The last 4 KiB of the log.

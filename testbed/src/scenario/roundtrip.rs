@@ -18,6 +18,7 @@ use crate::guest::disk::SpecDisk;
 use crate::guest::{Cache, GuestFiles, GuestKind};
 use crate::lab::LabConfig;
 use crate::lab::cleanup::run_dir;
+use crate::lab::node::Node;
 use crate::lab::prober::{ProbeConfig, Prober};
 use crate::lab::qemus::{QemuWatch, double_runs};
 use moves::{Moving, Wish};
@@ -72,7 +73,8 @@ pub fn roundtrip() -> Result<Value> {
     let mut steps = Vec::new();
     let mut step = |name: &str, world: &mut World, work: fn(&mut World) -> Result<Value>| {
         let (began, lines) = (Instant::now(), session.lines());
-        let done = work(world).and_then(|figures| {
+        let fresh = world.swarm.nodes().iter().try_for_each(Node::forget_kept);
+        let done = fresh.and_then(|()| work(world)).and_then(|figures| {
             let more = || Ok(session.lines() > lines + 5);
             world.swarm.wait("the TCP session goes on", SOON, |_| more()).map(|()| figures)
         });

@@ -103,6 +103,10 @@ pub enum Listed {
     KeptDisk(Kept),
     /// Memory that is of use no more.
     KeptMemory(Kept),
+    /// A disk of a move that did not end here, for the next try.
+    DiskInVain(Kept),
+    /// Such memory.
+    MemoryInVain(Kept),
 }
 
 impl Listed {
@@ -110,7 +114,23 @@ impl Listed {
     pub fn kept(&self) -> Option<&Kept> {
         match self {
             Self::Image => None,
-            Self::KeptDisk(kept) | Self::KeptMemory(kept) => Some(kept),
+            Self::KeptDisk(kept)
+            | Self::KeptMemory(kept)
+            | Self::DiskInVain(kept)
+            | Self::MemoryInVain(kept) => Some(kept),
+        }
+    }
+
+    /// Whether it waits for the next try of a move.
+    pub fn in_vain(&self) -> bool {
+        matches!(self, Self::DiskInVain(_) | Self::MemoryInVain(_))
+    }
+
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Image => Kind::Image,
+            Self::KeptDisk(_) | Self::DiskInVain(_) => Kind::KeptDisk,
+            Self::KeptMemory(_) | Self::MemoryInVain(_) => Kind::KeptMemory,
         }
     }
 }
@@ -182,11 +202,9 @@ impl Entry {
     }
 
     pub fn kind(&self) -> Kind {
-        match self.listed {
+        match &self.listed {
             _ if !self.live.is_empty() => Kind::Disk,
-            Some(Listed::KeptDisk(_)) => Kind::KeptDisk,
-            Some(Listed::KeptMemory(_)) => Kind::KeptMemory,
-            Some(Listed::Image) | None => Kind::Image,
+            listed => listed.as_ref().map_or(Kind::Image, Listed::kind),
         }
     }
 
@@ -204,6 +222,11 @@ impl Entry {
     /// The terms, of what is kept and not in use.
     pub fn idle_kept(&self) -> Option<Kept> {
         self.listed.as_ref().and_then(Listed::kept).filter(|_| self.live.is_empty()).copied()
+    }
+
+    /// Whether it waits for the next try of a move.
+    pub fn in_vain(&self) -> bool {
+        self.listed.as_ref().is_some_and(Listed::in_vain)
     }
 
     pub fn shown(&self, path: &Path) -> Image {
@@ -242,7 +265,7 @@ mod tests {
             expires_s: most,
         };
         let stamp = Stamp { dev: most, ino: most, bytes: most, mtime_s: -1, mtime_ns: i64::MIN };
-        let largest = Saved { listed: Listed::KeptMemory(kept), stamp, digest: Some([1; 32]) };
+        let largest = Saved { listed: Listed::MemoryInVain(kept), stamp, digest: Some([1; 32]) };
         let bytes = largest.encode().unwrap();
         assert_eq!(Saved::decode(&bytes).unwrap(), largest);
         for cut in 0..bytes.len() {

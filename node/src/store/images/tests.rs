@@ -1,6 +1,6 @@
 //! The library with real files: what is listed, indexed, found, kept and deleted.
 
-use std::fs::{File, FileTimes};
+use std::fs::{File, FileTimes, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::SystemTime;
 
@@ -12,15 +12,21 @@ const KEY: [u8; 32] = [3; 32];
 const VM: VmId = VmId([8; 16]);
 const COPY: CopyId = CopyId([9; 16]);
 
+const OURS: Keep = Keep { vm: VM, owned: true, in_vain: false };
+const THEIRS: Keep = Keep { owned: false, ..OURS };
+const IN_VAIN: Keep = Keep { in_vain: true, ..OURS };
+
 struct Lab {
     dir: tempfile::TempDir,
     keep_bytes: u64,
     key: [u8; 32],
+    room: fn(&Path) -> std::io::Result<u64>,
 }
 
 impl Lab {
     fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap(), keep_bytes: 1 << 30, key: KEY }
+        let room = |_: &Path| Ok(u64::MAX);
+        Self { dir: tempfile::tempdir().unwrap(), keep_bytes: 1 << 30, key: KEY, room }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -32,7 +38,7 @@ impl Lab {
         let state = self.path("state");
         let hard = Arc::new(Hard::open(&state).unwrap());
         let keep_bytes = self.keep_bytes;
-        let settings = Settings { keep_bytes, ..Settings::new(state) };
+        let settings = Settings { keep_bytes, ..Settings::new(state, self.room) };
         (Images::open(hard, Arc::clone(&corpus), settings).unwrap(), corpus)
     }
 
@@ -217,7 +223,7 @@ fn a_live_disk_stays_until_its_copy_is_gone() {
     assert!(has(&corpus, 2));
     for path in [&path, &named] {
         assert!(matches!(images.remove(path), Err(ImageError::Live(_))));
-        assert!(matches!(images.keep(path, Kind::KeptDisk, VM, true), Err(ImageError::Live(_))));
+        assert!(matches!(images.keep(path, Kind::KeptDisk, OURS), Err(ImageError::Live(_))));
     }
     lab.file("disk.raw", &[4, 4]);
     settle(&images);
@@ -241,11 +247,14 @@ fn the_oldest_makes_room_and_only_our_own_is_deleted() {
     let names = ["a", "b", "c", "d"];
     let paths = names.map(|name| lab.file(name, &pages));
     let each = paths[0].metadata().unwrap().blocks() * 512;
+    let theirs = 0o640;
+    std::fs::set_permissions(&paths[0], Permissions::from_mode(theirs)).unwrap();
     lab.keep_bytes = 2 * each;
     let (images, corpus) = lab.open();
     let now = kept::wall_s();
     let keep = |i: usize, owned, after| {
-        let kept = images.library.keep(&paths[i], Kind::KeptDisk, VM, owned, now + after);
+        let kept =
+            images.library.keep(&paths[i], Kind::KeptDisk, Keep { owned, ..OURS }, now + after);
         kept.unwrap().is_some()
     };
     assert!(keep(1, true, 200));
@@ -256,8 +265,8 @@ fn the_oldest_makes_room_and_only_our_own_is_deleted() {
         (first.kind, first.vm, first.expires_s),
         (Kind::KeptDisk, Some(VM), Some(now + 86_500))
     );
-    let mode = paths[0].metadata().unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
+    let mode = |i: usize| paths[i].metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(0), mode(1)), (theirs, 0o600), "the operator's stays as it is");
     assert!(keep(2, true, 300));
     let listed = || images.list().into_iter().map(|i| i.path).collect::<Vec<_>>();
     assert_eq!(listed(), paths[1..3]);
@@ -268,10 +277,10 @@ fn the_oldest_makes_room_and_only_our_own_is_deleted() {
     assert!(paths[1].exists());
     assert_eq!(listed(), paths[2..3]);
     let larger = lab.file("larger", &[pages.clone(), pages.clone(), pages].concat());
-    assert_eq!(images.keep(&larger, Kind::KeptDisk, VM, true).unwrap(), None);
+    assert_eq!(images.keep(&larger, Kind::KeptDisk, OURS).unwrap(), None);
     assert!(!larger.exists());
     assert_eq!(listed(), paths[2..3], "what is too large drives nothing out");
-    assert!(images.keep(&paths[3], Kind::Image, VM, true).is_err());
+    assert!(images.keep(&paths[3], Kind::Image, OURS).is_err());
     drop(images);
 
     lab.keep_bytes = each / 2;
@@ -281,7 +290,7 @@ fn the_oldest_makes_room_and_only_our_own_is_deleted() {
     drop(images);
     lab.keep_bytes = 0;
     let (images, _) = lab.open();
-    assert_eq!(images.keep(&paths[3], Kind::KeptDisk, VM, false).unwrap(), None);
+    assert_eq!(images.keep(&paths[3], Kind::KeptDisk, THEIRS).unwrap(), None);
     assert!(paths[3].exists());
     drop(corpus);
 }
@@ -292,12 +301,12 @@ fn what_is_kept_can_be_removed_or_become_the_operators() {
     let paths = ["a", "b"].map(|name| lab.file(name, &[1]));
     let (images, _) = lab.open();
     for path in &paths {
-        images.keep(path, Kind::KeptDisk, VM, true).unwrap();
+        images.keep(path, Kind::KeptDisk, OURS).unwrap();
     }
     assert!(images.remove(&paths[0]).unwrap());
     assert!(!paths[0].exists());
     assert_eq!(images.add(&paths[1]).unwrap().kind, Kind::Image);
-    assert_eq!(images.keep(&paths[1], Kind::KeptDisk, VM, true).unwrap().unwrap().expires_s, None);
+    assert_eq!(images.keep(&paths[1], Kind::KeptDisk, OURS).unwrap().unwrap().expires_s, None);
     assert_eq!(images.prune(u64::MAX), 0);
     assert!(!images.remove(&paths[1]).unwrap());
     assert!(paths[1].exists());
@@ -312,12 +321,12 @@ fn memory_is_kept_sparse_bounded_and_across_restarts() {
         memory.write_all_at(&page(n), at << 12).unwrap();
     }
     let (images, corpus) = lab.open();
-    let kept = images.keep_memory(&memory, VM, COPY).unwrap().unwrap();
+    let kept = images.keep_memory(&memory, VM, COPY, false).unwrap().unwrap();
     assert_eq!(kept.path, lab.path(&format!("state/kept/{COPY}.mem")));
     assert_eq!((kept.kind, kept.bytes), (Kind::KeptMemory, 1 << 30));
     assert!(kept.allocated <= 64 << 10, "{}", kept.allocated);
     assert_eq!(kept.path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-    assert!(images.keep_memory(&memory, VM, COPY).is_err(), "a copy is kept once");
+    assert!(images.keep_memory(&memory, VM, COPY, false).is_err(), "a copy is kept once");
     assert!(kept.path.exists());
     settle(&images);
     assert!([1, 2, 3].iter().all(|n| has(&corpus, *n)));
@@ -334,8 +343,74 @@ fn memory_is_kept_sparse_bounded_and_across_restarts() {
     lab.keep_bytes = 4096;
     let other = CopyId([1; 16]);
     let (images, _) = lab.open();
-    assert_eq!(images.keep_memory(&memory, VM, other).unwrap(), None);
+    assert_eq!(images.keep_memory(&memory, VM, other, false).unwrap(), None);
     assert!(!lab.path(&format!("state/kept/{other}.mem")).exists());
+}
+
+#[test]
+fn what_came_in_vain_waits_for_the_next_try_whatever_the_bound_says() {
+    let mut lab = Lab::new();
+    lab.keep_bytes = 0;
+    let disk = |copy: u8, name: &str, pages: usize| {
+        lab.file(&format!("{VM}-{}-{name}", CopyId([copy; 16])), &vec![copy; pages])
+    };
+    let (first, second, other) =
+        (disk(1, "disk0.raw", 8), disk(2, "disk0.raw", 16), disk(1, "disk1.raw", 1));
+    let memory = tempfile::tempfile().unwrap();
+    memory.write_all_at(&page(9), 0).unwrap();
+    let (images, corpus) = lab.open();
+    for path in [&first, &other] {
+        assert!(images.keep(path, Kind::KeptDisk, IN_VAIN).unwrap().is_some());
+    }
+    let kept = images.keep_memory(&memory, VM, COPY, true).unwrap().unwrap();
+    let now = kept::wall_s();
+    assert!(kept.expires_s.unwrap() <= now + 3600 && kept.expires_s.unwrap() > now + 3000);
+    drop((images, corpus));
+
+    let (images, corpus) = lab.open();
+    assert_eq!(images.prune(now), 0, "also after a restart");
+    settle(&images);
+    assert!(has(&corpus, 1) && has(&corpus, 9));
+    images.keep(&second, Kind::KeptDisk, IN_VAIN).unwrap().unwrap();
+    assert!(!first.exists(), "the second try had all that the first had");
+    assert!(second.exists() && other.exists() && kept.path.exists());
+    images.keep(&disk(3, "disk0.raw", 1), Kind::KeptDisk, IN_VAIN).unwrap().unwrap();
+    assert!(second.exists(), "the third had not");
+    images.end_in_vain(VmId([1; 16]));
+    assert_eq!(images.list().len(), 4);
+    images.end_in_vain(VM);
+    assert!(images.list().is_empty() && !second.exists() && !kept.path.exists());
+
+    images.keep(&disk(4, "disk0.raw", 1), Kind::KeptDisk, IN_VAIN).unwrap().unwrap();
+    assert_eq!(images.prune(now + 3000), 0);
+    assert_eq!(images.prune(kept::wall_s() + 3600), 1);
+}
+
+#[test]
+fn nothing_is_written_where_no_room_is_left() {
+    let mut lab = Lab::new();
+    // What the file system must keep free is gone when two pieces are written.
+    lab.room = |dir| {
+        let files = std::fs::read_dir(dir)?.map(|f| Ok(f?.metadata()?.blocks() * 512));
+        Ok((3_u64 << 20).saturating_sub(files.sum::<std::io::Result<u64>>()?))
+    };
+    let memory = tempfile::tempfile().unwrap();
+    memory.write_all_at(&vec![7; 2 << 20], 0).unwrap();
+    let (images, _) = lab.open();
+    let kept = images.keep_memory(&memory, VM, COPY, false).unwrap().unwrap();
+    let other = CopyId([1; 16]);
+    for in_vain in [false, true] {
+        assert_eq!(images.keep_memory(&memory, VM, other, in_vain).unwrap(), None);
+        assert!(!lab.path(&format!("state/kept/{other}.mem")).exists());
+    }
+    // Who needs the room for a VM that comes gets it, but only where that is enough.
+    let theirs = lab.file("theirs.raw", &[1]);
+    images.keep(&theirs, Kind::KeptDisk, THEIRS).unwrap();
+    let spare = images.spare_bytes(lab.dir.path());
+    assert_eq!(spare, kept.allocated, "the operator's is not ours to give");
+    assert!(!images.give_up(lab.dir.path(), spare + 1, VM) && kept.path.exists());
+    assert!(images.give_up(lab.dir.path(), 4096, VM));
+    assert!(!kept.path.exists() && theirs.exists());
 }
 
 #[test]

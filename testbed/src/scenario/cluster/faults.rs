@@ -101,7 +101,12 @@ fn one(labid: &str, world: &mut Option<World>, case: &Case) -> Result<Value> {
         *world = Some(fresh);
     }
     match world {
-        Some(world) => case.run(world),
+        Some(world) => {
+            for node in world.swarm.nodes() {
+                node.forget_kept()?;
+            }
+            case.run(world)
+        }
         None => anyhow::bail!("no world"),
     }
 }
