@@ -58,6 +58,9 @@ enum Command {
         /// How many seeds
         #[arg(long, default_value_t = 1000)]
         seeds: u64,
+        /// How many hosts a change of a route has to reach
+        #[arg(long, default_value_t = 1000)]
+        swarm: usize,
         /// Run this seed alone and tell what it saw
         #[arg(long)]
         seed: Option<u64>,
@@ -186,10 +189,10 @@ fn run(command: Command) -> anyhow::Result<bool> {
             show(&value, json.as_deref())?;
             Ok(value["passed"] == true)
         }
-        Command::Sim { seeds, seed, mutant, log, json } => {
+        Command::Sim { seeds, swarm, seed, mutant, log, json } => {
             let report = match seed {
                 Some(seed) => campaign::replay(seed, mutant.as_deref(), log)?,
-                None => campaign::report(seeds),
+                None => campaign::report(seeds, swarm),
             };
             show(&report, json.as_deref())?;
             Ok(report["passed"] == true)

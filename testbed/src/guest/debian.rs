@@ -66,26 +66,40 @@ const MASKED: [&str; 10] = [
 
 /// The pristine raw ext4 image.
 pub(super) fn image(cache: &Cache) -> Result<PathBuf> {
+    build(cache, "debian", PACKAGES, &[], |_| Ok(()))
+}
+
+/// An image of that name with these packages, to which `finish` adds what else it is for; `parts` is all
+/// that this depends on.
+pub(super) fn build(
+    cache: &Cache,
+    name: &str,
+    packages: &str,
+    parts: &[&[u8]],
+    finish: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
     let masked = MASKED.join(" ");
-    let recipe: [&[u8]; 7] = [
+    let common: [&[u8]; 7] = [
         VERSION,
         SUITE.as_bytes(),
-        PACKAGES.as_bytes(),
+        packages.as_bytes(),
         IMAGE_SIZE.as_bytes(),
         AGENT_UNIT.as_bytes(),
         WARM_UNIT.as_bytes(),
         masked.as_bytes(),
     ];
-    let dir = cache.get("debian", &recipe, |dir| {
+    let recipe: Vec<&[u8]> = common.iter().chain(parts).copied().collect();
+    let dir = cache.get(name, &recipe, |dir| {
         let root = dir.join("root");
         run(Command::new("mmdebstrap")
             .args(["--mode=root", "--variant=minbase"])
             .arg("--aptopt=Acquire::Languages \"none\"")
-            .arg(format!("--include={PACKAGES}"))
+            .arg(format!("--include={packages}"))
             .arg(SUITE)
             .arg(&root)
             .arg(mirror()?))?;
         configure(&root)?;
+        finish(&root)?;
         let image = dir.join("root.img");
         run(Command::new("mke2fs")
             .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-L", "godwit"])

@@ -18,6 +18,7 @@ mod cpio;
 mod debian;
 pub mod disk;
 mod initrd;
+mod mpi;
 mod oldqemu;
 pub mod pattern;
 mod spec;
@@ -82,6 +83,20 @@ impl GuestFiles {
                 GuestKind::Debian => Some(debian::image(cache)?),
                 GuestKind::Busybox | GuestKind::Bare => None,
             },
+        })
+    }
+
+    /// Debian with Open MPI and the lab's job ([`GuestKind::Debian`] on another disk). It blocks.
+    ///
+    /// # Errors
+    /// As [`GuestFiles::prepare`].
+    pub fn prepare_mpi(cache: &Cache) -> Result<Self> {
+        let kernel = initrd::kernel(cache)?;
+        Ok(GuestFiles {
+            kind: GuestKind::Debian,
+            initrd: Some(initrd::initrd(cache, &kernel)?),
+            kernel: kernel.join("vmlinuz"),
+            base_image: Some(mpi::image(cache)?),
         })
     }
 

@@ -10,6 +10,7 @@ pub mod disks;
 pub mod faults;
 pub mod frames;
 pub mod kvm;
+pub mod mpi;
 pub mod refusals;
 pub mod roundtrip;
 pub mod swarm;
@@ -37,6 +38,11 @@ pub const ALL: &[Scenario] = &[
         name: "cluster",
         about: "three guests move together, there and back, through an abort and a killed daemon (about a minute)",
         run: cluster::small,
+    },
+    Scenario {
+        name: "mpi",
+        about: "a real Open MPI job on four Debian guests goes on while they move to another site and back (about ten minutes)",
+        run: mpi::mpi,
     },
     Scenario {
         name: "cluster-faults",

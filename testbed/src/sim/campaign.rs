@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::check::{Breach, Invariant};
 use super::mutant::{self, Mutant};
 use super::seeds::{self, Kind};
+use super::swarm;
 use super::trace::Coverage;
 
 /// How a seed ended.
@@ -157,8 +158,9 @@ pub fn replay(seed: u64, name: Option<&str>, log: bool) -> anyhow::Result<Value>
 
 /// A campaign as `godwit-lab sim` reports it.
 #[must_use]
-pub fn report(seeds: u64) -> Value {
+pub fn report(seeds: u64, swarm: usize) -> Value {
     let began = Instant::now();
+    let spread = swarm::spread(swarm, 1);
     let found = run_seeds(0, seeds);
     let seeds_s = began.elapsed().as_secs_f64();
     for outcome in found.violations.iter().take(5) {
@@ -178,7 +180,9 @@ pub fn report(seeds: u64) -> Value {
     let seen = &found.seen;
     let replays: Vec<_> = found.violations.iter().map(|o| o.replay(None)).collect();
     json!({
-        "passed": found.violations.is_empty() && caught == mutants.len(),
+        "passed": found.violations.is_empty()
+            && caught == mutants.len()
+            && spread.most_ms < swarm::MOST_MS,
         "seeds": found.seeds,
         "violations": found.violations.len(),
         "replay": replays,
@@ -198,6 +202,15 @@ pub fn report(seeds: u64) -> Value {
         "mutants_caught": caught,
         "mutants_total": mutants.len(),
         "mutants": mutants.iter().map(tell).collect::<Vec<_>>(),
+        "swarm": {
+            "hosts": spread.hosts,
+            "routes": spread.routes,
+            "half_ms": spread.half_ms,
+            "most_ms": spread.most_ms,
+            "all_ms": spread.all_ms,
+            "messages": spread.messages,
+            "host_bytes_per_s": spread.host_bytes_per_s,
+        },
         "seeds_s": seeds_s,
         "time_s": began.elapsed().as_secs_f64(),
     })

@@ -43,6 +43,8 @@ pub enum Mutant {
     ToldOnce,
     /// A vote counts whoever brings it.
     AnyVote,
+    /// The plug is taken off before the tail was injected.
+    UnplugEarly,
 }
 
 /// A mutant, its name, who catches it, and the first seed that is tried.
@@ -87,6 +89,7 @@ pub const ALL: &[Case] = &[
     case(Mutant::EarlyRead, "read-before-stop", &[Invariant::Content], 0),
     case(Mutant::Sleepy, "no-deadline-when-bound", &[Invariant::Ends], 0),
     case(Mutant::ToldOnce, "no-anti-entropy", &[Invariant::Routes], 0),
+    case(Mutant::UnplugEarly, "unplug-before-tail", &[Invariant::Frames], 0),
     case(Mutant::AnyVote, "votes-of-strangers", &[Invariant::Strangers, Invariant::Epochs], 0),
 ];
 

@@ -10,6 +10,7 @@ use rand::{RngExt, SeedableRng};
 use super::check::{self, Invariant, epochs};
 use super::event::Event;
 use super::faults::Faults;
+use super::frames;
 use super::mutant::Mutant;
 use super::world::{CLUSTER, VM, World, host, vm, voter};
 
@@ -21,18 +22,21 @@ const BOUND_MS: u64 = 400_000;
 pub enum Kind {
     /// One VM moves.
     Lone,
+    /// One NIC moves while others send to it.
+    Nic,
     /// VMs join a cluster, leave it, and it is deleted.
     Joining,
     /// A cluster of two to five VMs moves.
     Cluster,
 }
 
-/// What that seed is about: seven of eight are clusters that move.
+/// What that seed is about: thirteen of sixteen are clusters that move.
 #[must_use]
 pub fn kind(seed: u64) -> Kind {
     match seed % 16 {
         0 => Kind::Lone,
         1 => Kind::Joining,
+        2 => Kind::Nic,
         _ => Kind::Cluster,
     }
 }
@@ -44,12 +48,13 @@ pub fn run(seed: u64, mutant: Mutant, log: bool) -> World {
         Kind::Lone => lone(seed, mutant),
         Kind::Cluster => cluster(seed, mutant),
         Kind::Joining => three_lone(seed, Faults::stormy()),
+        Kind::Nic => return frames::run(seed, mutant),
     };
     world.log = log;
     match kind(seed) {
         Kind::Lone => finish(world, 24_000),
         Kind::Cluster => finish(world, 28_000),
-        Kind::Joining => joining(world, seed, mutant),
+        Kind::Joining | Kind::Nic => joining(world, seed, mutant),
     }
 }
 

@@ -11,6 +11,7 @@ mod voters;
 use godwit_protocol::wire::migrate::Status;
 use godwit_testbed::sim::campaign::{self, Report};
 use godwit_testbed::sim::mutant::{self, Mutant};
+use godwit_testbed::sim::swarm;
 use godwit_testbed::sim::world::{World, migration};
 
 /// How many seeds: more of them are `godwit-lab sim --seeds N`.
@@ -79,6 +80,17 @@ fn the_same_seed_gives_the_same_trace() {
     });
     assert_eq!(hasher.digest(), twice[0]);
     assert_ne!(campaign::run_seeds(33, 64).trace, twice[0]);
+}
+
+#[test]
+fn a_route_reaches_a_swarm_of_hundreds_in_two_seconds() {
+    for seed in 1..=3 {
+        let spread = swarm::spread(300, seed);
+        eprintln!("{spread:?}");
+        assert!(spread.most_ms < swarm::MOST_MS && spread.all_ms < 20_000, "{spread:?}");
+        // Nobody is told more than a few times.
+        assert!(spread.messages < 20 * 300, "{spread:?}");
+    }
 }
 
 /// The checkers find what is wrong on purpose, each for its own reason.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::guest::disk::DiskForm;
 use crate::guest::wire::Verified;
 use crate::guest::{Cache, GuestControl, GuestFiles, GuestKind};
 use crate::lab::frames::FrameWatch;
@@ -83,11 +84,26 @@ impl World {
     /// Guests at work on these hosts, as one cluster that [`REQUESTER`] was asked to make.
     pub fn populate(&mut self, members: &[(&str, &str)]) -> Result<()> {
         let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
+        self.populate_with(members, &files, MEMORY_MIB)?;
+        for (guest, (_, host)) in self.guests.iter().zip(members) {
+            run(async { self.swarm.control(host, guest)?.churn(CHURN.0, CHURN.1, false).await })?;
+        }
+        Ok(())
+    }
+
+    /// The same with guests of another kind and size, which do nothing yet. A disk is an overlay of the guest's own.
+    pub fn populate_with(
+        &mut self,
+        members: &[(&str, &str)],
+        files: &GuestFiles,
+        memory_mib: u32,
+    ) -> Result<()> {
         for (at, (name, host)) in members.iter().enumerate() {
-            let plan = GuestPlan::new(name, 11 + at as u8, MEMORY_MIB);
-            let guest = self.swarm.start_guest(host, &files, &plan)?;
-            run(async { self.swarm.control(host, &guest)?.churn(CHURN.0, CHURN.1, false).await })?;
-            self.guests.push(guest);
+            let plan = GuestPlan {
+                root: DiskForm::Overlay,
+                ..GuestPlan::new(name, 11 + at as u8, memory_mib)
+            };
+            self.guests.push(self.swarm.start_guest(host, files, &plan)?);
         }
         let names: Vec<&str> = members.iter().map(|(name, _)| *name).collect();
         self.swarm.ask(REQUESTER, &["cluster", "create", CLUSTER, "--vms", &names.join(",")])?;
@@ -123,12 +139,17 @@ impl World {
         self.guests.iter().map(host).collect()
     }
 
-    /// A guest's own check of all its pages.
-    pub fn verify(&self, vm: &str) -> Result<Verified> {
+    /// The control channel of a guest, wherever it runs now.
+    pub fn control(&self, vm: &str) -> Result<GuestControl> {
         let copy = self.copies(vm).into_iter().find(SeenQemu::runs).context("it runs nowhere")?;
         let control = GuestControl::new(copy.dir.join("serial1.sock"));
+        Ok(control.with_deadline(Duration::from_secs(60)))
+    }
+
+    /// A guest's own check of all its pages.
+    pub fn verify(&self, vm: &str) -> Result<Verified> {
+        let mut control = self.control(vm)?;
         run(async {
-            let mut control = control.with_deadline(Duration::from_secs(60));
             control.wait_ready(Duration::from_secs(30)).await?;
             control.verify().await
         })

@@ -4,6 +4,7 @@
 pub mod content;
 pub mod ends;
 pub mod epochs;
+pub mod frames;
 pub mod one_copy;
 pub mod routes;
 pub mod strangers;
@@ -20,6 +21,8 @@ pub enum Invariant {
     Content,
     /// Epochs only grow; one record each; nobody is owned twice.
     Epochs,
+    /// Every frame for a NIC that moves comes once and in order, or is counted.
+    Frames,
     /// All members of a move go, or none.
     Teams,
     /// Every migration ends, nothing is left over, every queue is bounded.

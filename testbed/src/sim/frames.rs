@@ -1,0 +1,289 @@
+//! One NIC that moves while others send to its guest: the production code of both ends, in virtual time.
+//!
+//! Owns senders, links that keep their order, the taps, and what goes wrong: a tail that breaks off, markers
+//! that are lost, routes that are told late, holds that are too small, a move that ends with *stay*.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use godwit_protocol::cutover::{Arrival, Departure, Output};
+use godwit_protocol::id::HostId;
+use godwit_protocol::time::Time;
+use godwit_protocol::wire::tail::Item;
+
+use super::check::{self, Invariant};
+use super::faults::Faults;
+use super::mutant::Mutant;
+use super::world::{World, host};
+
+/// A frame: its sender and number, and so many bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// The host whose guest sent it.
+    pub from: usize,
+    /// Its number among those of this sender.
+    pub number: u16,
+}
+
+impl AsRef<[u8]> for Frame {
+    fn as_ref(&self) -> &[u8] {
+        &[0; 60]
+    }
+}
+
+/// The hosts that the NIC leaves and comes to.
+const OLD: usize = 0;
+const NEW: usize = 1;
+/// Everyone sends for so long, milliseconds, one frame each.
+const SENDS_MS: u64 = 400;
+/// Then everything must have come through.
+const END_MS: u64 = 16_000;
+
+enum Event {
+    Emit(usize),
+    Hold,
+    Stop,
+    Stay,
+    Runs,
+    Route(usize),
+    AtOld(Frame),
+    Marker(usize),
+    AtNew(usize, Frame),
+    Tail(Item<Frame>),
+    TailLost,
+}
+
+struct Nic {
+    now_ms: u64,
+    mutant: Mutant,
+    delay: Vec<[u64; 2]>,
+    tail_delay: u64,
+    lost_marker: Option<usize>,
+    limit: usize,
+    old: Option<Departure<Frame>>,
+    new: Arrival<Frame>,
+    stays: bool,
+    tail_up: bool,
+    torn: bool,
+    flipped: Vec<bool>,
+    sent: Vec<u16>,
+    plug: Option<VecDeque<Frame>>,
+    got: Vec<Frame>,
+    agenda: BTreeMap<(u64, u64), Event>,
+    number: u64,
+}
+
+/// Runs the seed of that world to its end.
+#[must_use]
+pub fn run(seed: u64, mutant: Mutant) -> World {
+    let mut world = World::empty(1, seed, Faults::quiet());
+    (world.strict, world.mutant) = (false, mutant);
+    let mut nic = Nic::random(&mut world);
+    nic.play(&mut world);
+    let old = nic.old.as_ref().map(Departure::counts).unwrap_or_default();
+    let counts = [old, nic.new.counts()];
+    let found = check::frames::delivered(&nic.got, &nic.sent, counts, nic.torn);
+    world.judge(Invariant::Frames, found);
+    nic.got.iter().for_each(|f| world.trace.moment(Time(u64::from(f.number)), 200, f.from));
+    world
+}
+
+impl Nic {
+    fn random(world: &mut World) -> Self {
+        let hosts = 2 + world.below(4) as usize;
+        let delay = (0..hosts).map(|_| [1 + world.below(90), 1 + world.below(90)]).collect();
+        let stays = world.chance(0.25);
+        let small = world.chance(0.15);
+        let lost_marker =
+            if world.chance(0.2) { Some(world.below(hosts as u64) as usize) } else { None };
+        let limit = if small { 60 * (1 + world.below(40) as usize) } else { 1 << 20 };
+        let mut this = Self {
+            now_ms: 0,
+            mutant: world.mutant,
+            delay,
+            tail_delay: 1 + world.below(90),
+            lost_marker,
+            limit,
+            old: None,
+            new: Arrival::new(limit),
+            stays,
+            tail_up: true,
+            torn: false,
+            flipped: vec![false; hosts],
+            sent: vec![0; hosts],
+            plug: Some(VecDeque::new()),
+            got: Vec::new(),
+            agenda: BTreeMap::new(),
+            number: 0,
+        };
+        (0..hosts).for_each(|from| this.at(0, Event::Emit(from)));
+        let hold = 20 + world.below(60);
+        let stop = hold + 1 + world.below(20);
+        let runs = stop + 5 + world.below(200);
+        this.at(hold, Event::Hold);
+        this.at(stop, Event::Stop);
+        this.at(runs, if stays { Event::Stay } else { Event::Runs });
+        if !stays {
+            for to in (0..hosts).filter(|to| *to != NEW) {
+                let late = if world.chance(0.1) { world.below(2500) } else { 0 };
+                this.at(runs + this.delay[to][NEW] + late, Event::Route(to));
+            }
+        }
+        if world.chance(0.2) {
+            this.at(stop + world.below(400), Event::TailLost);
+        }
+        this
+    }
+
+    fn at(&mut self, ms: u64, event: Event) {
+        self.number += 1;
+        self.agenda.insert((ms, self.number), event);
+    }
+
+    fn play(&mut self, world: &mut World) {
+        while let Some(next) = self.agenda.first_entry() {
+            let ms = next.key().0;
+            // Deadlines ring between what happens.
+            for due in self.now_ms..ms.min(END_MS) {
+                self.now_ms = due;
+                self.settle();
+            }
+            let Some((_, event)) = self.agenda.pop_first() else { break };
+            self.now_ms = ms;
+            world.trace.moment(Time(ms * 1000), 201, self.got.len());
+            self.handle(event);
+            self.settle();
+        }
+        for ms in self.now_ms..END_MS {
+            self.now_ms = ms;
+            self.settle();
+        }
+        // What the deadlines set going.
+        while let Some((_, event)) = self.agenda.pop_first() {
+            self.handle(event);
+            self.settle();
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time(self.now_ms * 1000)
+    }
+
+    fn at_old(&mut self, frame: Frame) {
+        match &mut self.old {
+            Some(old) => old.frame(frame),
+            None => self.got.push(frame),
+        }
+    }
+
+    fn emit(&mut self, from: usize) {
+        let frame = Frame { from, number: self.sent[from] };
+        self.sent[from] += 1;
+        let ms = self.now_ms;
+        match (from, self.flipped[from]) {
+            (OLD, false) => self.at_old(frame),
+            (NEW, true) => match &mut self.plug {
+                Some(plug) => plug.push_back(frame),
+                None => self.got.push(frame),
+            },
+            (_, false) => self.at(ms + self.delay[from][OLD], Event::AtOld(frame)),
+            (_, true) => self.at(ms + self.delay[from][NEW], Event::AtNew(from, frame)),
+        }
+        if ms < SENDS_MS {
+            self.at(ms + 1, Event::Emit(from));
+        }
+    }
+
+    fn flip(&mut self, from: usize) {
+        self.flipped[from] = true;
+        if self.lost_marker != Some(from) {
+            self.at(self.now_ms + self.delay[from][OLD], Event::Marker(from));
+        }
+    }
+
+    fn others(&self) -> Vec<HostId> {
+        (1..self.sent.len()).map(host).collect()
+    }
+
+    fn handle(&mut self, event: Event) {
+        let now = self.now();
+        match event {
+            Event::Emit(from) => self.emit(from),
+            Event::Hold => self.old = Some(Departure::new(self.limit)),
+            Event::Stop => {
+                if let Some(old) = &mut self.old {
+                    old.stopped(Vec::new(), 0);
+                }
+            }
+            Event::Stay => {
+                // What was held goes into the own tap, and the next comes there by itself.
+                if let Some(mut old) = self.old.take() {
+                    self.got.extend(old.stay());
+                    self.torn |= old.counts().dropped > 0;
+                }
+            }
+            Event::Runs => {
+                if self.mutant == Mutant::UnplugEarly {
+                    self.unplug();
+                }
+                self.new.runs(now, [host(NEW)]);
+                self.flip(NEW);
+            }
+            Event::Route(OLD) => {
+                let others = self.others();
+                if let Some(old) = &mut self.old {
+                    old.moved(now, others);
+                }
+            }
+            Event::Route(from) => self.flip(from),
+            Event::AtOld(frame) => self.at_old(frame),
+            Event::Marker(from) => {
+                if let Some(old) = &mut self.old {
+                    old.marker(host(from));
+                }
+            }
+            Event::AtNew(from, frame) => self.new.fresh(host(from), frame),
+            Event::Tail(item) if self.tail_up => {
+                if !self.stays {
+                    self.new.tail(item);
+                }
+            }
+            Event::Tail(item) => self.torn |= !item.is_empty(),
+            Event::TailLost => {
+                self.tail_up = false;
+                self.torn = true;
+                if let Some(old) = &mut self.old {
+                    old.tail_lost();
+                }
+                if !self.stays {
+                    self.new.tail_lost();
+                }
+            }
+        }
+    }
+
+    fn unplug(&mut self) {
+        self.got.extend(self.plug.take().into_iter().flatten());
+    }
+
+    fn settle(&mut self) {
+        let now = self.now();
+        if let Some(old) = &mut self.old {
+            if old.close_due(now) {
+                self.flipped[OLD] = true;
+                old.close();
+            }
+            let items: Vec<_> = core::iter::from_fn(|| old.next_item()).collect();
+            for item in items {
+                self.at(self.now_ms + self.tail_delay, Event::Tail(item));
+            }
+        }
+        self.new.handle_timeout(now);
+        while let Some(output) = self.new.poll_output() {
+            match output {
+                Output::Inject(frame) => self.got.push(frame),
+                Output::Unplug => self.unplug(),
+                Output::Over => {}
+            }
+        }
+    }
+}
