@@ -161,6 +161,23 @@ fn failed(scenario: &str, error: &anyhow::Error) -> serde_json::Value {
     serde_json::json!({"scenario": scenario, "passed": false, "error": format!("{error:#}")})
 }
 
+/// Runs one benchmark.
+fn measure(what: Bench) -> anyhow::Result<()> {
+    fn options<'a>(
+        case: &'a Option<String>,
+        runs: u32,
+        json: &'a Option<PathBuf>,
+    ) -> bench::versus::Options<'a> {
+        bench::versus::Options { case: case.as_deref(), runs, json: json.as_deref() }
+    }
+    match what {
+        Bench::Ram { json, case, runs } => bench::ram::run(&options(&case, runs, &json)),
+        Bench::Disk { json, case, runs } => bench::disk::run(&options(&case, runs, &json)),
+        Bench::Cluster { json, case, runs } => bench::cluster::run(&options(&case, runs, &json)),
+        Bench::Transport { json } => show(&bench::transport::run()?, json.as_deref()),
+    }
+}
+
 /// Runs one command; false means that it ran and did not pass.
 fn run(command: Command) -> anyhow::Result<bool> {
     match command {
@@ -197,25 +214,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
             show(&report, json.as_deref())?;
             Ok(report["passed"] == true)
         }
-        Command::Bench { what: Bench::Ram { json, case, runs } } => {
-            let (json, case) = (json.as_deref(), case.as_deref());
-            bench::ram::run(&bench::versus::Options { case, runs, json })?;
-            Ok(true)
-        }
-        Command::Bench { what: Bench::Disk { json, case, runs } } => {
-            let (json, case) = (json.as_deref(), case.as_deref());
-            bench::disk::run(&bench::versus::Options { case, runs, json })?;
-            Ok(true)
-        }
-        Command::Bench { what: Bench::Cluster { json, case, runs } } => {
-            let (json, case) = (json.as_deref(), case.as_deref());
-            bench::cluster::run(&bench::versus::Options { case, runs, json })?;
-            Ok(true)
-        }
-        Command::Bench { what: Bench::Transport { json } } => {
-            show(&bench::transport::run()?, json.as_deref())?;
-            Ok(true)
-        }
+        Command::Bench { what } => measure(what).map(|()| true),
         Command::Hold { labid } => {
             let lab = Lab::new(&LabConfig::demo(&labid))?;
             for host in lab.hosts() {
