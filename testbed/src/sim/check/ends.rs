@@ -69,7 +69,7 @@ fn truthful(world: &World, i: usize, s: &Status) -> Result<(), String> {
             ensure(next.is_some_and(|r| r.cause == Cause::Move), || format!("not decided: {s:?}"))?;
             let to = |vm| next.and_then(|r| r.placement_of(vm)).map(|p| p.host);
             let so = if s.vm == CLUSTER {
-                s.members.iter().all(|m| to(m.vm) == m.to)
+                s.members.iter().all(|m| m.to.is_none() || to(m.vm) == m.to)
             } else {
                 to(s.vm) == s.to
             };
