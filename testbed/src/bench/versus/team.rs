@@ -18,7 +18,7 @@ use super::{Case, MEMORY_MIB, MOVE, SETTLE, Vm, ours};
 use crate::guest::disk::DiskForm;
 use crate::guest::wire::Verified;
 use crate::guest::{GuestControl, GuestFiles};
-use crate::lab::prober::{ECHO_PORT, ProbeConfig, Prober};
+use crate::lab::prober::{ECHO_PORT, ProbeConfig, Prober, Station};
 use crate::lab::{Host, Lab};
 use crate::scenario::swarm::{Guest, GuestPlan, Swarm, run as block_on};
 
@@ -84,33 +84,54 @@ fn boot(case: &Case, files: &GuestFiles, swarm: &Swarm) -> Result<Vec<Guest>> {
     Ok(guests)
 }
 
-/// godwit's side.
-pub(super) fn ours(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
-    let swarm = Swarm::up(&case.lab(), |_| {})?;
-    let guests = boot(case, files, &swarm)?;
-    let station = swarm.station(ASKED, 1)?;
+/// Somebody outside who talks to every guest.
+fn talk(station: &Station, guests: &[Guest]) -> Result<Vec<Prober>> {
     let mut probers = Vec::new();
-    for guest in &guests {
+    for guest in guests {
         let target = SocketAddr::from((guest.plan.ip(), ECHO_PORT));
         let probes = ProbeConfig { target, rate_pps: PROBES, size: 64 };
         let prober = Prober::start(Some(station.ns()), &probes)?;
         ensure!(prober.wait_unique(u64::from(PROBES), BOOT), "a guest does not answer");
         probers.push(prober);
     }
-    std::thread::sleep(SETTLE);
-    let mut content = Content::default();
-    let mut vm = None;
-    let ram_bytes = u64::from(MEMORY_MIB) << 20;
-    for (member, guest) in (0..).zip(&guests) {
+    Ok(probers)
+}
+
+/// What the guests' memory holds, and the machine that they have.
+fn inspect(swarm: &Swarm, guests: &[Guest]) -> Result<(Content, Vm)> {
+    let (mut content, mut vm) = (Content::default(), None);
+    for (member, guest) in (0..).zip(guests) {
         let info = swarm.ask(host(FROM, member), &["vm", "show", &guest.name])?;
         let pid = u32::try_from(info["pid"].as_u64().context("pid")?)?;
-        content = add(content, content::of_qemu(pid, ram_bytes)?);
+        content = add(content, content::of_qemu(pid, u64::from(MEMORY_MIB) << 20)?);
         vm = Some(Vm {
             machine: info["machine"].as_str().context("machine")?.to_owned(),
             cpu: info["detail"]["cpu"].as_str().context("cpu")?.to_owned(),
             accel: info["accel"].as_str().context("accel")?.to_owned(),
         });
     }
+    Ok((content, vm.context("no guests")?))
+}
+
+/// Every guest's own check where it is now.
+fn verify(case: &Case, swarm: &Swarm, guests: &[Guest]) -> Result<Vec<Verified>> {
+    let mut verified = Vec::new();
+    for (member, guest) in (0..).zip(guests) {
+        let control = swarm.control(host(TO, member), guest)?;
+        verified.push(block_on(ours::verify(case, control))?);
+    }
+    Ok(verified)
+}
+
+/// godwit's side.
+pub(super) fn ours(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
+    let swarm = Swarm::up(&case.lab(), |_| {})?;
+    let guests = boot(case, files, &swarm)?;
+    let station = swarm.station(ASKED, 1)?;
+    let probers = talk(&station, &guests)?;
+    std::thread::sleep(SETTLE);
+    let ram_bytes = u64::from(MEMORY_MIB) << 20;
+    let (content, vm) = inspect(&swarm, &guests)?;
     let nodes = swarm.nodes().iter().filter_map(|n| n.pid()).collect();
     let sampler = Sampler::start(&swarm.lab, nodes)?;
     let before = swarm.lab.wan()?.stats()?;
@@ -135,11 +156,7 @@ pub(super) fn ours(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
         prober.wait_unique(prober.snapshot().unique + 100, Duration::from_secs(30));
         seen.push(prober.stop(Duration::from_secs(1)));
     }
-    let mut verified = Vec::new();
-    for (member, guest) in (0..).zip(&guests) {
-        let control = swarm.control(host(TO, member), guest)?;
-        verified.push(block_on(ours::verify(case, control))?);
-    }
+    let verified = verify(case, &swarm, &guests)?;
     drop(station);
     let (pages_verified, pages_corrupt) = sum(&verified);
     let pauses = stops.iter().zip(&resumes).map(|(stop, resume)| resume - stop);
@@ -170,7 +187,7 @@ pub(super) fn ours(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     };
     ours::keep_logs(case, &swarm)?;
     swarm.down()?;
-    Ok((figures, vm.context("no guests")?))
+    Ok((figures, vm))
 }
 
 /// All members' moments in order, milliseconds since the request.
@@ -187,19 +204,15 @@ fn timeline(members: &[Value], requested_us: f64) -> Vec<(f64, String)> {
     lines
 }
 
-/// QEMUs alone, all at the same time.
-pub(super) fn theirs(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) -> Result<Run> {
-    let lab = Lab::new(&case.lab())?;
-    lab.set_congestion_control(congestion)?;
-    let settings: Vec<Setting<'_>> =
-        (0..case.members).map(|member| Setting { case, lab: &lab, files, vm, member }).collect();
+/// The peer's guests at work.
+fn start(case: &Case, settings: &[Setting<'_>]) -> Result<Vec<Process>> {
     let mut sources = Vec::new();
-    for setting in &settings {
-        let (from, to) = ends(&lab, setting.member)?;
+    for setting in settings {
+        let (from, to) = ends(setting.lab, setting.member)?;
         setting.make_tap(from)?;
         setting.make_tap(to)?;
-        let disk = lab.dir().join(format!("web{}.img", setting.member));
-        if !files.make_disk(&disk, DiskForm::Raw)? {
+        let disk = setting.lab.dir().join(format!("web{}.img", setting.member));
+        if !setting.files.make_disk(&disk, DiskForm::Raw)? {
             // A guest that needs none has an empty one here.
             std::fs::File::create(&disk)?.set_len(1 << 20)?;
         }
@@ -211,6 +224,16 @@ pub(super) fn theirs(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str)
         })?;
         sources.push(source);
     }
+    Ok(sources)
+}
+
+/// QEMUs alone, all at the same time.
+pub(super) fn theirs(case: &Case, files: &GuestFiles, vm: &Vm, congestion: &str) -> Result<Run> {
+    let lab = Lab::new(&case.lab())?;
+    lab.set_congestion_control(congestion)?;
+    let settings: Vec<Setting<'_>> =
+        (0..case.members).map(|member| Setting { case, lab: &lab, files, vm, member }).collect();
+    let sources = start(case, &settings)?;
     std::thread::sleep(SETTLE);
     let ram_bytes = u64::from(MEMORY_MIB) << 20;
     let mut content = Content::default();
