@@ -25,7 +25,7 @@ use crate::link::{Hold, TapView, Where, forwarding_settled};
 
 /// How long a guest may take to empty its taps before it is stopped all the same. It runs meanwhile, but the
 /// other members of its cluster may stand still already; what it leaves goes along.
-const EMPTY: Duration = Duration::from_millis(100);
+const EMPTY: Duration = Duration::from_millis(500);
 /// How long a frame may take into the stream before the stream counts as lost.
 const WRITE: Duration = Duration::from_secs(30);
 /// Before a stream that broke is opened again.
