@@ -188,12 +188,18 @@ impl Core {
         if self.moves.len() >= limits::MOVES {
             return Err("the destination takes part in too many migrations".to_owned());
         }
-        if self.is_moving(vm) {
-            return Err("the destination is in another migration of this VM".to_owned());
-        }
         self.epochs.learned(now, record.clone());
         if self.epochs.newest(record.cluster) != Some(&record) {
             return Err("a newer record of this VM is decided: ask again".to_owned());
+        }
+        if let Some(earlier) = self.migration_of(vm) {
+            // A source that asks anew knows nothing of what it began before: it was restarted.
+            self.happened(now, earlier, Happened::Said(from, Body::Unknown));
+            if self.is_moving(vm) {
+                return Err("the destination is in another migration of this VM".to_owned());
+            }
+            // What that one received is put away first: the source asks again in a moment.
+            return Ok(());
         }
         let status = blank(id, vm, &record, from, requested_on);
         let mut out = Vec::new();
