@@ -248,7 +248,7 @@ pub mod wait {
     pub const STOP_PHASE_MS: u64 = 10_000;
     /// Between two questions to the other end.
     pub const ASK_MS: u64 = 500;
-    /// From the decision to *running*, before the source reports that it waits in vain; and from
+    /// From the decision to *running*, before the source shows the move as *lost* until it hears better; and from
     /// *running*, before the destination ends the move without the source's *released*.
     pub const RUNNING_MS: u64 = 120_000;
     /// How often a destination that forgot the transfer (its node restarted) is asked again: what it

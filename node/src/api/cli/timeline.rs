@@ -34,7 +34,7 @@ pub fn outcome(migration: &Migration) -> String {
             )
         }
         Phase::Stayed => format!("stayed: {} runs on {}{cause}", s.name, migration.from_name),
-        Phase::Lost => format!("lost: {} ran on {to} and its QEMU is gone{cause}", s.name),
+        Phase::Lost => format!("lost: {} is not known to run on {to}{cause}", s.name),
         _ => format!("{word}: {} from {} to {to}{cause}", s.name, migration.from_name),
     }
 }

@@ -81,3 +81,28 @@ fn a_stopped_source_decides_before_it_runs_again() {
     assert!(matches!(out.as_slice(), [Action::Resolve(_)]), "{out:?}");
     assert!(!source.is_over());
 }
+
+#[test]
+fn a_destination_that_is_silent_after_the_decision_ends_the_move_until_it_speaks() {
+    let mut source = begun(&mut Vec::new());
+    said(&mut source, Body::Ready);
+    source.stop(Time(1), &mut Vec::new());
+    let placed =
+        Placement { host: host(2), copy: CopyId([2; 16]), ..source.record.placement[0].clone() };
+    let record = Record { epoch: Epoch(2), placement: vec![placed], ..source.record.clone() };
+    source.handle(Time(1), Happened::Decided(record), &mut Vec::new());
+    let shown = |source: &mut Source, at: Time| {
+        let mut out = Vec::new();
+        source.handle(at, Happened::Timer, &mut out);
+        let kept = !out.iter().any(|a| matches!(a, Action::Forget | Action::Effect(_)));
+        assert!(kept && out.contains(&Action::Send(host(2), Body::Where)), "{out:?}");
+        source.status().phase
+    };
+    let waits = Time(1).plus_ms(wait::RUNNING_MS - 1);
+    assert_eq!(shown(&mut source, waits), Phase::Starting);
+    assert_eq!(shown(&mut source, waits.plus_ms(wait::ASK_MS)), Phase::Lost);
+    assert!(source.timeout().is_some());
+    let out = said(&mut source, Body::Running { copy: CopyId([2; 16]), resumed_us: 1 });
+    assert!(out.contains(&Action::Effect(Effect::Discard(COPY))), "{out:?}");
+    assert!(source.is_over() && source.status().phase == Phase::Moved);
+}

@@ -40,17 +40,13 @@ impl Source {
                 out.push(Action::Send(self.peer, Body::Where));
             }
             State::Starting { ask_at, until } if now >= *ask_at => {
-                if now >= *until && self.status.cause.is_empty() {
-                    // Nothing may be started here any more: the copy stays, stopped, and so does
-                    // the question.
-                    self.status.cause = "decided for the destination, which does not answer; \
-                        the stopped source copy is kept"
-                        .into();
-                    out.push(Action::Report);
-                }
-                let pause = if now >= *until { wait::SILENCE_MS } else { wait::ASK_MS };
+                let in_vain = now >= *until;
+                let pause = if in_vain { wait::SILENCE_MS } else { wait::ASK_MS };
                 *ask_at = now.plus_ms(pause);
                 out.push(Action::Send(self.peer, Body::Where));
+                if in_vain && self.status.phase != Phase::Lost {
+                    self.lose_sight(out);
+                }
             }
             State::Resuming { ask_at } if now >= *ask_at => {
                 *ask_at = now.plus_ms(wait::SILENCE_MS);
@@ -74,6 +70,17 @@ impl Source {
             State::Over => None,
         };
         own.map(|t| self.left_at().map_or(t, |left| left.min(t)))
+    }
+
+    /// For those who wait the move has ended. Nothing may be started here any more: the copy stays,
+    /// stopped and bound, and so does the question.
+    fn lose_sight(&mut self, out: &mut Vec<Action>) {
+        let cause = "decided for the destination, which does not say that the guest runs: look at its \
+            node; until it does, the stopped source copy is kept";
+        self.status.phase = Phase::Lost;
+        self.status.cause = cause.into();
+        out.push(Action::Report);
+        self.tell_lead(out);
     }
 
     /// What kept the move from its end, and what would help.
