@@ -289,7 +289,7 @@ fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
         backlog_bytes: cost.backlog(p),
         silent_ms: p.silent_ms,
         disk_wire_bytes: p.disk_wire_bytes,
-        link_bytes_per_s: p.link_bytes_per_s as u64,
+        link_bytes_per_s: p.path_bytes_per_s as u64,
         rtt_ms: p.rtt_us / 1000,
         dirty_bytes_per_s: ram.dirty_pages_rate.saturating_mul(4096),
         wire_per_guest_ppm: cost.to_come(p),

@@ -45,22 +45,28 @@ struct Estimate {
 #[derive(Debug)]
 pub(super) struct Levels {
     levels: [Estimate; 4],
-    link: f64,
+    /// What the path gives, or may.
+    path: f64,
+    /// What may be sent on it.
+    cap: f64,
     measured: bool,
 }
 
 impl Levels {
     pub(super) fn new() -> Self {
-        Self { levels: LEVELS, link: LINK_GUESS, measured: false }
+        Self { levels: LEVELS, path: LINK_GUESS, cap: f64::INFINITY, measured: false }
     }
 
-    /// Says what the path may be like before anything was measured on it: whether it is near, and
-    /// the most bytes per second that may be sent (0: no limit).
-    pub(super) fn expect(&mut self, near: bool, cap: u64) {
+    /// Says whether the path is near, which counts until something was measured on it.
+    pub(super) fn expect(&mut self, near: bool) {
         if !self.measured {
-            let guess = if near { NEAR_GUESS } else { LINK_GUESS };
-            self.link = if cap == 0 { guess } else { guess.min(cap as f64) };
+            self.path = if near { NEAR_GUESS } else { LINK_GUESS };
         }
+    }
+
+    /// The most bytes per second that may be sent; 0: no limit.
+    pub(super) fn hold_to(&mut self, cap: u64) {
+        self.cap = if cap == 0 { f64::INFINITY } else { cap as f64 };
     }
 
     /// Notes what compressing `from` bytes to `to` took.
@@ -94,17 +100,23 @@ impl Levels {
         if busy > over.mul_f64(0.6) {
             let measured = bytes as f64 / busy.as_secs_f64();
             self.measured = true;
-            self.link += WEIGHT * 2.0 * (measured - self.link);
+            self.path += WEIGHT * 2.0 * (measured - self.path);
         } else if waiting && busy < over.mul_f64(0.3) {
             // It can do more than was seen.
             let seen = bytes as f64 / over.as_secs_f64();
-            self.link = self.link.max(seen * 4.0).min(1e11);
+            self.path = self.path.max(seen * 4.0).min(1e11);
         }
     }
 
-    /// The link's rate, bytes per second.
+    /// The path's rate as it was last measured, bytes per second.
+    pub(super) fn path(&self) -> f64 {
+        self.path
+    }
+
+    /// The rate that the link gives this migration, bytes per second. While a cap holds it back nothing
+    /// is measured, so a guess that was too high would stay.
     pub(super) fn link(&self) -> f64 {
-        self.link
+        self.path.min(self.cap)
     }
 
     /// What a byte becomes at the level that is used now.
@@ -116,8 +128,8 @@ impl Levels {
     /// The level to use now; 0: raw.
     pub(super) fn choose(&self) -> i32 {
         let asking = |e: &Estimate| if e.level == 0 { 0.0 } else { ASKING };
-        let time = |e: &Estimate| (e.seconds + asking(e)).max(e.ratio / self.link);
-        let raw = usize::from(self.link < RAW_LEAST);
+        let time = |e: &Estimate| (e.seconds + asking(e)).max(e.ratio / self.link());
+        let raw = usize::from(self.link() < RAW_LEAST);
         let mut best = &self.levels[raw];
         for entry in &self.levels[raw + 1..] {
             if time(entry) < time(best) {
@@ -208,6 +220,14 @@ mod tests {
         (0..20).for_each(|_| levels.sent(12_500_000, second, second, true));
         assert_eq!(levels.choose(), STREAM_LEVEL);
         (0..40).for_each(|_| levels.sent(2_000_000_000, second, second, true));
+        assert_eq!(levels.choose(), 0);
+        levels.hold_to(3_000_000);
+        assert_eq!(
+            (levels.choose(), levels.link()),
+            (STREAM_LEVEL, 3e6),
+            "a burst is not the link"
+        );
+        levels.hold_to(0);
         assert_eq!(levels.choose(), 0);
         // A link that waits for the processor gets less compression.
         let mut levels = Levels::new();

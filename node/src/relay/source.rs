@@ -90,6 +90,8 @@ pub struct SourceProgress {
     pub first_pass_nonzero_pages: u64,
     /// Estimate of what the link takes, bytes per second.
     pub link_bytes_per_s: f64,
+    /// What the path gave when nothing held the stream back, bytes per second.
+    pub path_bytes_per_s: f64,
     /// Shortest round trip seen, microseconds; 0: none yet.
     pub rtt_us: u64,
     /// Milliseconds since the destination was last heard.

@@ -469,6 +469,7 @@ impl Exchange {
         progress.first_pass_nonzero_pages = u64::from(shared.first_nonzero.load(Ordering::Relaxed));
         progress.passes = shared.passes.load(Ordering::Relaxed);
         progress.link_bytes_per_s = self.levels.link();
+        progress.path_bytes_per_s = self.levels.path();
         progress.level = self.levels.choose();
         progress.ram_read = self.ram_end.is_some();
         progress.drained = self.placed == shared.batches.load(Ordering::Acquire);

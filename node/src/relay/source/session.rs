@@ -297,7 +297,8 @@ impl Session {
     /// Goes on from what the destination has.
     fn go_on(&mut self, placed: u32, opaque: u64) {
         let near = self.best_rtt_us <= NEAR_US;
-        self.exchange.levels.expect(near, self.meter.cap.load(Ordering::Relaxed));
+        self.exchange.levels.expect(near);
+        self.exchange.levels.hold_to(self.meter.cap.load(Ordering::Relaxed));
         self.follow_link();
         self.exchange.resume(placed, opaque);
     }
@@ -370,6 +371,7 @@ impl Session {
         window.close(&self.meter, |bytes, over, busy| {
             self.exchange.levels.sent(bytes, over, busy, work);
         });
+        self.exchange.levels.hold_to(self.meter.cap.load(Ordering::Relaxed));
         self.follow_link();
         if window.ticks.is_multiple_of(CLOSE_TICKS) {
             self.shared.table.close();
