@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use godwit_testbed::lab::cleanup::leftovers;
-use godwit_testbed::scenario::cluster;
+use godwit_testbed::scenario::{cluster, failed};
 
 fn root() -> bool {
     let root = nix::unistd::geteuid().is_root();
@@ -18,7 +18,7 @@ fn three_guests_move_together_there_and_back() {
         return;
     }
     let report = cluster::small().unwrap();
-    assert!(report["passed"] == true, "{report:#}");
+    assert!(report["passed"] == true, "{:#?}", failed(&report));
     assert!(leftovers("cluster").unwrap().is_empty());
 }
 
@@ -29,7 +29,7 @@ fn a_few_faults_at_steps_of_the_cutover() {
     }
     let some = cluster::faults::some();
     let report = cluster::faults::run("tcfaults", &|name| some.iter().any(|n| n == name)).unwrap();
-    assert!(report["passed"] == true, "{report:#}");
+    assert!(report["passed"] == true, "{:#?}", failed(&report));
     assert_eq!(report["runs"], some.len());
     assert!(leftovers("tcfaults").unwrap().is_empty());
 }

@@ -7,12 +7,7 @@ fn disks_move_with_their_vm_or_it_stays() -> anyhow::Result<()> {
         return Ok(());
     }
     let report = godwit_testbed::scenario::disks::small()?;
-    let failed: Vec<_> = report["steps"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|step| step["passed"] == false)
-        .collect();
-    anyhow::ensure!(failed.is_empty() && report["passed"] == true, "{failed:#?}");
+    let failed = godwit_testbed::scenario::failed(&report);
+    anyhow::ensure!(report["passed"] == true, "{failed:#?}");
     Ok(())
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use godwit_testbed::lab::cleanup::leftovers;
-use godwit_testbed::scenario::faults;
+use godwit_testbed::scenario::{failed, faults};
 
 #[test]
 fn each_fault_once() {
@@ -11,7 +11,7 @@ fn each_fault_once() {
         return;
     }
     let report = faults::run("tfaults", &faults::once_each(), Vec::new()).unwrap();
-    assert!(report["passed"] == true, "{report:#}");
+    assert!(report["passed"] == true, "{:#?}", failed(&report));
     assert_eq!(report["runs"], 6);
     assert_eq!(report["double_runs"], 0);
     assert!(leftovers("tfaults").unwrap().is_empty());

@@ -7,12 +7,7 @@ fn there_and_back_while_somebody_talks_to_the_guest() -> anyhow::Result<()> {
         return Ok(());
     }
     let report = godwit_testbed::scenario::roundtrip::roundtrip()?;
-    let failed: Vec<_> = report["steps"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|step| step["passed"] == false)
-        .collect();
-    anyhow::ensure!(failed.is_empty() && report["passed"] == true, "{failed:#?}");
+    let failed = godwit_testbed::scenario::failed(&report);
+    anyhow::ensure!(report["passed"] == true, "{failed:#?}");
     Ok(())
 }

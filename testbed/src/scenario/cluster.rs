@@ -6,13 +6,14 @@
 pub mod faults;
 pub mod world;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::faults::follow::{Follow, Pace};
 use super::faults::world::{REQUESTER, ended};
+use super::steps::Steps;
 use crate::lab::qemus::double_runs;
 use world::{CLUSTER, World, two_sites};
 
@@ -29,17 +30,9 @@ const MEMBERS: [(&str, &str); 3] = [("a", "h1"), ("b", "h2"), ("c", "h2")];
 pub fn small() -> Result<Value> {
     let mut world = World::up(&two_sites("cluster", 20), &[])?;
     world.populate(&MEMBERS)?;
-    let mut steps = Vec::new();
+    let mut steps = Steps::default();
     let mut step = |name: &str, world: &mut World, work: fn(&mut World) -> Result<Value>| {
-        let began = Instant::now();
-        let done = world.settled().and_then(|()| work(world));
-        let (passed, figures) = match done {
-            Ok(figures) => (true, figures),
-            Err(cause) => (false, json!({"cause": format!("{cause:#}")})),
-        };
-        let mark = if passed { "ok  " } else { "FAIL" };
-        println!("{mark} {name} ({:.1} s): {figures}", began.elapsed().as_secs_f64());
-        steps.push(json!({"step": name, "passed": passed, "figures": figures}));
+        steps.step(name, || world.settled().and_then(|()| work(world)));
     };
     step("what would happen", &mut world, dry);
     step("all to the other site", &mut world, there);
@@ -53,7 +46,8 @@ pub fn small() -> Result<Value> {
     step("one leaves, one ends, the rest part", &mut world, parted);
     let double = double_runs(&world.qemus.seen());
     world.down()?;
-    let passed = steps.iter().all(|s| s["passed"] == true) && double.is_empty();
+    let passed = steps.passed() && double.is_empty();
+    let steps = steps.report();
     Ok(json!({ "scenario": "cluster", "passed": passed, "steps": steps, "double_runs": double }))
 }
 
@@ -124,6 +118,7 @@ fn refused(world: &mut World) -> Result<Value> {
 
 /// Begins to move back so slowly that it can be hit; waits until pages cross.
 fn slowly(world: &World) -> Result<Follow> {
+    world.restless(true)?;
     let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
     let place = [("a", "h1"), ("b", "h2"), ("c", "h2")];
     let follow = Follow::placed(&state, CLUSTER, "", &place, SLOW)?;
@@ -134,6 +129,7 @@ fn slowly(world: &World) -> Result<Follow> {
 /// All stayed where they were, by the node's word and by the QEMUs' events.
 fn stayed(world: &World, follow: &Follow, hosts: &[String]) -> Result<Value> {
     let shown = ended(&world.swarm, follow, MOVE)?;
+    world.restless(false)?;
     ensure!(shown["phase"] == "stayed", "{shown}");
     let hosts: Vec<&str> = hosts.iter().map(String::as_str).collect();
     whole(world, &hosts)?;

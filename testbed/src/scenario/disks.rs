@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use super::faults::case::{Case, Fault, Phase};
 use super::faults::follow::{Follow, Pace};
 use super::faults::world::{self, Cast, REQUESTER, World};
+use super::steps::Steps;
 use super::swarm::{Swarm, run};
 use crate::guest::disk::DiskForm;
 use crate::lab::node::Node;
@@ -137,23 +138,16 @@ const SMALL: [Step; 6] = [
 /// The part of the disks' scenarios that needs no Debian guest: about two minutes.
 pub fn small() -> Result<Value> {
     let mut world = World::up("disks", small_cast())?;
-    let mut steps = Vec::new();
+    let mut steps = Steps::default();
     for (name, work) in SMALL {
-        let began = std::time::Instant::now();
-        let (passed, figures) = match work(&mut world) {
-            Ok(figures) => (true, figures),
-            Err(cause) => (false, json!({"cause": format!("{cause:#}")})),
-        };
-        let mark = if passed { "ok  " } else { "FAIL" };
-        println!("{mark} {name} ({:.1} s): {figures}", began.elapsed().as_secs_f64());
-        if !passed {
+        if !steps.step(name, || work(&mut world)) {
             world.keep_logs(name);
         }
-        steps.push(json!({"step": name, "passed": passed, "figures": figures}));
     }
     let double = double_runs(&world.qemus.seen());
     world.down()?;
-    let passed = steps.iter().all(|s| s["passed"] == true) && double.is_empty();
+    let passed = steps.passed() && double.is_empty();
+    let steps = steps.report();
     Ok(json!({"scenario": "disks", "passed": passed, "steps": steps, "double_runs": double}))
 }
 

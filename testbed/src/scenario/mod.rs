@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod mpi;
 pub mod refusals;
 pub mod roundtrip;
+mod steps;
 pub mod swarm;
 pub mod wires;
 
@@ -106,4 +107,12 @@ pub fn find(name: &str) -> Result<&'static Scenario> {
     ALL.iter().find(|s| s.name == name).with_context(|| {
         format!("no scenario is called {name}: see godwit-lab list for those there are")
     })
+}
+
+/// What did not pass of a report's steps or cases; the whole report if that is none of them.
+#[must_use]
+pub fn failed(report: &Value) -> Vec<&Value> {
+    let parts = ["steps", "cases"].iter().filter_map(|parts| report[*parts].as_array()).flatten();
+    let failed: Vec<_> = parts.filter(|part| part["passed"] != true).collect();
+    if failed.is_empty() { vec![report] } else { failed }
 }

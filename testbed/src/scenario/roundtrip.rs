@@ -6,13 +6,14 @@ pub(super) mod moves;
 mod session;
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit::api::types::Migration;
 use godwit_protocol::wire::migrate::Phase;
 use serde_json::{Value, json};
 
+use super::steps::Steps;
 use super::swarm::{Guest, GuestPlan, Swarm, run};
 use crate::guest::disk::SpecDisk;
 use crate::guest::{Cache, GuestFiles, GuestKind};
@@ -70,21 +71,15 @@ pub fn roundtrip() -> Result<Value> {
     ensure!(prober.wait_unique(100, SOON), "the guest does not answer on its wire");
     let session = Session::start(station.ns(), SocketAddr::from((plan.ip(), 7008)))?;
     let mut world = World { swarm, web, db };
-    let mut steps = Vec::new();
+    let mut steps = Steps::default();
     let mut step = |name: &str, world: &mut World, work: fn(&mut World) -> Result<Value>| {
-        let (began, lines) = (Instant::now(), session.lines());
-        let fresh = world.swarm.nodes().iter().try_for_each(Node::forget_kept);
-        let done = fresh.and_then(|()| work(world)).and_then(|figures| {
+        steps.step(name, || {
+            let lines = session.lines();
+            world.swarm.nodes().iter().try_for_each(Node::forget_kept)?;
+            let figures = work(world)?;
             let more = || Ok(session.lines() > lines + 5);
             world.swarm.wait("the TCP session goes on", SOON, |_| more()).map(|()| figures)
         });
-        let (passed, figures) = match done {
-            Ok(figures) => (true, figures),
-            Err(cause) => (false, json!({"cause": format!("{cause:#}")})),
-        };
-        let mark = if passed { "ok  " } else { "FAIL" };
-        println!("{mark} {name} ({:.1} s): {figures}", began.elapsed().as_secs_f64());
-        steps.push(json!({"step": name, "passed": passed, "figures": figures}));
     };
     step("asked on the third host", &mut world, third_host);
     step("to a site, shown by the command line", &mut world, to_site);
@@ -101,12 +96,12 @@ pub fn roundtrip() -> Result<Value> {
     let double = double_runs(&qemus.seen());
     drop(station);
     world.swarm.down()?;
-    let passed = steps.iter().all(|s| s["passed"] == true) && double.is_empty() && talked.is_ok();
+    let passed = steps.passed() && double.is_empty() && talked.is_ok();
     let (tcp_lines, tcp_longest) = talked.as_ref().map_or((0, None), |(n, d)| (*n, Some(*d)));
     Ok(json!({
         "scenario": "roundtrip",
         "passed": passed,
-        "steps": steps,
+        "steps": steps.report(),
         "double_runs": double,
         "tcp": {
             "lines": tcp_lines,

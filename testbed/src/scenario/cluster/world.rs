@@ -17,7 +17,7 @@ use crate::lab::prober::{ECHO_PORT, ProbeConfig, Prober, Station};
 use crate::lab::qemus::{QemuWatch, SeenQemu};
 use crate::lab::wan::{LinkParams, WanMode};
 use crate::lab::{LabConfig, SiteConfig, cleanup};
-use crate::scenario::faults::world::{REQUESTER, host_of, let_hold};
+use crate::scenario::faults::world::{REQUESTER, RESTLESS_KBPS, host_of, let_hold};
 use crate::scenario::swarm::{Guest, GuestPlan, Swarm, WIRE, run};
 
 /// The cluster.
@@ -85,8 +85,14 @@ impl World {
     pub fn populate(&mut self, members: &[(&str, &str)]) -> Result<()> {
         let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
         self.populate_with(members, &files, MEMORY_MIB)?;
-        for (guest, (_, host)) in self.guests.iter().zip(members) {
-            run(async { self.swarm.control(host, guest)?.churn(CHURN.0, CHURN.1, false).await })?;
+        self.restless(false)
+    }
+
+    /// The guests rewrite their memory, so fast that a slow link does not carry it or as usual.
+    pub fn restless(&self, restless: bool) -> Result<()> {
+        let rate = if restless { RESTLESS_KBPS } else { CHURN.1 };
+        for guest in &self.guests {
+            run(async { self.control(&guest.name)?.churn(CHURN.0, rate, false).await })?;
         }
         Ok(())
     }

@@ -180,6 +180,11 @@ impl Case {
             Phase::Disk => Pace { link: 0, disk: SLOW_DISK },
             _ => Pace::default(),
         };
+        // What the destination still has from an earlier move makes this one short.
+        let endless = self.phase == Phase::Transfer;
+        if endless {
+            world.restless(&guest.name, true)?;
+        }
         let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
         let started_us = now_us();
         let follow = Follow::start(&state, &guest.name, &destination, pace)?;
@@ -197,6 +202,9 @@ impl Case {
             Fault::LateAccept { .. } => self.late(&scene)?,
             _ => self.strike(world, &scene)?,
         };
+        if endless {
+            world.restless(&guest.name, false)?;
+        }
         let facts = self.facts(world, &scene)?;
         world.clear_holds()?;
         let judged = checks::judge(self, world, &facts);

@@ -27,6 +27,8 @@ pub const REQUESTER: &str = "h3";
 const SETTLE: Duration = Duration::from_secs(60);
 /// How long after that the guest may take to be reached from the other hosts.
 const ECHO: Duration = Duration::from_secs(10);
+/// Thousands of bytes per second that a guest rewrites whose move shall not come to its end over a slow link.
+pub const RESTLESS_KBPS: u32 = 16_000;
 /// Datagrams per second that the guest echoes: each makes it send a frame.
 const PROBES: u32 = 50;
 
@@ -192,6 +194,13 @@ impl World {
     /// The host whose node started this QEMU.
     pub fn host_of(&self, qemu: &SeenQemu) -> Option<String> {
         host_of(&self.swarm, qemu)
+    }
+
+    /// The guest rewrites its memory faster than a slow link carries, or as its cast says again.
+    pub fn restless(&self, vm: &str, restless: bool) -> Result<()> {
+        let (mib, usual) = self.cast.churn;
+        let rate = if restless { RESTLESS_KBPS } else { usual };
+        run(async { self.control(vm)?.churn(mib, rate, false).await })
     }
 
     /// The guest's control channel, wherever it runs.

@@ -142,6 +142,9 @@ impl Case {
             world.settled()?;
         };
         let landed = self.strike(world, &scene, &heard)?;
+        if self.phase.moves_on() {
+            world.restless(false)?;
+        }
         let facts = self.facts(world, &scene)?;
         let judged = judge::judge(self, world, &facts);
         let places =
@@ -159,7 +162,11 @@ impl Case {
         if !self.phase.moves_on() {
             std::fs::write(&point, "")?;
         }
+        // What the destinations still have from an earlier move makes this one short.
         let link = if self.phase.moves_on() { SLOW } else { 0 };
+        if self.phase.moves_on() {
+            world.restless(true)?;
+        }
         let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
         let names = world.guests.iter().map(|g| g.name.as_str());
         let place: Vec<(&str, &str)> = names.zip(to.iter().map(String::as_str)).collect();
