@@ -15,6 +15,7 @@ mod answers;
 mod asks;
 mod boot;
 mod bulk;
+mod catalog;
 mod clusters;
 mod copies;
 mod cutover;

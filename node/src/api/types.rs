@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use answers::{
     ClusterInfo, Console, Done, Drained, HostInfo, ImageInfo, MemberInfo, Migration, NodeStatus,
-    Plan, Planned, RouteInfo, Token, VmInfo, WireStatus,
+    OnWire, Plan, Planned, RouteInfo, Token, VmInfo, WireStatus,
 };
 
 /// Longest line on the socket, bytes, in either direction.
@@ -182,6 +182,13 @@ pub enum Request {
         #[serde(default)]
         remove: bool,
     },
+    /// Tell every host of a wire. Answer: [`Done`].
+    WireCreate {
+        /// The wire.
+        wire: Name,
+        /// Its frames always travel encrypted between hosts.
+        encrypt: bool,
+    },
     /// Put a NIC of a VM of this host onto a wire, or take it off. Answer: [`Done`].
     WireConnect {
         /// Name or id.
@@ -203,7 +210,7 @@ pub enum Request {
         /// The rules, first first; none: everything may.
         rules: Vec<String>,
     },
-    /// The wires of this host. Answer: `Vec<`[`WireStatus`]`>`.
+    /// The wires that are known. Answer: `Vec<`[`WireStatus`]`>`.
     WireInfo {},
 }
 

@@ -16,12 +16,12 @@ use godwit_protocol::migrate::{Moving, Role};
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::migrate::Status;
 use godwit_protocol::wire::record::{self, Record};
-use godwit_protocol::wire::route::Nic;
+use godwit_protocol::wire::route::{Nic, Route};
 use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
-use super::{boot, images, keeping, mirrors, nics, ports, wires};
+use super::{boot, catalog, images, keeping, mirrors, nics, ports, wires};
 use crate::store::Hard;
 use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy, reserve};
 
@@ -34,6 +34,7 @@ pub(super) struct Saved {
     moving: Vec<Moving>,
     statuses: Vec<Status>,
     ports: Vec<Nic>,
+    wires: Vec<Route>,
 }
 
 impl Saved {
@@ -45,6 +46,7 @@ impl Saved {
             moving: read(hard, b"moving/")?,
             statuses: read(hard, b"status/")?,
             ports: read(hard, ports::KEYS)?,
+            wires: read(hard, catalog::KEYS)?,
         })
     }
 
@@ -81,6 +83,7 @@ fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, Drive
 
 /// Finds living copies and gives them to the core as what they are: bound, running, or superseded.
 pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, DriverError> {
+    catalog::adopt(node, &saved.wires);
     saved.statuses.iter().for_each(|status| node.timelines.restore(status));
     let mut living = find_living(node, &saved).await?;
     end_superseded(node, &saved, &mut living).await?;
@@ -124,6 +127,9 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         statuses: saved.statuses,
     };
     let mut core = Core::new(node.now(), config);
+    for wire in saved.wires {
+        core.announce(node.now(), wire);
+    }
     ports::adopt(node, &mut core, saved.ports).await;
     for (epoch, named, copy) in unbound {
         if !named && !copy.qemu().run_state().await.is_ok_and(|s| s.running) {

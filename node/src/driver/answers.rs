@@ -10,14 +10,15 @@ use godwit_protocol::membership::State;
 use godwit_protocol::wire::codec::WIRE_VERSION;
 use godwit_protocol::wire::control::{Answer, Ask};
 use godwit_protocol::wire::migrate::Options;
+use godwit_protocol::wire::route::Route;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::node::{self, DriverError, Node};
-use super::{boot, clusters, group, leave, migrate, nics, ports, wires};
+use super::{boot, catalog, clusters, group, leave, migrate, nics, ports, wires};
 use crate::api::server::Listener;
 use crate::api::types::{
-    ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token, WireStatus,
+    ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token,
 };
 use crate::link::Where;
 
@@ -127,6 +128,7 @@ async fn answer(
         }
         Request::Status {} => value(status(node)),
         Request::WireInfo {}
+        | Request::WireCreate { .. }
         | Request::WireConnect { .. }
         | Request::WireFilter { .. }
         | Request::WirePort { .. } => of_wires(node, request).await,
@@ -147,7 +149,10 @@ async fn of_wires(node: &Arc<Node>, request: Request) -> Result<Value, ApiError>
         Request::WirePort { wire, mac, remove } => {
             value(ports::set(node, &wire, &mac, remove).await?)
         }
-        _ => value(wire_info(node).await),
+        Request::WireCreate { wire, encrypt } => {
+            value(catalog::create(node, &wire, encrypt).await?)
+        }
+        _ => value(catalog::list(node).await?),
     }
 }
 
@@ -191,23 +196,31 @@ fn image(image: &crate::store::images::Image) -> ImageInfo {
 
 async fn routes(node: &Arc<Node>) -> Result<Vec<RouteInfo>, ApiError> {
     let routes = node
-        .with_core(|core, _| core.routes().iter().filter(|r| !r.gone).cloned().collect::<Vec<_>>())
+        .with_core(|core, _| {
+            core.routes()
+                .iter()
+                .filter(|r| !r.gone && !catalog::is_wire(r))
+                .cloned()
+                .collect::<Vec<_>>()
+        })
         .await?;
-    let via = |host| match node.via(host) {
-        _ if host == node.me => "local",
-        Where::Vxlan(_) => "vxlan",
+    let via = |r: &Route| match r.nics.first().map(|nic| node.via(wires::tag(&nic.wire), r.host)) {
+        _ if r.host == node.me => "local",
+        None => "none",
+
+        Some(Where::Vxlan(_)) => "vxlan",
         _ => "tunnel",
     };
     Ok(routes
         .into_iter()
         .map(|r| RouteInfo {
+            via: via(&r).into(),
             name: r.name,
             vm: r.vm,
             host: node.host_name(r.host),
             host_id: r.host,
             epoch: r.epoch,
             nics: r.nics,
-            via: via(r.host).into(),
         })
         .collect())
 }
@@ -289,12 +302,4 @@ fn status(node: &Node) -> NodeStatus {
         vms: u32::try_from(node.copies.all().iter().filter(|c| c.ran()).count()).unwrap_or(0),
         detail,
     }
-}
-
-async fn wire_info(node: &Arc<Node>) -> Vec<WireStatus> {
-    let mut wires = Vec::new();
-    for wire in node.carried() {
-        wires.push(wires::status(node, &wire).await);
-    }
-    wires
 }

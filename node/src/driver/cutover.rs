@@ -155,7 +155,7 @@ pub(super) fn marker(node: &Arc<Node>, from: HostId, tag: u32, bytes: &[u8]) {
     };
     let leaving = node.cutovers.lock().leaving.get(&(tag, flipped.mac)).cloned();
     let Some(leaving) = leaving.filter(|l| flipped.epoch > l.base) else { return };
-    if !matches!(node.via(from), crate::link::Where::Vxlan(_)) {
+    if !matches!(node.via(tag, from), crate::link::Where::Vxlan(_)) {
         return leaving.marker(from);
     }
     tokio::spawn(async move {

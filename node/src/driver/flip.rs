@@ -32,6 +32,7 @@ const AGAIN: [Duration; 3] =
 /// A turn that was begun.
 pub(super) struct Turn {
     old: HostId,
+    tag: u32,
     nics: Vec<Nic>,
     epoch: Epoch,
     /// The old way was the tunnel, the new one is not: the port's rest has to leave first.
@@ -47,42 +48,48 @@ pub(super) fn is_old(node: &Node, route: &Route) -> bool {
 
 /// Enters a changed route into the table. A turn, if this host sends another way now, whose FDB entries
 /// are to be set next.
-pub(super) fn begin(node: &Node, route: &Route) -> Option<Turn> {
+pub(super) fn begin(node: &Node, route: &Route) -> Vec<Turn> {
     let mut table = node.table();
     let known = table.routes.get(&route.vm).filter(|r| !r.gone).map(|r| r.host);
     let far = |old: &HostId| *old != node.me && route.host != node.me && !route.gone;
     let old = known.filter(|old| *old != route.host).filter(far);
-    let mut turn = old.map(|old| turn(old, route.nics.iter().cloned(), route.epoch));
-    if let Some(turn) = &mut turn {
-        let by_tunnel = node.via(turn.old) == Where::Tunnel;
-        turn.rest = by_tunnel && node.via(route.host) != Where::Tunnel;
+    let mut turns: Vec<Turn> =
+        old.map(|old| turns(old, &route.nics, route.epoch)).into_iter().flatten().collect();
+    for turn in &mut turns {
+        let by_tunnel = node.via(turn.tag, turn.old) == Where::Tunnel;
+        turn.rest = by_tunnel && node.via(turn.tag, route.host) != Where::Tunnel;
         if turn.rest {
             table.behind.extend(turn.keys().map(|key| (key, turn.old)));
         }
         turn.said = by_tunnel && !turn.rest;
     }
     table.put(route.clone());
-    if let Some(turn) = turn.as_ref().filter(|turn| turn.said) {
-        turn.say(node);
-    }
-    turn
+    turns.iter().filter(|turn| turn.said).for_each(|turn| turn.say(node));
+    turns
 }
 
 /// The guest runs here, and ran elsewhere: this host's own frames for it do not leave any more.
-pub(super) fn here(node: &Node, copy: &Copy) -> Option<Turn> {
+pub(super) fn here(node: &Node, copy: &Copy) -> Vec<Turn> {
     let arriving = |n: &Nic| node.cutovers.arriving((tag(&n.wire), n.mac)).map(|a| a.from);
     let nics = copy.wired();
-    let old = nics.iter().find_map(arriving)?;
-    let mut turn = turn(old, nics.into_iter(), Epoch::default());
-    turn.rest = node.via(old) == Where::Tunnel;
-    if turn.rest {
-        node.table().behind.extend(turn.keys().map(|key| (key, old)));
+    let Some(old) = nics.iter().find_map(arriving) else { return Vec::new() };
+    let mut turns = turns(old, &nics, Epoch::default());
+    for turn in &mut turns {
+        turn.rest = node.via(turn.tag, old) == Where::Tunnel;
+        if turn.rest {
+            node.table().behind.extend(turn.keys().map(|key| (key, old)));
+        }
     }
-    Some(turn)
+    turns
 }
 
-fn turn(old: HostId, nics: impl Iterator<Item = Nic>, epoch: Epoch) -> Turn {
-    Turn { old, nics: nics.collect(), epoch, rest: false, said: false }
+/// A NIC each: wires differ in how their frames travel.
+fn turns(old: HostId, nics: &[Nic], epoch: Epoch) -> Vec<Turn> {
+    let turn = |nic: &Nic| {
+        let (tag, nics) = (tag(&nic.wire), vec![nic.clone()]);
+        Turn { old, tag, nics, epoch, rest: false, said: false }
+    };
+    nics.iter().map(turn).collect()
 }
 
 impl Turn {

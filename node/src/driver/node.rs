@@ -99,6 +99,8 @@ pub(super) struct Node {
     /// Held while a route goes into the table and the kernel.
     pub turning: tokio::sync::Mutex<()>,
     pub frames: Frames,
+    /// Tags of wires whose frames always travel encrypted.
+    pub sealed: Mutex<std::collections::BTreeSet<u32>>,
     /// Held while a VM's NICs are connected otherwise.
     pub rewiring: tokio::sync::Mutex<()>,
     /// A record was decided.

@@ -77,6 +77,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk,
         frames,
         wires: Mutex::default(),
+        sealed: Mutex::default(),
         turning: tokio::sync::Mutex::default(),
         rewiring: tokio::sync::Mutex::default(),
         decided: tokio::sync::Notify::new(),

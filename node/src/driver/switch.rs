@@ -172,7 +172,9 @@ impl Node {
             // A frame that cannot be sent is lost, as on any link; the adapter counts it.
             let _ = self.frames.send(host, wire, &frame.frame);
         };
-        let far = |host: &HostId| *host != self.me && self.via(*host) == Where::Tunnel;
+        let sealed = self.is_sealed(wire);
+        let far =
+            |host: &HostId| *host != self.me && (sealed || self.via(wire, *host) == Where::Tunnel);
         let key = (wire, frame.destination());
         if frame.is_group() {
             table.group(wire).filter(far).for_each(send);
@@ -215,16 +217,17 @@ impl Node {
 
     /// Members that reach this host by VXLAN. Theirs are senders to wait for even if no NIC of the wire is known
     /// to be there: what they send by the old way goes past this node, which could not pass it on.
-    fn near(&self) -> impl Iterator<Item = HostId> {
+    fn near(&self, tag: u32) -> impl Iterator<Item = HostId> {
         let members = self.net.members().into_iter().filter(|m| m.connected && !m.revoked);
-        members.map(|m| m.host).filter(|h| *h != self.me && matches!(self.via(*h), Where::Vxlan(_)))
+        let vxlan = move |h: &HostId| matches!(self.via(tag, *h), Where::Vxlan(_));
+        members.map(|m| m.host).filter(move |h| *h != self.me && vxlan(h))
     }
 
     /// The other hosts that may have sent frames for a NIC of the wire here, when it runs at `host` now.
     pub fn senders(&self, tag: u32, host: HostId) -> BTreeSet<HostId> {
         let mut senders: BTreeSet<HostId> = self.table().group(tag).collect();
         senders.insert(host);
-        senders.extend(self.near());
+        senders.extend(self.near(tag));
         senders.remove(&self.me);
         senders.retain(|h| self.net.member(*h).is_some_and(|m| m.connected && !m.revoked));
         senders
@@ -233,14 +236,17 @@ impl Node {
     /// The hosts whose frames for a NIC of the wire reach it through this host's kernel.
     pub fn kernel_senders(&self, tag: u32) -> BTreeSet<HostId> {
         let mut senders: BTreeSet<HostId> = self.table().group(tag).collect();
-        senders.retain(|h| *h != self.me && matches!(self.via(*h), Where::Vxlan(_)));
-        senders.extend(self.near());
+        senders.retain(|h| *h != self.me && matches!(self.via(tag, *h), Where::Vxlan(_)));
+        senders.extend(self.near(tag));
         senders.insert(self.me);
         senders
     }
 
-    /// How frames get to another host.
-    pub fn via(&self, host: HostId) -> Where {
+    /// How frames of a wire get to another host.
+    pub fn via(&self, tag: u32, host: HostId) -> Where {
+        if self.is_sealed(tag) {
+            return Where::Tunnel;
+        }
         let member = self.net.member(host);
         match member.and_then(|m| m.addresses.first().map(std::net::SocketAddr::ip)) {
             Some(ip) if self.links.trusts(ip) => Where::Vxlan(ip),

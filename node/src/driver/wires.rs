@@ -13,9 +13,9 @@ use godwit_protocol::wire::route::{Nic, Route};
 
 use super::copies::Copy;
 use super::node::Node;
-use super::{boot, cutover, flip};
+use super::{boot, catalog, cutover, flip};
 use crate::api::types::{ApiError, WireStatus};
-use crate::link::Where;
+use crate::link::{LinkError, Where};
 use crate::vmm::ResolvedSpec;
 
 /// The tag of a wire in tunnel datagrams.
@@ -46,7 +46,7 @@ pub(super) async fn open_taps(
 
 /// Makes a wire on this host and fills in the routes that are known.
 pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError> {
-    node.links.ensure_wire(wire).await.map_err(ApiError::plain)?;
+    make(node, wire).await.map_err(ApiError::plain)?;
     broadcasts(node, wire).await;
     node.carry(wire);
     let wanted = wire.clone();
@@ -62,9 +62,16 @@ pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError
     Ok(())
 }
 
+async fn make(node: &Node, wire: &Name) -> Result<(), LinkError> {
+    match node.is_sealed(tag(wire)) {
+        true => node.links.ensure_sealed_wire(wire).await,
+        false => node.links.ensure_wire(wire).await,
+    }
+}
+
 /// After a restart: the kernel still has what this host uses of the wire.
 pub(super) async fn adopt(node: &Node, wire: &Name) {
-    let adopted = node.links.ensure_wire(wire).await;
+    let adopted = make(node, wire).await;
     node.carry(wire);
     match adopted {
         Ok(()) => broadcasts(node, wire).await,
@@ -74,7 +81,7 @@ pub(super) async fn adopt(node: &Node, wire: &Name) {
 
 /// The copy's guest runs here: its frames come here, and everyone is told.
 pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
-    let turn = flip::here(node, copy);
+    let turns = flip::here(node, copy);
     let nics = copy.wired();
     for nic in &nics {
         let key = (tag(&nic.wire), nic.mac);
@@ -95,7 +102,7 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
         .await
     };
     match told {
-        Ok(epoch) => turn.into_iter().for_each(|turn| turn.at(epoch).end(node)),
+        Ok(epoch) => turns.into_iter().for_each(|turn| turn.at(epoch).end(node)),
         Err(error) => tracing::error!(%error, "the route was not told"),
     }
     for nic in &nics {
@@ -143,13 +150,16 @@ pub(super) async fn runs_no_more(node: &Arc<Node>, copy: &Arc<Copy>) {
 /// Brings a changed route into the kernel, on wires that this host has. Where the guest ran before it is
 /// told, behind the last frame that goes there.
 pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
+    if catalog::is_wire(route) {
+        return catalog::heard(node, route).await;
+    }
     // One after the other: table and kernel change in the same order, and never back to an older route.
     let _turn = node.turning.lock().await;
     if flip::is_old(node, route) {
         return;
     }
     let known = node.table().routes.get(&route.vm).map(|r| r.nics.clone());
-    let turn = flip::begin(node, route);
+    let turns = flip::begin(node, route);
     let left = known.into_iter().flatten().filter(|nic| !route.nics.contains(nic));
     for nic in left.filter(|nic| node.carries(&nic.wire)) {
         // Unless another VM has it by now.
@@ -166,15 +176,13 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
             _ if route.gone => Where::None,
             host if host == node.me && local => Where::Local,
             host if host == node.me => Where::None,
-            host => node.via(host),
+            host => node.via(tag(&nic.wire), host),
         };
         if !cutover::moved(node, (tag(&nic.wire), nic.mac), route) {
             set(node, &nic.wire, &nic.mac, to).await;
         }
     }
-    if let Some(turn) = turn {
-        turn.end(node);
-    }
+    turns.into_iter().for_each(|turn| turn.end(node));
 }
 
 pub(super) async fn set(node: &Node, wire: &Name, mac: &Mac, to: Where) {
@@ -202,8 +210,9 @@ fn underlay(node: &Node) -> Vec<IpAddr> {
 
 /// Broadcasts of the wire go to every member on the trusted LAN.
 async fn broadcasts(node: &Node, wire: &Name) {
-    let trusted: Vec<IpAddr> =
-        underlay(node).into_iter().filter(|ip| node.links.trusts(*ip)).collect();
+    let sealed = node.is_sealed(tag(wire));
+    let near = |ip: &IpAddr| !sealed && node.links.trusts(*ip);
+    let trusted: Vec<IpAddr> = underlay(node).into_iter().filter(near).collect();
     if let Err(error) = node.links.broadcast_set(wire, &trusted).await {
         tracing::warn!(%wire, %error, "broadcasts are not sent to the trusted LAN");
     }
@@ -216,6 +225,9 @@ pub(super) async fn status(node: &Arc<Node>, wire: &Name) -> WireStatus {
     counters.insert("tunnel_not_sent".to_owned(), sent.not_sent);
     WireStatus {
         wire: wire.clone(),
+        encrypted: node.is_sealed(tag(wire)),
+        here: node.carries(wire),
+        nics: Vec::new(),
         bridge: crate::link::bridge_name(wire),
         mtu: u32::from(node.links.mtu()),
         counters,

@@ -27,13 +27,25 @@ impl Links {
     /// # Errors
     /// [`LinkError::Privilege`], [`LinkError::Foreign`], [`LinkError::VniTaken`], or the kernel's.
     pub async fn ensure_wire(&self, wire: &Name) -> Result<(), LinkError> {
+        self.make(wire, false).await
+    }
+
+    /// As [`Links::ensure_wire`], for a wire whose frames never travel by VXLAN: a device for it goes.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn ensure_sealed_wire(&self, wire: &Name) -> Result<(), LinkError> {
+        self.make(wire, true).await
+    }
+
+    async fn make(&self, wire: &Name, sealed: bool) -> Result<(), LinkError> {
         let mut state = self.state.lock().await;
         if !state.guarded {
             self.filter(&state).await?;
             state.guarded = true;
         }
         let bridge = self.ensure_bridge(wire).await?;
-        let vxlan = self.ensure_vxlan(wire, bridge).await?;
+        let vxlan = self.ensure_vxlan(wire, bridge, sealed).await?;
         let tunnel = self.ensure_tunnel(wire, bridge).await?;
         match state.wires.get_mut(wire) {
             Some(known) if known.bridge == bridge && known.vxlan == vxlan => {
@@ -128,7 +140,12 @@ impl Links {
         Ok(index)
     }
 
-    async fn ensure_vxlan(&self, wire: &Name, bridge: u32) -> Result<Option<u32>, LinkError> {
+    async fn ensure_vxlan(
+        &self,
+        wire: &Name,
+        bridge: u32,
+        sealed: bool,
+    ) -> Result<Option<u32>, LinkError> {
         let name = names::vxlan(wire);
         let underlay = self.config.underlay;
         let alias = names::alias_via(wire, underlay);
@@ -136,7 +153,7 @@ impl Links {
             Some(device) => Some(ours(device, wire)?),
             None => None,
         };
-        let wanted = self.trusts(underlay);
+        let wanted = !sealed && self.trusts(underlay);
         // One that belongs to another underlay address cannot be changed, only made again.
         if let Some(stale) = found.take_if(|device| !wanted || device.alias != alias) {
             self.kernel.delete(stale.index).await?;

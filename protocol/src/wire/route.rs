@@ -22,6 +22,10 @@ pub enum Kind {
     Port,
     /// A cluster, by the host that leads it.
     Cluster,
+    /// A wire that was created: it has the wire's name, and nobody reaches it by that.
+    Wire,
+    /// Such a wire, whose frames always travel encrypted.
+    SealedWire,
 }
 
 /// One entry of the distributed routing table. The higher epoch of the same VM wins.

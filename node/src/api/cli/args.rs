@@ -106,7 +106,7 @@ pub enum Command {
     },
     /// Show what this node is
     Status,
-    /// Show the wires of this host and their counters
+    /// List the wires that are known (as `wire list`)
     Wires,
     /// Connect things to wires
     Wire {
@@ -415,6 +415,8 @@ mod tests {
             "godwit migrations show abcd",
             "godwit abort abcd",
             "godwit routes",
+            "godwit wire create lan --encrypt",
+            "godwit wire list",
             "godwit wire connect web lan --mac 52:54:00:00:00:01",
             "godwit wire disconnect web lan",
             "godwit wire filter web deny",

@@ -184,11 +184,19 @@ fn image_row(i: &ImageInfo) -> [String; 7] {
     ]
 }
 
-const WIRE_HEAD: [&str; 4] = ["WIRE", "BRIDGE", "MTU", "COUNTERS"];
+const WIRE_HEAD: [&str; 5] = ["WIRE", "ENCRYPTED", "BRIDGE", "MTU", "ON IT"];
 
-fn wire_row(w: &WireStatus) -> [String; 4] {
-    let counters: Vec<String> = w.counters.iter().map(|(k, v)| format!("{k}={v}")).collect();
-    [w.wire.to_string(), w.bridge.clone(), w.mtu.to_string(), counters.join(" ")]
+fn wire_row(w: &WireStatus) -> [String; 5] {
+    let on: Vec<String> = w.nics.iter().map(|n| format!("{}@{}", n.name, n.host)).collect();
+    let encrypted = if w.encrypted { "always" } else { "outside a trusted LAN" };
+    let bridge = some(w.here, || w.bridge.clone());
+    [
+        w.wire.to_string(),
+        encrypted.into(),
+        bridge,
+        w.mtu.to_string(),
+        some(!on.is_empty(), || on.join(" ")),
+    ]
 }
 
 fn nics(nics: &[Nic]) -> String {

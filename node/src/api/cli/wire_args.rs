@@ -8,6 +8,16 @@ use crate::api::types::Request;
 /// `godwit wire`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum WireCommand {
+    /// Tell every host of a wire; one that is only used is made by itself
+    Create {
+        /// Name of the wire
+        wire: Name,
+        /// Its frames always travel encrypted between hosts, also on a trusted LAN
+        #[arg(long)]
+        encrypt: bool,
+    },
+    /// List the wires that are known, and who is on them
+    List,
     /// Put a NIC of a running VM of this host onto a wire
     Connect {
         /// Name or id of the VM
@@ -56,6 +66,8 @@ impl WireCommand {
     /// What the daemon is asked.
     pub fn request(&self) -> Request {
         match self.clone() {
+            Self::Create { wire, encrypt } => Request::WireCreate { wire, encrypt },
+            Self::List => Request::WireInfo {},
             Self::Connect { vm, wire, mac } => {
                 Request::WireConnect { vm, wire, mac, disconnect: false }
             }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use godwit_protocol::id::{CopyId, Epoch, HostId, Name, StoreId, SwarmId, VmId};
+use godwit_protocol::id::{CopyId, Epoch, HostId, Mac, Name, StoreId, SwarmId, VmId};
 use godwit_protocol::wire::migrate::{MemberStatus, Status};
 use godwit_protocol::wire::route::Nic;
 use serde::{Deserialize, Serialize};
@@ -125,11 +125,28 @@ pub struct ImageInfo {
     pub expires_s: Option<u64>,
 }
 
-/// One wire on this host.
+/// Somebody on a wire.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnWire {
+    /// The VM's name, or the port's.
+    pub name: Name,
+    /// Its address.
+    pub mac: Mac,
+    /// The host that carries it.
+    pub host: String,
+}
+
+/// One wire.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireStatus {
     /// Its name.
     pub wire: Name,
+    /// Whether its frames always travel encrypted between hosts.
+    pub encrypted: bool,
+    /// Whether this host carries it.
+    pub here: bool,
+    /// Who is on it, anywhere.
+    pub nics: Vec<OnWire>,
     /// The bridge.
     pub bridge: String,
     /// Its MTU, bytes.

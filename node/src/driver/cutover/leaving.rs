@@ -308,7 +308,7 @@ impl Leaving {
             self.closing.store(true, Ordering::SeqCst);
             let newest = node.table().host_of(self.key).filter(|host| *host != node.me);
             let host = newest.or(*lock(&self.host));
-            let to = host.map_or(Where::None, |host| node.via(host));
+            let to = host.map_or(Where::None, |host| node.via(self.key.0, host));
             wires::set(node, &self.wire, &self.mac, to).await;
         }
         forwarding_settled().await;

@@ -1,0 +1,128 @@
+//! Wires that were created by name, and what holds for each on every host.
+//!
+//! Owns what this host has heard of them, across restarts, and the routes that tell of them. Invariant: a wire that
+//! is encrypted stays so, and a host that has heard of it makes no VXLAN device for it, before its first frame.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError};
+
+use futures::future::BoxFuture;
+use godwit_protocol::core::Core;
+use godwit_protocol::id::{CopyId, Epoch, Name, VmId};
+use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
+use godwit_protocol::wire::codec;
+use godwit_protocol::wire::route::{Kind, Route};
+
+use super::node::Node;
+use super::wires;
+use crate::api::types::{ApiError, Done, OnWire, WireStatus};
+
+/// Where wires are in the hard state.
+pub(super) const KEYS: &[u8] = b"wire/";
+
+/// `godwit wire create`.
+pub(super) async fn create(node: &Arc<Node>, wire: &Name, encrypt: bool) -> Result<Done, ApiError> {
+    let id = id(wire);
+    let known = node.with_core(move |core, _| core.routes().get(id).cloned()).await?;
+    let sealed = known.as_ref().is_some_and(|r| r.kind == Kind::SealedWire);
+    if sealed && !encrypt {
+        return Err(ApiError::new(
+            format!("wire {wire} is encrypted, for ever"),
+            "choose another name for one that is not",
+        ));
+    }
+    let kind = if encrypt { Kind::SealedWire } else { Kind::Wire };
+    let epoch = known.map_or(Epoch(1), |r| r.epoch.next());
+    let (host, copy) = (node.me, CopyId(id.0));
+    let (name, nics) = (wire.clone(), Vec::new());
+    let route = Route { vm: id, name, host, copy, epoch, nics, kind, gone: false };
+    heard(node, &route).await;
+    node.with_core(move |core, now| core.announce(now, route)).await?;
+    let how = if encrypt { ", encrypted" } else { "" };
+    Ok(Done { done: format!("wire {wire} is there{how}") })
+}
+
+/// A wire was created, here or elsewhere.
+pub(super) async fn heard(node: &Arc<Node>, route: &Route) {
+    let key = [KEYS, &route.vm.0].concat();
+    match codec::encode(route, CONTROL_MESSAGE_BYTES) {
+        Ok(value) => {
+            let hard = Arc::clone(&node.hard);
+            let put = move || hard.put_many(&[(&key, Some(value.as_slice()))]);
+            if !matches!(tokio::task::spawn_blocking(put).await, Ok(Ok(()))) {
+                tracing::error!(wire = %route.name, "not kept: after a restart it is heard of again");
+            }
+        }
+        Err(error) => tracing::error!(%error, "not kept"),
+    }
+    if route.kind == Kind::SealedWire && node.seal(&route.name) && node.carries(&route.name) {
+        // Its VXLAN device goes, its routes lead into the tunnel.
+        tokio::spawn(renew(Arc::clone(node), route.name.clone()));
+    }
+}
+
+/// Of a named type: setting a wire up goes through its routes, and so comes by here.
+fn renew(node: Arc<Node>, wire: Name) -> BoxFuture<'static, ()> {
+    Box::pin(async move {
+        if let Err(error) = wires::ensure(&node, &wire).await {
+            tracing::error!(%wire, error = %error.message, "not encrypted as yet");
+        }
+    })
+}
+
+/// What the last daemon had heard; before any wire is taken up.
+pub(super) fn adopt(node: &Node, wires: &[Route]) {
+    for route in wires.iter().filter(|r| r.kind == Kind::SealedWire) {
+        node.seal(&route.name);
+    }
+}
+
+/// `godwit wire list`: all that are known, with who is on them.
+pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<WireStatus>, ApiError> {
+    let routes = node
+        .with_core(|core: &mut Core, _| core.routes().iter().cloned().collect::<Vec<_>>())
+        .await?;
+    let created = routes.iter().filter(|r| is_wire(r)).map(|r| r.name.clone());
+    let mut on: BTreeMap<Name, Vec<OnWire>> =
+        created.chain(node.carried()).map(|wire| (wire, Vec::new())).collect();
+    for route in routes.iter().filter(|r| !r.gone) {
+        for nic in &route.nics {
+            let (name, mac) = (route.name.clone(), nic.mac);
+            let host = node.host_name(route.host);
+            on.entry(nic.wire.clone()).or_default().push(OnWire { name, mac, host });
+        }
+    }
+    let mut all = Vec::with_capacity(on.len());
+    for (wire, nics) in on {
+        all.push(WireStatus { nics, ..wires::status(node, &wire).await });
+    }
+    Ok(all)
+}
+
+/// Whether it tells of a wire.
+pub(super) fn is_wire(route: &Route) -> bool {
+    matches!(route.kind, Kind::Wire | Kind::SealedWire)
+}
+
+fn id(wire: &Name) -> VmId {
+    let hash = blake3::hash(&[b"wire/", wire.as_str().as_bytes()].concat());
+    let mut id = [0; 16];
+    id.copy_from_slice(&hash.as_bytes()[..16]);
+    VmId(id)
+}
+
+impl Node {
+    fn sealed(&self) -> std::sync::MutexGuard<'_, BTreeSet<u32>> {
+        self.sealed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether frames of the wire always travel encrypted.
+    pub fn is_sealed(&self, tag: u32) -> bool {
+        self.sealed().contains(&tag)
+    }
+
+    /// From now on they do; whether that is news.
+    fn seal(&self, wire: &Name) -> bool {
+        self.sealed().insert(wires::tag(wire))
+    }
+}
