@@ -129,6 +129,15 @@ enum Bench {
         #[arg(long, default_value_t = 1)]
         runs: u32,
     },
+    /// Frames between two hosts of a site, by VXLAN and encrypted, against a plain veth (about half a minute a run)
+    Wire {
+        /// Write the figures to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Runs of each side
+        #[arg(long, default_value_t = 3)]
+        runs: u32,
+    },
     /// Compare transports for one bulk stream over emulated links and a veth (about five minutes)
     Transport {
         /// Write the figures to this file, too
@@ -174,6 +183,7 @@ fn measure(what: Bench) -> anyhow::Result<()> {
         Bench::Ram { json, case, runs } => bench::ram::run(&options(&case, runs, &json)),
         Bench::Disk { json, case, runs } => bench::disk::run(&options(&case, runs, &json)),
         Bench::Cluster { json, case, runs } => bench::cluster::run(&options(&case, runs, &json)),
+        Bench::Wire { json, runs } => show(&bench::wire::run(runs)?, json.as_deref()),
         Bench::Transport { json } => show(&bench::transport::run()?, json.as_deref()),
     }
 }

@@ -1,4 +1,4 @@
-//! A NIC's filter and its connection, across moves. Needs root; without it the test says so and ends.
+//! A NIC's filter and its connection, across moves; a wire that is always encrypted. Needs root; without it the test says so and ends.
 
 #[test]
 fn a_filter_moves_with_its_nic() -> anyhow::Result<()> {
@@ -9,5 +9,15 @@ fn a_filter_moves_with_its_nic() -> anyhow::Result<()> {
     let report = godwit_testbed::scenario::wires::wires("twires")?;
     let failed = godwit_testbed::scenario::failed(&report);
     anyhow::ensure!(report["passed"] == true, "{failed:#?}");
+    Ok(())
+}
+
+#[test]
+fn an_encrypted_wire_never_travels_by_vxlan() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: the lab needs root");
+        return Ok(());
+    }
+    println!("{:#}", godwit_testbed::scenario::wires::sealed("tsealed")?);
     Ok(())
 }

@@ -6,3 +6,4 @@ pub mod endpoints;
 pub mod ram;
 pub mod transport;
 pub mod versus;
+pub mod wire;

@@ -162,14 +162,19 @@ impl Swarm {
         Ok(GuestControl::new(serial1(&info)?).with_deadline(Duration::from_secs(60)))
     }
 
-    /// A station outside all guests, on the wire of a host.
+    /// A station outside all guests, on [`WIRE`] of a host.
     pub fn station(&self, host: &str, number: u16) -> Result<Station> {
+        self.station_on(host, WIRE, number)
+    }
+
+    /// A station outside all guests, on a wire of a host.
+    pub fn station_on(&self, host: &str, wire: &str, number: u16) -> Result<Station> {
         let mac = format!("02:00:00:00:00:{number:02x}");
-        let port = self.ask(host, &["wire", "port", WIRE, "--mac", &mac])?;
+        let port = self.ask(host, &["wire", "port", wire, "--mac", &mac])?;
         let bridge = port["bridge"].as_str().context("no bridge")?.to_owned();
         let link = StationLink {
             mac,
-            addr: format!("10.9.0.{}", 200 + number).parse()?,
+            addr: station_ip(number)?,
             prefix_len: 24,
             mtu: MTU,
         };
@@ -184,6 +189,11 @@ impl Swarm {
         }
         self.lab.teardown()
     }
+}
+
+/// The address of a station, by its number (1 to 50).
+pub fn station_ip(number: u16) -> Result<std::net::Ipv4Addr> {
+    Ok(std::net::Ipv4Addr::new(10, 9, 0, u8::try_from(200 + number)?))
 }
 
 /// A guest that a scenario wants.
@@ -237,6 +247,12 @@ impl GuestPlan {
     pub fn mac(&self) -> String {
         format!("52:54:00:09:00:{:02x}", self.number)
     }
+}
+
+/// A node that takes its host's LAN for trusted.
+pub fn trusting(node: &mut Node) {
+    let [a, b, c, _] = node.host().addr.octets();
+    node.arg("--trusted-lan").arg(&format!("{a}.{b}.{c}.0/24"));
 }
 
 /// A guest that was started.
