@@ -63,18 +63,16 @@ pub struct Begin {
 }
 
 impl Source {
-    /// Starts: asks the first candidate.
-    pub fn begin(now: Time, begin: Begin, out: &mut Vec<Action>) -> Self {
-        let mut candidates = begin.candidates;
-        candidates.reverse();
-        let mut this = Self {
-            peer: begin.status.from,
-            status: begin.status,
-            record: begin.record,
-            copy: begin.copy,
-            spec: begin.spec,
-            options: begin.options,
-            candidates,
+    /// Nothing has been asked yet.
+    fn new(now: Time, status: Status, record: Record, copy: CopyId) -> Self {
+        Self {
+            peer: status.from,
+            status,
+            record,
+            copy,
+            spec: Vec::new(),
+            options: Options::default(),
+            candidates: Vec::new(),
             state: State::Over,
             started: now,
             last: Progress::default(),
@@ -85,6 +83,18 @@ impl Source {
             resumed_us: None,
             led: None,
             share_bytes_per_s: 0,
+        }
+    }
+
+    /// Starts: asks the first candidate.
+    pub fn begin(now: Time, begin: Begin, out: &mut Vec<Action>) -> Self {
+        let mut candidates = begin.candidates;
+        candidates.reverse();
+        let mut this = Self {
+            spec: begin.spec,
+            options: begin.options,
+            candidates,
+            ..Self::new(now, begin.status, begin.record, begin.copy)
         };
         this.ask_next(now, out);
         this
@@ -98,27 +108,14 @@ impl Source {
         status: Status,
         out: &mut Vec<Action>,
     ) -> Self {
+        let status = Status { phase: Phase::Stopped, to: Some(moving.peer), ..status };
         let this = Self {
-            status: Status { phase: Phase::Stopped, to: Some(moving.peer), ..status },
-            record,
-            copy: moving.copy,
-            spec: Vec::new(),
-            options: Options::default(),
-            candidates: Vec::new(),
             peer: moving.peer,
             state: State::Stopped {
                 until: now.plus_ms(wait::DECISION_MS),
                 ask_at: now.plus_ms(wait::ASK_MS),
             },
-            started: now,
-            last: Progress::default(),
-            refusals: Vec::new(),
-            forgotten: 0,
-            deadline: None,
-            stopped_us: None,
-            resumed_us: None,
-            led: None,
-            share_bytes_per_s: 0,
+            ..Self::new(now, status, record, moving.copy)
         };
         out.push(Action::Resolve("the source node restarted while the guest stood still".into()));
         this

@@ -5,7 +5,6 @@
 
 use super::{Action, Body, Effect, Led, Options, Record, Source, State, plan, wait};
 use crate::id::{CopyId, HostId};
-use crate::migrate::Progress;
 use crate::time::Time;
 use crate::wire::migrate::{Figures, Seat, Stand, Status, of_member};
 
@@ -41,23 +40,11 @@ impl Source {
         candidates.reverse();
         out.push(Action::Effect(Effect::Describe));
         Self {
-            peer: status.from,
-            status,
-            record,
-            copy,
-            spec: Vec::new(),
             options,
             candidates,
             state: State::Describing { until: now.plus_ms(wait::PREPARE_MS) },
-            started: now,
-            last: Progress::default(),
-            refusals: Vec::new(),
-            forgotten: 0,
-            deadline: None,
-            stopped_us: None,
-            resumed_us: None,
             led: Some((led, now)),
-            share_bytes_per_s: 0,
+            ..Self::new(now, status, record, copy)
         }
     }
 
