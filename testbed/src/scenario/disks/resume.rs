@@ -1,8 +1,9 @@
 //! A cut link, or a node that was killed, after 10, 50 and 90 % of a disk of 2 GB: what crossed before stays.
 //!
 //! Owns the moves and the judgement. Hosts keep nothing of earlier moves, so that every move starts from nothing; what
-//! crosses twice is what a disturbed move has more on the link than an undisturbed one. A source that was killed ends its
-//! move: it is asked for again, and both tries count.
+//! crosses twice is what a disturbed move has more on the link than an undisturbed one; the guest does nothing and has little
+//! memory, so that two moves differ by nothing else. A source that was killed ends its move: it is asked for again, and both
+//! tries count.
 
 use std::fs;
 use std::time::Duration;
@@ -13,13 +14,14 @@ use serde_json::{Value, json};
 use super::super::faults::follow::{Follow, Pace};
 use super::super::faults::world::{Cast, REQUESTER, World};
 use super::other_site;
+use super::super::swarm::run;
 use crate::guest::disk::DiskForm;
-use crate::guest::{Cache, GuestFiles, GuestKind};
 use crate::lab::node::Node;
 use crate::lab::wan::LinkParams;
 
-/// Size of the disk, GiB, and what of it is used, bytes.
-const DISK: (u64, u64) = (2, 500_000_000);
+/// Size of the disk, and of the parts that are filled one after the other with what does not compress, MiB.
+const DISK_MIB: u32 = 2048;
+const PARTS_MIB: [u32; 6] = [0, 100, 200, 300, 400, 500];
 /// Percent of the disk's bytes that have crossed when it is hit.
 const AT: [u64; 3] = [10, 50, 90];
 /// Most that may cross twice, of what had crossed before.
@@ -43,22 +45,16 @@ fn forgetful(node: &mut Node) {
     node.arg("--keep-bytes").arg("0");
 }
 
-/// `godwit-lab run disk-resume`: about twelve minutes.
+/// `godwit-lab run disk-resume`: about ten minutes.
 pub fn run_all() -> Result<Value> {
-    let cache = Cache::open()?;
-    let files = GuestFiles::prepare(GuestKind::Debian, &cache)?;
-    let files = files.on_larger_disk(&cache, DISK.0, DISK.1)?;
     let cast = Cast {
-        kind: GuestKind::Debian,
-        memory_mib: 512,
-        churn: (20, 0),
-        root: DiskForm::Raw,
+        churn: (16, 0),
+        disks: vec![(DiskForm::Raw, DISK_MIB)],
         link: LinkParams::new(100, 80),
         dress: forgetful,
         ..Cast::plain()
     };
     let mut world = World::up("dresume", cast)?;
-    world.files = files;
     let done = moves(&mut world);
     if done.is_err() {
         world.keep_logs("disk-resume");
@@ -68,6 +64,12 @@ pub fn run_all() -> Result<Value> {
 }
 
 fn moves(world: &mut World) -> Result<Value> {
+    let (guest, _) = world.guest()?;
+    for part in PARTS_MIB {
+        let fill = format!("/bin/busybox dd if=/dev/urandom of=/dev/vda bs=1M count=100 seek={part} conv=fsync");
+        run(async { world.control(&guest.name)?.shell(&fill).await })?;
+    }
+    run(async { world.control(&guest.name)?.shell("echo 3 > /proc/sys/vm/drop_caches").await })?;
     let (plain, plain_disk) = one(world, Hit::Nothing, 0)?;
     println!("undisturbed: {plain} bytes, {plain_disk} of the disk");
     let mut steps = Vec::new();
