@@ -17,7 +17,7 @@ const COMPARE: Duration = Duration::from_secs(50);
 /// A disk of a QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskImage {
-    /// Its node's name, such as `disk0`.
+    /// Its node's name, such as `disk0`; `nvram`: the firmware's variables.
     pub id: String,
     /// The file.
     pub path: PathBuf,
@@ -43,7 +43,8 @@ pub fn of_qemu(pid: i32) -> Result<Vec<DiskImage>> {
     for node in nodes.iter().filter(|n| n["driver"] == "raw" || n["driver"] == "qcow2") {
         let id = node["node-name"].as_str().unwrap_or_default();
         let number = id.strip_prefix("disk").unwrap_or_default();
-        if number.is_empty() || !number.bytes().all(|b| b.is_ascii_digit()) {
+        let disk = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+        if !disk && id != "nvram" {
             continue;
         }
         let path = file_of(id).with_context(|| format!("{id} has no file"))?;

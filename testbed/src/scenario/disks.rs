@@ -5,6 +5,7 @@
 //! checked by the guest past its page cache.
 
 pub mod faults;
+mod forms;
 mod refused;
 pub mod resume;
 pub mod roundtrips;
@@ -126,9 +127,10 @@ fn small_dir(node: &Node) -> PathBuf {
 type Step = (&'static str, fn(&mut World) -> Result<Value>);
 
 /// Steps of the small scenario, in order; the guest starts on h1.
-const SMALL: [Step; 6] = [
+const SMALL: [Step; 7] = [
     ("there, with writes on the way", there),
     ("and back", there),
+    ("firmware's variables, holes, and more room than is used", forms::kept),
     ("a byte is altered on its way to the image", altered),
     ("no room at the destination", no_room),
     ("the destination's node is killed in the transfer", killed),

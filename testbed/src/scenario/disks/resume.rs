@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 use super::super::faults::follow::{Follow, Pace};
 use super::super::faults::world::{Cast, REQUESTER, World};
-use super::other_site;
 use super::super::swarm::run;
+use super::other_site;
 use crate::guest::disk::DiskForm;
 use crate::lab::node::Node;
 use crate::lab::wan::LinkParams;
@@ -66,7 +66,9 @@ pub fn run_all() -> Result<Value> {
 fn moves(world: &mut World) -> Result<Value> {
     let (guest, _) = world.guest()?;
     for part in PARTS_MIB {
-        let fill = format!("/bin/busybox dd if=/dev/urandom of=/dev/vda bs=1M count=100 seek={part} conv=fsync");
+        let fill = format!(
+            "/bin/busybox dd if=/dev/urandom of=/dev/vda bs=1M count=100 seek={part} conv=fsync"
+        );
         run(async { world.control(&guest.name)?.shell(&fill).await })?;
     }
     run(async { world.control(&guest.name)?.shell("echo 3 > /proc/sys/vm/drop_caches").await })?;
