@@ -103,7 +103,10 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
     };
     match told {
         Ok(epoch) => turns.into_iter().for_each(|turn| turn.at(epoch).end(node)),
-        Err(error) => tracing::error!(%error, "the route was not told"),
+        Err(error) => {
+            tracing::error!(%error, "the route was not told");
+            turns.into_iter().for_each(|turn| turn.end(node));
+        }
     }
     for nic in &nics {
         if let Some(leaving) = node.cutovers.held((tag(&nic.wire), nic.mac)) {

@@ -55,8 +55,8 @@ impl Links {
         let what = "plug a tap";
         self.kernel.token_bucket(what, index, SHUT, burst, NLM_F_CREATE | NLM_F_REPLACE).await?;
         let longest = usize::from(self.config.mtu) + FILLER.len();
-        let spend = socket(index, false).map(|s| s.send(&filler(longest)));
-        spend.map(drop).map_err(|e| LinkError::kernel(what, e))
+        // Not sent, it would leave room for the first frames.
+        spend(index, longest).map_err(|e| LinkError::kernel(what, e))
     }
 
     /// Takes the plug off: what waited goes first, in its order. Without a plug, nothing changes.
@@ -71,8 +71,7 @@ impl Links {
             other => other?,
         }
         // A queue is looked at when a frame comes.
-        let kick = socket(index, false).map(|s| s.send(&filler(SHORTEST)));
-        kick.map(drop).map_err(|e| LinkError::kernel(what, e))
+        spend(index, SHORTEST).map_err(|e| LinkError::kernel(what, e))
     }
 
     /// The way past a plug into the NIC's tap, as it is now.
@@ -91,10 +90,11 @@ impl Links {
     }
 }
 
-fn filler(length: usize) -> Vec<u8> {
+/// Sends a frame that no guest takes into a tap's queue.
+fn spend(index: u32, length: usize) -> io::Result<()> {
     let mut frame = FILLER.to_vec();
     frame.resize(length, 0);
-    frame
+    if socket(index, false)?.send(&frame) { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A packet socket that sends on a device and receives nothing.

@@ -379,23 +379,21 @@ impl Frames {
         self.gone(host, &connection);
     }
 
-    /// Makes a connection the one that is used; false if its host is no member.
+    /// Makes a connection the one that is used; false if its host is no member. What waited goes first, before
+    /// others can use it.
     fn enter(&self, host: HostId, connection: &Connection) -> bool {
-        let waiting = {
-            let mut peers = self.peers();
-            if !self.0.shared.admitted(host) || peers.len() > MEMBERS {
-                return false;
-            }
-            let peer = peers.entry(host).or_default();
-            if peer.connections.len() >= PER_HOST {
-                peer.connections.remove(0).close(VarInt::from_u32(0), b"");
-            }
-            peer.connections.push(connection.clone());
-            peer.dialling = false;
-            peer.retry_at = None;
-            std::mem::take(&mut peer.waiting)
-        };
-        for (tag, frame) in waiting {
+        let mut peers = self.peers();
+        if !self.0.shared.admitted(host) || peers.len() > MEMBERS {
+            return false;
+        }
+        let peer = peers.entry(host).or_default();
+        if peer.connections.len() >= PER_HOST {
+            peer.connections.remove(0).close(VarInt::from_u32(0), b"");
+        }
+        peer.connections.push(connection.clone());
+        peer.dialling = false;
+        peer.retry_at = None;
+        for (tag, frame) in std::mem::take(&mut peer.waiting) {
             if self.transmit(connection, host, tag, &frame).is_err() {
                 self.0.counters.not_sent.fetch_add(1, Ordering::Relaxed);
             }

@@ -119,6 +119,8 @@ impl World {
         for prober in &self.probers {
             ensure!(prober.wait_unique(200, SOON), "the guest does not answer on its wire");
         }
+        let early = self.probers.iter().map(|p| p.snapshot().reordered).sum::<u64>();
+        ensure!(early == 0, "{early} out of order before anything moved: the lab's own fault");
         let done = work(self);
         let reports: Vec<ProbeReport> = self.probers.drain(..).map(|p| p.stop(DRAIN)).collect();
         println!("{}", json!(reports));

@@ -121,6 +121,8 @@ pub(super) async fn hold(node: &Arc<Node>, copy: &Copy, nics: Vec<Arc<Leaving>>)
     for nic in nics {
         let index = copy.spec.nics.iter().position(|n| n.mac == nic.mac);
         let view = index.map(|index| qemu.tap(index).map(TapView::new));
+        // A route that is told again must not find it set and not held.
+        let _turn = node.turning.lock().await;
         match node.links.set_route(&nic.wire, &nic.mac, Where::Hold).await {
             Ok(()) => nic.held.store(true, Ordering::SeqCst),
             Err(error) => tracing::error!(wire = %nic.wire, %error, "frames are not held"),

@@ -198,16 +198,24 @@ fn set_option(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> st
     if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
+/// How long the first datagram is alone on the way, nanoseconds.
+const ALONE_NS: u64 = 1_000_000_000;
+
 /// Sends at fixed times from the start, so that lateness does not add up; after a long stall it does not catch up with
-/// more than 10 ms worth at once.
+/// more than 10 ms worth at once. The first one is alone until it is back: what waits in the kernel for a neighbour's address
+/// leaves as a burst, which a datagram that another processor sends overtakes.
 fn send(shared: &Shared, socket: &UdpSocket, config: &ProbeConfig) {
     let mut datagram = vec![0; config.size];
     let period = 1_000_000_000 / u64::from(config.rate_pps);
     let mut due = shared.now();
     shared.start_ns.store(due, Ordering::SeqCst);
+    let alone = due + ALONE_NS;
     let mut sequence = 0;
     while !shared.stop_sending.load(Ordering::Relaxed) {
         let now = shared.now();
+        if sequence == 1 && now < alone && shared.counter().unique() == 0 {
+            due = now + 1_000_000;
+        }
         if now < due {
             thread::sleep(Duration::from_nanos((due - now).min(50_000_000)));
             continue;
