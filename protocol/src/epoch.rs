@@ -40,7 +40,7 @@ mod tests;
 use std::collections::{BTreeMap, VecDeque};
 
 use rand::SeedableRng;
-use rand::rngs::StdRng;
+use rand::rngs::SmallRng;
 
 use crate::id::{Epoch, HostId, VmId};
 use crate::limits::CLUSTERS;
@@ -54,10 +54,10 @@ use attempt::{Attempt, Step};
 pub use output::{Output, ProposeError};
 
 /// The votes and proposals of one node, for all clusters.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Epochs {
     me: Voter,
-    rng: StdRng,
+    rng: SmallRng,
     hard: BTreeMap<VmId, Hard>,
     attempts: BTreeMap<VmId, Attempt>,
     announcements: BTreeMap<VmId, Announcement>,
@@ -72,7 +72,7 @@ impl Epochs {
     pub fn new(me: Voter, seed: u64, hard: BTreeMap<VmId, Hard>) -> Self {
         let mut this = Self {
             me,
-            rng: StdRng::seed_from_u64(seed),
+            rng: SmallRng::seed_from_u64(seed),
             hard,
             attempts: BTreeMap::new(),
             announcements: BTreeMap::new(),

@@ -17,7 +17,7 @@ const AGAIN_MAX_MS: u64 = 30_000;
 /// How often a decision is told to a host that does not answer (about ten minutes in all).
 const TIMES: u32 = 26;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Announcement {
     pub(super) next: Time,
     times: u32,

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use rand::RngExt;
-use rand::rngs::StdRng;
+use rand::rngs::SmallRng;
 
 use crate::id::{Epoch, HostId};
 use crate::time::Time;
@@ -33,7 +33,7 @@ pub(super) enum Step {
     Preempted(Ballot),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Phase {
     Preparing { promised: BTreeSet<HostId>, found: Option<(Ballot, Record)> },
     Prepared,
@@ -41,7 +41,7 @@ enum Phase {
     Waiting,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Attempt {
     pub(super) epoch: Epoch,
     pub(super) ballot: Ballot,
@@ -161,7 +161,7 @@ impl Attempt {
         from: HostId,
         body: Body,
         base: &Record,
-        rng: &mut StdRng,
+        rng: &mut SmallRng,
     ) -> Option<Step> {
         match (body, &mut self.phase) {
             (Body::Promise { ballot, voter, accepted }, Phase::Preparing { promised, found })

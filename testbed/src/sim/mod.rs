@@ -16,6 +16,7 @@ pub mod asks;
 pub mod campaign;
 pub mod check;
 pub mod event;
+pub mod explore;
 pub mod faults;
 pub mod frames;
 pub mod mutant;
