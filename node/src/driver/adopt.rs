@@ -56,14 +56,20 @@ impl Saved {
     }
 
     /// Whether the newest known record lets this copy run here.
-    fn names(&self, node: &Node, copy: &Copy) -> bool {
-        let record = record::governing(self.records(), copy.vm());
-        record.is_some_and(|r| r.names(copy.vm(), node.me, copy.id))
+    fn names(&self, node: &Node, vm: VmId, copy: CopyId) -> bool {
+        let record = record::governing(self.records(), vm);
+        record.is_some_and(|r| r.names(vm, node.me, copy))
     }
 
-    /// Whether the record that says is not known here yet.
-    fn has_missed(&self, copy: &Copy) -> bool {
-        record::has_missed(self.records(), copy.vm())
+    /// Whether there ever was a record of the VM.
+    fn knows(&self, vm: VmId) -> bool {
+        record::governing(self.records(), vm).is_some()
+    }
+
+    /// Whether it will never run again: no record names it, none is missed, and no move binds it.
+    fn supersedes(&self, node: &Node, vm: VmId, copy: CopyId) -> bool {
+        let missed = record::has_missed(self.records(), vm);
+        !self.binds(copy) && !self.names(node, vm, copy) && !missed
     }
 
     fn records(&self) -> impl Iterator<Item = &Record> + Clone {
@@ -114,7 +120,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     let epoch = |c: &Copy| record::governing(saved.records(), c.vm()).map(|r| r.epoch);
     let unbound: Vec<_> = unbound
         .into_iter()
-        .map(|c| (epoch(&c).unwrap_or_default(), saved.names(node, &c), c))
+        .map(|c| (epoch(&c).unwrap_or_default(), saved.names(node, c.vm(), c.id), c))
         .collect();
     let config = Config {
         me: node.me,
@@ -164,6 +170,10 @@ async fn find_living(
             Ok(Adoption::Gone(record)) => {
                 let bound = saved.binds(record.copy);
                 tracing::warn!(vm = %record.spec.name, copy = %record.copy, bound, "its QEMU is gone");
+                reserve::release(&record.spec);
+                if saved.supersedes(node, record.spec.id, record.copy) {
+                    keeping::received(node, &record.spec, record.copy);
+                }
                 remove(&dir);
             }
             Err(error) => {
@@ -182,7 +192,7 @@ async fn end_superseded(
     saved: &Saved,
     living: &mut BTreeMap<CopyId, Arc<Copy>>,
 ) -> Result<(), DriverError> {
-    let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c) && !saved.has_missed(c);
+    let superseded = |c: &Copy| saved.supersedes(node, c.vm(), c.id);
     for copy in living.values().filter(|c| superseded(c)) {
         tracing::info!(vm = %copy.spec.name, copy = %copy.id, "superseded: ending it");
         let ran = copy.qemu().run_state().await.is_ok_and(|s| s.status != "inmigrate");
@@ -191,12 +201,16 @@ async fn end_superseded(
             copy.qemu().kill().await.map_err(DriverError::of)?;
         }
         remove(&copy.dir);
+        if !saved.knows(copy.vm()) {
+            // It was never made a VM: its images are whoever's they were.
+            continue;
+        }
         // The next thing that is heard may be that the source tries again: that waits for the mark.
         let mark = node.keeping.begin(copy.vm());
         let (node, copy) = (Arc::clone(node), Arc::clone(copy));
         // Not waited for: this host's votes are.
         tokio::task::spawn_blocking(move || {
-            keeping::disks(&node, &copy, ran);
+            keeping::disks(&node, &copy.spec, copy.id, ran);
             keeping::memory(&node, &copy, ran);
             drop(mark);
         });
