@@ -10,7 +10,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::layout::DiskSpace;
 use godwit_protocol::migrate::wait;
@@ -24,7 +24,7 @@ use crate::vmm::{Mirror, MirrorParams, Qemu, ResolvedDisk};
 
 /// How long QEMU may take to answer on its own disk.
 const READ: Duration = Duration::from_secs(30);
-/// How long the end of a mirror may take while the guest stands still.
+/// How long the end of all mirrors may take while the guest stands still.
 const FINISH: Duration = Duration::from_secs(10);
 /// Bytes per second of a mirror until all of them are there. To add one QEMU waits for what the others have under
 /// way, with its main loop and the guest's disks: on a slow path for seconds.
@@ -242,11 +242,13 @@ impl Mirrors {
     /// The guest stands still: ends the mirrors, so that the relay has every byte, and the images'
     /// exports, so that QEMU can give the disks away.
     pub async fn finish(&self) -> Result<(), String> {
+        let end = Instant::now() + FINISH;
+        let left = move || end.saturating_duration_since(Instant::now());
         for disk in &self.images.disks {
-            self.qemu.mirror_finish(&disk.id, FINISH).await.map_err(|e| e.to_string())?;
+            self.qemu.mirror_finish(&disk.id, left()).await.map_err(|e| e.to_string())?;
         }
         let inlets = self.inlets.clone();
-        let finish = move || inlets.iter().try_for_each(|inlet| inlet.finish(FINISH));
+        let finish = move || inlets.iter().try_for_each(|inlet| inlet.finish(left()));
         let finished = tokio::task::spawn_blocking(finish).await.map_err(|e| e.to_string())?;
         finished.map_err(|e| format!("reading the disks at the source: {e}"))?;
         for disk in &self.images.disks {
