@@ -1,6 +1,8 @@
 //! A network in virtual time. A crash loses everything that was not performed yet: the state that
 //! was not persisted, and every message after it. Every decision is checked as it is learned.
 
+use rand::rngs::StdRng;
+
 use super::*;
 
 #[derive(Clone, Copy, Default)]
