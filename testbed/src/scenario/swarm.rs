@@ -172,12 +172,7 @@ impl Swarm {
         let mac = format!("02:00:00:00:00:{number:02x}");
         let port = self.ask(host, &["wire", "port", wire, "--mac", &mac])?;
         let bridge = port["bridge"].as_str().context("no bridge")?.to_owned();
-        let link = StationLink {
-            mac,
-            addr: station_ip(number)?,
-            prefix_len: 24,
-            mtu: MTU,
-        };
+        let link = StationLink { mac, addr: station_ip(number)?, prefix_len: 24, mtu: MTU };
         Station::attach(&self.lab, self.lab.host(host)?, &bridge, number, &link)
     }
 

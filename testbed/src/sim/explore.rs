@@ -13,7 +13,7 @@ use godwit_protocol::epoch::{Epochs, Hard, Output};
 use godwit_protocol::id::{CopyId, Epoch, VmId};
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::epoch::{Body, Message};
-use godwit_protocol::wire::record::{Cause, Record, Voter};
+use godwit_protocol::wire::record::{Cause, Record};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::world::{self, VM, index, placed, voter};
@@ -38,10 +38,6 @@ pub enum Flaw {
     Forgets,
     /// Promises do not tell what was accepted.
     NoAdoption,
-    /// A voter votes on an epoch without the record before it.
-    NewVoter,
-    /// What a node says leaves before what it rests on is on the disk.
-    VoteEarly,
 }
 
 /// A small world: who wants what.
@@ -49,10 +45,8 @@ pub enum Flaw {
 pub struct Small {
     /// How many nodes.
     pub nodes: usize,
-    /// The record that all of them hold, or fewer.
+    /// The record that all of them hold.
     pub base: Record,
-    /// Nodes that do not hold it.
-    pub without: Vec<usize>,
     /// What nodes propose once the record before it is decided where they are.
     pub wants: Vec<(usize, Record)>,
     /// How much goes wrong.
@@ -197,10 +191,7 @@ impl Explorer {
     fn begin(&mut self) -> State {
         let mut state = State { hosts: Vec::new(), packets: Vec::new(), left: self.small.bounds };
         for i in 0..self.small.nodes {
-            let mut disk = BTreeMap::new();
-            if !self.small.without.contains(&i) {
-                disk.insert(VM, Hard::new(self.small.base.clone()));
-            }
+            let disk = BTreeMap::from([(VM, Hard::new(self.small.base.clone()))]);
             let epochs = Epochs::new(voter(i), i as u64, disk.clone());
             state.hosts.push(Rc::new(Host { epochs, disk, now: Time(0), print: 0 }));
         }
@@ -257,12 +248,6 @@ impl Explorer {
                     next.packets.swap_remove(*at);
                 }
                 let mut host = (*state.hosts[packet.to]).clone();
-                if let Some(body) = self.premature(&host, packet.to, &packet.message) {
-                    let answer = Message { body, ..(*packet.message).clone() };
-                    put(&mut next, packet.to, packet.from, answer);
-                    self.found.steps += 1;
-                    return open.push(next);
-                }
                 let before = host.epochs.newest(VM).map(|r| r.epoch);
                 host.epochs.handle(host.now, world::host(packet.from), (*packet.message).clone());
                 if host.epochs.newest(VM).map(|r| r.epoch) != before {
@@ -286,10 +271,7 @@ impl Explorer {
 
     /// What a node has begun is performed, or it dies after each part of it in turn.
     fn all_ends(&mut self, state: State, i: usize, mut host: Host, open: &mut Vec<State>) {
-        let mut outputs = outputs(&mut host);
-        if self.small.flaw == Flaw::VoteEarly {
-            outputs.sort_by_key(|o| matches!(o, Output::Persist { .. }));
-        }
+        let outputs = outputs(&mut host);
         if state.left.crashes > 0 {
             for done in 0..=outputs.len() {
                 let mut next = state.clone();
@@ -354,20 +336,6 @@ impl Explorer {
         host.print = print_of(&host.epochs);
         forget_idle(state, i, &host);
         state.hosts[i] = Rc::new(host);
-    }
-
-    /// [`Flaw::NewVoter`].
-    fn premature(&self, host: &Host, i: usize, message: &Message) -> Option<Body> {
-        let known = host.epochs.newest(VM).map_or(Epoch(0), |r| r.epoch);
-        let me: Voter = voter(i);
-        match &message.body {
-            _ if self.small.flaw != Flaw::NewVoter || message.epoch <= known.next() => None,
-            Body::Prepare(ballot) => {
-                Some(Body::Promise { ballot: *ballot, voter: me, accepted: None })
-            }
-            Body::Accept { ballot, .. } => Some(Body::Accepted { ballot: *ballot, voter: me }),
-            _ => None,
-        }
     }
 
     /// A record that any node holds as decided is decided: on every path, of one world, the same one per
