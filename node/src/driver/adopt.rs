@@ -171,9 +171,7 @@ async fn find_living(
                 let bound = saved.binds(record.copy);
                 tracing::warn!(vm = %record.spec.name, copy = %record.copy, bound, "its QEMU is gone");
                 reserve::release(&record.spec);
-                if saved.supersedes(node, record.spec.id, record.copy) {
-                    keeping::received(node, &record.spec, record.copy);
-                }
+                // Its images stay: whether its guest ever ran, and wrote to them, is not known here.
                 remove(&dir);
             }
             Err(error) => {

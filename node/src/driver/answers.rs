@@ -93,12 +93,7 @@ async fn answer(
         Request::Abort { id } => value(migrate::abort(node, id).await?),
         Request::Routes {} => value(routes(node).await?),
         Request::Hosts {} => value(hosts(node).await?),
-        Request::Token { ttl_s } => {
-            let life = std::time::Duration::from_secs(ttl_s);
-            let token = node.net.mint_token(life, false).await.map_err(ApiError::plain)?;
-            let expires_s = node::wall_us() / 1_000_000 + ttl_s;
-            value(Token { token, expires_s })
-        }
+        Request::Token { ttl_s } => value(token(node, ttl_s).await?),
         Request::Revoke { host, now } => value(leave::revoke(node, &host, now).await?),
         Request::Drain { undo } => value(leave::drain(node, undo).await?),
         Request::Leave {} => {
@@ -133,6 +128,12 @@ async fn answer(
         | Request::WireFilter { .. }
         | Request::WirePort { .. } => of_wires(node, request).await,
     }
+}
+
+async fn token(node: &Node, ttl_s: u64) -> Result<Token, ApiError> {
+    let life = std::time::Duration::from_secs(ttl_s);
+    let token = node.net.mint_token(life, false).await.map_err(ApiError::plain)?;
+    Ok(Token { token, expires_s: node::wall_us() / 1_000_000 + ttl_s })
 }
 
 async fn of_wires(node: &Arc<Node>, request: Request) -> Result<Value, ApiError> {
@@ -207,7 +208,6 @@ async fn routes(node: &Arc<Node>) -> Result<Vec<RouteInfo>, ApiError> {
     let via = |r: &Route| match r.nics.first().map(|nic| node.via(wires::tag(&nic.wire), r.host)) {
         _ if r.host == node.me => "local",
         None => "none",
-
         Some(Where::Vxlan(_)) => "vxlan",
         _ => "tunnel",
     };

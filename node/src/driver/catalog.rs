@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use godwit_protocol::core::Core;
@@ -19,25 +20,37 @@ use crate::api::types::{ApiError, Done, OnWire, WireStatus};
 
 /// Where wires are in the hard state.
 pub(super) const KEYS: &[u8] = b"wire/";
+/// Before a wire that could not be set up anew is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
 
-/// `godwit wire create`.
+/// `godwit wire create`. A wire that is encrypted is told of under an id of its own, so that nothing that is said of a
+/// plain one of that name, now or later, takes it back.
 pub(super) async fn create(node: &Arc<Node>, wire: &Name, encrypt: bool) -> Result<Done, ApiError> {
-    let id = id(wire);
-    let known = node.with_core(move |core, _| core.routes().get(id).cloned()).await?;
-    let sealed = known.as_ref().is_some_and(|r| r.kind == Kind::SealedWire);
-    if sealed && !encrypt {
+    if node.is_sealed(wires::tag(wire)) && !encrypt {
         return Err(ApiError::new(
             format!("wire {wire} is encrypted, for ever"),
             "choose another name for one that is not",
         ));
     }
     let kind = if encrypt { Kind::SealedWire } else { Kind::Wire };
-    let epoch = known.map_or(Epoch(1), |r| r.epoch.next());
+    let id = id(wire, kind);
     let (host, copy) = (node.me, CopyId(id.0));
     let (name, nics) = (wire.clone(), Vec::new());
-    let route = Route { vm: id, name, host, copy, epoch, nics, kind, gone: false };
+    let route = Route { vm: id, name, host, copy, epoch: Epoch(1), nics, kind, gone: false };
     heard(node, &route).await;
-    node.with_core(move |core, now| core.announce(now, route)).await?;
+    let told = move |core: &mut Core, now| {
+        core.announce(now, route);
+        core.routes().get(id).is_some()
+    };
+    if !node.with_core(told).await? {
+        return Err(ApiError::new(
+            format!("wire {wire} could not be told to the other hosts"),
+            "too many VMs, ports and wires are known: remove some",
+        ));
+    }
+    if encrypt && node.carries(wire) {
+        wires::ensure(node, wire).await?;
+    }
     let how = if encrypt { ", encrypted" } else { "" };
     Ok(Done { done: format!("wire {wire} is there{how}") })
 }
@@ -64,8 +77,9 @@ pub(super) async fn heard(node: &Arc<Node>, route: &Route) {
 /// Of a named type: setting a wire up goes through its routes, and so comes by here.
 fn renew(node: Arc<Node>, wire: Name) -> BoxFuture<'static, ()> {
     Box::pin(async move {
-        if let Err(error) = wires::ensure(&node, &wire).await {
+        while let Err(error) = wires::ensure(&node, &wire).await {
             tracing::error!(%wire, error = %error.message, "not encrypted as yet");
+            tokio::time::sleep(AGAIN).await;
         }
     })
 }
@@ -104,8 +118,9 @@ pub(super) fn is_wire(route: &Route) -> bool {
     matches!(route.kind, Kind::Wire | Kind::SealedWire)
 }
 
-fn id(wire: &Name) -> VmId {
-    let hash = blake3::hash(&[b"wire/", wire.as_str().as_bytes()].concat());
+fn id(wire: &Name, kind: Kind) -> VmId {
+    let prefix: &[u8] = if kind == Kind::SealedWire { b"sealed/" } else { b"wire/" };
+    let hash = blake3::hash(&[prefix, wire.as_str().as_bytes()].concat());
     let mut id = [0; 16];
     id.copy_from_slice(&hash.as_bytes()[..16]);
     VmId(id)

@@ -98,14 +98,6 @@ pub(super) fn disks(node: &Node, spec: &ResolvedSpec, copy: CopyId, whole: bool)
     }
 }
 
-/// The same of a copy whose QEMU was gone before this node started, as far as the images were made for it.
-pub(super) fn received(node: &Node, spec: &ResolvedSpec, copy: CopyId) {
-    let dir = node.options.image_dir.as_path();
-    if spec.moving().all(|disk| disk.path == image_path(dir, spec.id, copy, disk)) {
-        disks(node, spec, copy, false);
-    }
-}
-
 /// Keeps its memory. Blocks for as long as all of it takes to be written.
 pub(super) fn memory(node: &Node, copy: &Copy, whole: bool) {
     let _writing = lock(&node.keeping.writing);

@@ -321,7 +321,8 @@ async fn newest(node: &Arc<Node>, id: MigrationId, lead: HostId) -> Option<Statu
         .await
         .ok()
         .flatten();
-    if lead == node.me || known.as_ref().is_some_and(|s| s.phase.is_end()) {
+    let over = |s: &Status| s.phase.is_end() && s.phase != Phase::Lost;
+    if lead == node.me || known.as_ref().is_some_and(over) {
         return known;
     }
     match node.ask(lead, Ask::Migrations(Some(id))).await {
@@ -409,7 +410,10 @@ fn merge(found: &mut BTreeMap<MigrationId, Status>, status: Status, told_by: Hos
     let lead_says = told_by == status.from && (status.phase.is_end() || !known.phase.is_end());
     let end =
         status.phase.is_end() && !(told_by != status.from && status.is_for_the_source_to_tell());
-    if lead_says || (end && !known.phase.is_end()) {
+    // A source that has lost sight of its destination says *lost*, for lack of news.
+    let blind = (known.phase, status.phase) == (Phase::Moved, Phase::Lost);
+    let better = (known.phase, status.phase) == (Phase::Lost, Phase::Moved);
+    if !blind && (better || lead_says || (end && !known.phase.is_end())) {
         *known = status;
     }
     known.timeline = timeline;

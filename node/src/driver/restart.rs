@@ -69,7 +69,6 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let corpus = Arc::new(Corpus::new(chunk_key, CORPUS_PAGES));
     let images = open_images(&options, &hard, &corpus)?;
     let (inputs_in, inputs) = mpsc::channel(INPUTS);
-    let memory_limit = options.memory_limit.map_or_else(host_memory, Ok)?;
     let node = Arc::new(Node {
         me: me.host,
         name: me.name,
@@ -82,7 +81,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         rewiring: tokio::sync::Mutex::default(),
         decided: tokio::sync::Notify::new(),
         cutovers: super::cutover::Cutovers::default(),
-        memory_limit,
+        memory_limit: options.memory_limit.map_or_else(host_memory, Ok)?,
         caps,
         hard,
         links,

@@ -46,9 +46,16 @@ pub(super) async fn open_taps(
 
 /// Makes a wire on this host and fills in the routes that are known.
 pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError> {
-    make(node, wire).await.map_err(ApiError::plain)?;
-    broadcasts(node, wire).await;
-    node.carry(wire);
+    loop {
+        let sealed = node.is_sealed(tag(wire));
+        make(node, wire).await.map_err(ApiError::plain)?;
+        node.carry(wire);
+        broadcasts(node, wire).await;
+        // Whoever hears later that it is encrypted finds it carried.
+        if node.is_sealed(tag(wire)) == sealed {
+            break;
+        }
+    }
     let wanted = wire.clone();
     let routes = node
         .with_core(move |core, _| {

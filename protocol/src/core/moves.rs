@@ -292,6 +292,10 @@ impl Core {
         if known.is_some_and(|k| k.phase.is_end() && !status.phase.is_end()) {
             return;
         }
+        // A source that has lost sight of its destination knows less than who has heard of it.
+        if known.is_some_and(|k| k.phase == Phase::Moved && status.phase == Phase::Lost) {
+            return;
+        }
         // One migration has one source, and texts have bounds.
         let other = known.is_some_and(|k| (k.from, k.vm) != (status.from, status.vm));
         let long = status.cause.len() > limits::TEXT_BYTES || status.timeline.len() > MOMENTS;

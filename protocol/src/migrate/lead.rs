@@ -254,7 +254,7 @@ impl Lead {
             },
             (State::Stopping { .. }, Some(cause)) => out.push(Action::Resolve(clip(cause))),
             (State::Settling { .. }, _) if self.members.iter().all(Member::is_over) => {
-                self.finish("", out);
+                self.finish(false, out);
             }
             _ => {}
         }
@@ -302,7 +302,9 @@ impl Lead {
                 let moved = !self.members.iter().all(stays);
                 self.status.phase = if moved { Phase::Starting } else { Phase::Stopped };
                 self.status.cause = if moved { String::new() } else { clip(cause) };
-                self.state = State::Settling { until: now.plus_ms(wait::RUNNING_MS), moved };
+                // The members say it first.
+                let until = now.plus_ms(wait::RUNNING_MS + wait::STOP_PHASE_MS);
+                self.state = State::Settling { until, moved };
                 self.say(now, out);
                 self.show(now, true, out);
                 self.look(now, out);
@@ -312,19 +314,19 @@ impl Lead {
     }
 
     /// Decided, and every member has ended, or was waited for long enough.
-    fn finish(&mut self, note: &str, out: &mut Vec<Action>) {
+    fn finish(&mut self, late: bool, out: &mut Vec<Action>) {
         self.gather();
-        let lost: BTreeSet<String> = self
-            .status
-            .members
-            .iter()
-            .filter(|m| m.phase == Phase::Lost)
-            .map(|m| format!("{}: {}", m.name, m.cause))
-            .collect();
         let moved = matches!(self.state, State::Settling { moved: true, .. });
+        let silent = |vm| late && moved && self.members.iter().any(|m| m.vm == vm && !m.is_over());
+        let word = |m: &MemberStatus| match m.phase {
+            Phase::Lost => Some(format!("{}: {}", m.name, m.cause)),
+            _ if silent(m.vm) => Some(format!("{}: is not known to run", m.name)),
+            _ => None,
+        };
+        let lost: BTreeSet<String> = self.status.members.iter().filter_map(word).collect();
         let (phase, cause) = match (lost.is_empty(), moved) {
             (false, _) => (Phase::Lost, lost.into_iter().collect::<Vec<_>>().join("; ")),
-            (true, true) => (Phase::Moved, note.to_owned()),
+            (true, true) => (Phase::Moved, String::new()),
             (true, false) => (Phase::Stayed, self.status.cause.clone()),
         };
         self.end(phase, cause, out);
@@ -386,7 +388,7 @@ impl Lead {
                 }
             }
             State::Settling { until, .. } if now >= *until => {
-                self.finish("not all members have confirmed yet", out);
+                self.finish(true, out);
             }
             _ => {}
         }

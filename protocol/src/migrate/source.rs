@@ -108,7 +108,8 @@ impl Source {
         status: Status,
         out: &mut Vec<Action>,
     ) -> Self {
-        let status = Status { phase: Phase::Stopped, to: Some(moving.peer), ..status };
+        let cause = String::new();
+        let status = Status { phase: Phase::Stopped, to: Some(moving.peer), cause, ..status };
         let this = Self {
             peer: moving.peer,
             state: State::Stopped {

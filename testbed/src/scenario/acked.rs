@@ -221,12 +221,20 @@ fn check(ns: &NetNs, target: SocketAddr, record: &Path) -> Result<Kept> {
         let (number, value) = line.split_once(' ').context("the record")?;
         expected.insert(number.parse::<u64>()?, value.to_owned());
     }
-    let mut redis = connect_until(ns, target, Instant::now() + SERVES)?;
+    let end = Instant::now() + SERVES;
+    let mut redis = connect_until(ns, target, end)?;
     let mut lost = 0;
     let all: Vec<(&u64, &String)> = expected.iter().collect();
     for batch in all.chunks(BATCH) {
         let keys: Vec<String> = batch.iter().map(|(number, _)| key(**number)).collect();
-        let found = redis.get(&keys)?;
+        let found = loop {
+            match redis.get(&keys) {
+                Ok(found) => break found,
+                // The node that carries the connection may have been killed just now.
+                Err(_) if Instant::now() < end => redis = connect_until(ns, target, end)?,
+                Err(error) => return Err(error.context("redis, which answered before")),
+            }
+        };
         lost += batch.iter().zip(&found).filter(|((_, v), f)| f.as_ref() != Some(*v)).count();
     }
     Ok(Kept { acked: expected.len() as u64, lost: lost as u64 })

@@ -72,7 +72,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "disk-resume",
-        about: "a cut or a killed node at 10, 50 and 90 % of a disk: what crossed is not sent again (about ten minutes)",
+        about: "a cut or a killed node at 10, 50 and 90 % of a disk: what crossed is not sent again (about 20 minutes)",
         run: disks::resume::run_all,
     },
     Scenario {

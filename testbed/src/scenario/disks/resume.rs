@@ -19,9 +19,9 @@ use crate::guest::disk::DiskForm;
 use crate::lab::node::Node;
 use crate::lab::wan::LinkParams;
 
-/// Size of the disk, and of the parts that are filled one after the other with what does not compress, MiB.
+/// Size of the disk, MiB, and how many parts of 100 MiB are filled with what does not compress.
 const DISK_MIB: u32 = 2048;
-const PARTS_MIB: [u32; 6] = [0, 100, 200, 300, 400, 500];
+const PARTS: u32 = 12;
 /// Percent of the disk's bytes that have crossed when it is hit.
 const AT: [u64; 3] = [10, 50, 90];
 /// Most that may cross twice, of what had crossed before.
@@ -45,7 +45,7 @@ fn forgetful(node: &mut Node) {
     node.arg("--keep-bytes").arg("0");
 }
 
-/// `godwit-lab run disk-resume`: about ten minutes.
+/// `godwit-lab run disk-resume`: about twenty minutes.
 pub fn run_all() -> Result<Value> {
     let cast = Cast {
         churn: (16, 0),
@@ -65,7 +65,7 @@ pub fn run_all() -> Result<Value> {
 
 fn moves(world: &mut World) -> Result<Value> {
     let (guest, _) = world.guest()?;
-    for part in PARTS_MIB {
+    for part in (0..PARTS).map(|part| part * 100) {
         let fill = format!(
             "/bin/busybox dd if=/dev/urandom of=/dev/vda bs=1M count=100 seek={part} conv=fsync"
         );
