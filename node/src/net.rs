@@ -86,10 +86,10 @@ pub enum NetEvent {
         /// Who sent it: proven by the connection.
         from: HostId,
         /// The message. Decoded, otherwise unchecked.
-        msg: Control,
+        msg: Box<Control>,
     },
-    /// A host that was not known became a member.
-    MemberAdded(MemberInfo),
+    /// A host became a member, or a member has other addresses.
+    MemberChanged(HostId),
     /// A host is out for ever. It may be this one.
     Revoked(HostId),
     /// A member speaks another version of the wire and is left alone. Once per host and version.

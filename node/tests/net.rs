@@ -84,7 +84,7 @@ async fn message_flows(from: &mut Net, to: &mut Net, byte: u8) {
     connected(to, from.handle.me()).await;
     let msg = Control::Membership(vec![byte; 3]);
     from.handle.send(to.handle.me(), msg.clone()).unwrap();
-    let expected = NetEvent::Message { from: from.handle.me(), msg };
+    let expected = NetEvent::Message { from: from.handle.me(), msg: Box::new(msg) };
     wait(to, "message", |e| (*e == expected).then_some(())).await;
 }
 

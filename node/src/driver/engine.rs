@@ -83,7 +83,7 @@ impl Engine {
                 self.node.frames.forget(host);
                 self.core.disconnected(now, host);
             }
-            NetEvent::Message { from, msg } => match msg {
+            NetEvent::Message { from, msg } => match *msg {
                 Control::Ask { number, ask } => {
                     asks::answer(&self.node, &mut self.core, now, from, number, ask);
                 }
@@ -92,7 +92,7 @@ impl Engine {
                 }
                 other => self.core.message(now, from, other),
             },
-            NetEvent::MemberAdded(_) => wires::members_changed(&self.node).await,
+            NetEvent::MemberChanged(_) => wires::members_changed(&self.node).await,
             NetEvent::Revoked(host) => {
                 tracing::warn!(%host, "revoked");
                 self.core.disconnected(now, host);

@@ -267,7 +267,7 @@ async fn deliver(shared: &Arc<Shared>, from: HostId, msg: Control) {
         let revocations = encoded[..limit].iter().filter_map(decode).collect();
         learn(shared, Vec::new(), revocations, from).await;
     } else {
-        shared.emit(NetEvent::Message { from, msg }).await;
+        shared.emit(NetEvent::Message { from, msg: Box::new(msg) }).await;
     }
 }
 

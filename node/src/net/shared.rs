@@ -157,18 +157,14 @@ impl Shared {
         revocations: Vec<Signed>,
         from: Option<HostId>,
     ) {
-        let (mut fresh, mut added, mut out) = ((Vec::new(), Vec::new()), Vec::new(), Vec::new());
+        let (mut fresh, mut changed, mut out) = ((Vec::new(), Vec::new()), Vec::new(), Vec::new());
         for record in members {
             let merged = lock(&self.known).roster.merge(record.clone());
             match merged {
                 Ok(Change::None) => continue,
-                Ok(change) => {
-                    if change == Change::Added
-                        && let Ok((said, _)) =
-                            self.roster(|r| record.certificate.check(r.swarm(), &r.authority()))
-                    {
-                        added.push(said.host);
-                    }
+                Ok(_) => {
+                    let said = self.roster(|r| record.certificate.check(r.swarm(), &r.authority()));
+                    changed.extend(said.map(|(said, _)| said.host));
                     fresh.0.push(record);
                 }
                 Err(cause) => tracing::debug!(%cause, "a member record was not taken"),
@@ -198,10 +194,8 @@ impl Shared {
         {
             tracing::error!(%cause, "a revocation was not saved; trying again with the next change");
         }
-        for host in added {
-            if let Some(info) = self.member(host) {
-                self.emit(NetEvent::MemberAdded(info)).await;
-            }
+        for host in changed {
+            self.emit(NetEvent::MemberChanged(host)).await;
         }
         for host in out {
             tracing::warn!(%host, "revoked: it is no member of the swarm any more");
