@@ -218,10 +218,12 @@ where
             let frame = tokio::select! {
                 biased;
                 Some(frame) = internal.recv() => frame,
-                () = stop.notified() => return drain(&mut to, &mut internal).await,
+                () = stop.notified() => return drain(&mut to, Vec::new(), &mut internal).await,
                 _ = changed.changed() => {
                     if shared.admitted(host) { continue }
-                    return drain(&mut to, &mut internal).await;
+                    // It hears why, also if the news went to another stream of its, which has ended.
+                    let why = shared.revocations_as_frames();
+                    return drain(&mut to, why, &mut internal).await;
                 }
                 _ = ping.tick() => ping_frame(shared, start),
                 Some(frame) = queue.recv() => {
@@ -308,11 +310,18 @@ where
 }
 
 /// Sends what `net` itself still has to say (a revoked host hears why), then closes.
-async fn drain<S>(to: &mut S, internal: &mut tokio::sync::mpsc::Receiver<Vec<u8>>) -> String
+async fn drain<S>(
+    to: &mut S,
+    last: Vec<Vec<u8>>,
+    internal: &mut tokio::sync::mpsc::Receiver<Vec<u8>>,
+) -> String
 where
     S: AsyncWrite + Unpin,
 {
     let said = timeout(DRAIN_TIME, async {
+        for frame in last {
+            to.write_all(&frame).await?;
+        }
         while let Ok(frame) = internal.try_recv() {
             to.write_all(&frame).await?;
         }

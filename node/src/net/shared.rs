@@ -229,6 +229,12 @@ impl Shared {
         roster_frames(&members, &revocations)
     }
 
+    /// Who is out, as frames.
+    pub fn revocations_as_frames(&self) -> Vec<Vec<u8>> {
+        let revocations: Vec<_> = self.roster(|r| r.revocations().cloned().collect());
+        roster_frames(&[], &revocations)
+    }
+
     /// Makes the roster durable.
     pub async fn save(&self) -> Result<(), StateError> {
         let _one_at_a_time = self.saving.lock().await;
