@@ -4,6 +4,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use godwit::relay::corpus::EmptyCorpus;
@@ -74,9 +75,12 @@ async fn a_full_store_does_not_hold_up_the_end_of_a_disk() {
     let source = cut_off(dir.path(), bytes);
     let inlet = Arc::clone(&source.inlets()[0]);
     let (writing, (tell, mut full)) = (Arc::clone(&inlet), tokio::sync::mpsc::channel(1));
+    let written = Arc::new(AtomicU64::new(0));
+    let so_far = Arc::clone(&written);
     let writer = tokio::task::spawn_blocking(move || {
         for at in (0..bytes).step_by(PART.len()) {
             writing.write(at, &PART)?;
+            so_far.store(at, Ordering::SeqCst);
             // The last of it waits in a batch of its own.
             if at > RELAY_STORE_BYTES as u64 - (2 << 20) {
                 let _ = tell.try_send(());
@@ -85,6 +89,12 @@ async fn a_full_store_does_not_hold_up_the_end_of_a_disk() {
         Ok::<_, io::Error>(())
     });
     timeout(WAIT, full.recv()).await.unwrap().unwrap();
+    let mut before = u64::MAX;
+    while before != written.load(Ordering::SeqCst) {
+        before = written.load(Ordering::SeqCst);
+        // Nothing tells that a writer waits: it has come no further.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     let finish = tokio::task::spawn_blocking(move || inlet.finish(Duration::from_millis(300)));
     let finished = timeout(WAIT, finish).await.expect("bounded").unwrap();
     assert_eq!(finished.unwrap_err().kind(), io::ErrorKind::TimedOut);

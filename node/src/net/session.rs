@@ -181,10 +181,12 @@ where
         let mut roster_sent: Option<Instant> = None;
         loop {
             let read = read_message::<_, Frame, FRAME_BYTES>(&mut from);
-            let frame = match timeout(SILENCE, read).await {
-                Ok(Ok(frame)) => frame,
-                Ok(Err(cause)) => return format!("{cause}"),
-                Err(_) => return format!("nothing heard for {} s", SILENCE.as_secs()),
+            let Ok(read) = timeout(SILENCE, read).await else {
+                return format!("nothing heard for {} s", SILENCE.as_secs());
+            };
+            let frame = match read {
+                Ok(frame) => frame,
+                Err(cause) => return format!("{cause}"),
             };
             match frame {
                 Frame::Control(msg) => deliver(shared, host, *msg).await,
@@ -222,8 +224,7 @@ where
                 _ = changed.changed() => {
                     if shared.admitted(host) { continue }
                     // It hears why, also if the news went to another stream of its, which has ended.
-                    let why = shared.revocations_as_frames();
-                    return drain(&mut to, why, &mut internal).await;
+                    return drain(&mut to, shared.revocations_as_frames(), &mut internal).await;
                 }
                 _ = ping.tick() => ping_frame(shared, start),
                 Some(frame) = queue.recv() => {

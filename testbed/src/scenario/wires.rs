@@ -117,7 +117,12 @@ impl World {
         let m = Moving::start(&self.swarm, &Wish::new("h3", "web", to))?.end()?;
         ensure!(m.status.phase == Phase::Moved, "{:?}: {}", m.status.phase, m.status.cause);
         self.host = to;
-        Ok(())
+        // Where it was asked for it may be over before the last word is said where the guest runs.
+        self.swarm.wait("the move is over there, too", SOON, |swarm| {
+            let moves = swarm.ask(to, &["migrations"])?;
+            let over = |m: &Value| m["phase"] == "moved" || m["phase"] == "stayed";
+            Ok(moves.as_array().is_some_and(|all| all.iter().all(over)))
+        })
     }
 
     /// The daemon goes and comes; guest and filter stay.
