@@ -181,12 +181,10 @@ where
         let mut roster_sent: Option<Instant> = None;
         loop {
             let read = read_message::<_, Frame, FRAME_BYTES>(&mut from);
-            let Ok(read) = timeout(SILENCE, read).await else {
-                return format!("nothing heard for {} s", SILENCE.as_secs());
-            };
-            let frame = match read {
-                Ok(frame) => frame,
-                Err(cause) => return format!("{cause}"),
+            let frame = match timeout(SILENCE, read).await {
+                Ok(Ok(frame)) => frame,
+                Ok(Err(cause)) => return format!("{cause}"),
+                Err(_) => return format!("nothing heard for {} s", SILENCE.as_secs()),
             };
             match frame {
                 Frame::Control(msg) => deliver(shared, host, *msg).await,
@@ -195,9 +193,8 @@ where
                     send_roster(shared, digest, &answers, &mut roster_sent);
                 }
                 Frame::Pong(number) => {
-                    if let Some(rtt) = start.elapsed().checked_sub(Duration::from_micros(number)) {
-                        let us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX - 1);
-                        rtt_us.store(us, Ordering::Relaxed);
+                    if let Some(rtt) = rtt_us_since(start, number) {
+                        rtt_us.store(rtt, Ordering::Relaxed);
                         answered.notify_waiters();
                     }
                 }
@@ -242,6 +239,12 @@ where
         cause = writer => cause,
     };
     tracing::debug!(%host, %cause, "control stream ended");
+}
+
+/// Round trip of a ping that was sent so many microseconds after the start; none if it comes from the future.
+fn rtt_us_since(start: Instant, sent_us: u64) -> Option<u64> {
+    let rtt = start.elapsed().checked_sub(Duration::from_micros(sent_us))?;
+    Some(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX - 1))
 }
 
 /// Sends what this node knows of members to a peer that knows something else, not too often.
