@@ -88,8 +88,8 @@ pub enum NetEvent {
         /// The message. Decoded, otherwise unchecked.
         msg: Box<Control>,
     },
-    /// A host became a member, or a member has other addresses.
-    MemberChanged(HostId),
+    /// Hosts became members, or members have other addresses.
+    MembersChanged,
     /// A host is out for ever. It may be this one.
     Revoked(HostId),
     /// A member speaks another version of the wire and is left alone. Once per host and version.

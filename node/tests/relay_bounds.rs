@@ -89,12 +89,15 @@ async fn a_full_store_does_not_hold_up_the_end_of_a_disk() {
         Ok::<_, io::Error>(())
     });
     timeout(WAIT, full.recv()).await.unwrap().unwrap();
-    let mut before = u64::MAX;
-    while before != written.load(Ordering::SeqCst) {
-        before = written.load(Ordering::SeqCst);
-        // Nothing tells that a writer waits: it has come no further.
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    let waits = async {
+        let mut before = u64::MAX;
+        while before != written.load(Ordering::SeqCst) {
+            before = written.load(Ordering::SeqCst);
+            // Nothing tells that a writer waits: it has come no further.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    timeout(WAIT, waits).await.expect("the store is full");
     let finish = tokio::task::spawn_blocking(move || inlet.finish(Duration::from_millis(300)));
     let finished = timeout(WAIT, finish).await.expect("bounded").unwrap();
     assert_eq!(finished.unwrap_err().kind(), io::ErrorKind::TimedOut);

@@ -28,7 +28,7 @@ use rand::{RngExt, SeedableRng};
 use crate::id::{Epoch, HostId, Mac, Name, VmId};
 use crate::limits::{NICS, ROUTES, ROUTES_PER_HAVE, ROUTES_PER_PUSH};
 use crate::time::Time;
-use crate::wire::route::{Kind, Message, Route};
+use crate::wire::route::{Message, Route};
 
 /// How often one peer is asked whether its table is the same, ms; up to a quarter is added.
 const COMPARE_MS: u64 = 2000;
@@ -265,7 +265,7 @@ impl Routes {
         }
         self.digest = self.digest.wrapping_add(hash(vm, route.epoch));
         if !route.gone {
-            if !matches!(route.kind, Kind::Wire | Kind::SealedWire) {
+            if !route.kind.is_wire() {
                 self.names.insert((route.name.clone(), vm));
             }
             let macs = route.nics.iter().map(|nic| (nic.wire.clone(), nic.mac, vm));

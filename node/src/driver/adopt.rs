@@ -56,20 +56,19 @@ impl Saved {
     }
 
     /// Whether the newest known record lets this copy run here.
-    fn names(&self, node: &Node, vm: VmId, copy: CopyId) -> bool {
-        let record = record::governing(self.records(), vm);
-        record.is_some_and(|r| r.names(vm, node.me, copy))
+    fn names(&self, node: &Node, copy: &Copy) -> bool {
+        let record = record::governing(self.records(), copy.vm());
+        record.is_some_and(|r| r.names(copy.vm(), node.me, copy.id))
     }
 
-    /// Whether there ever was a record of the VM.
-    fn knows(&self, vm: VmId) -> bool {
-        record::governing(self.records(), vm).is_some()
+    /// Whether there ever was a record of its VM.
+    fn knows(&self, copy: &Copy) -> bool {
+        record::governing(self.records(), copy.vm()).is_some()
     }
 
-    /// Whether it will never run again: no record names it, none is missed, and no move binds it.
-    fn supersedes(&self, node: &Node, vm: VmId, copy: CopyId) -> bool {
-        let missed = record::has_missed(self.records(), vm);
-        !self.binds(copy) && !self.names(node, vm, copy) && !missed
+    /// Whether the record that says is not known here yet.
+    fn has_missed(&self, copy: &Copy) -> bool {
+        record::has_missed(self.records(), copy.vm())
     }
 
     fn records(&self) -> impl Iterator<Item = &Record> + Clone {
@@ -120,7 +119,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     let epoch = |c: &Copy| record::governing(saved.records(), c.vm()).map(|r| r.epoch);
     let unbound: Vec<_> = unbound
         .into_iter()
-        .map(|c| (epoch(&c).unwrap_or_default(), saved.names(node, c.vm(), c.id), c))
+        .map(|c| (epoch(&c).unwrap_or_default(), saved.names(node, &c), c))
         .collect();
     let config = Config {
         me: node.me,
@@ -190,7 +189,7 @@ async fn end_superseded(
     saved: &Saved,
     living: &mut BTreeMap<CopyId, Arc<Copy>>,
 ) -> Result<(), DriverError> {
-    let superseded = |c: &Copy| saved.supersedes(node, c.vm(), c.id);
+    let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c) && !saved.has_missed(c);
     for copy in living.values().filter(|c| superseded(c)) {
         tracing::info!(vm = %copy.spec.name, copy = %copy.id, "superseded: ending it");
         let ran = copy.qemu().run_state().await.is_ok_and(|s| s.status != "inmigrate");
@@ -199,7 +198,7 @@ async fn end_superseded(
             copy.qemu().kill().await.map_err(DriverError::of)?;
         }
         remove(&copy.dir);
-        if !saved.knows(copy.vm()) {
+        if !saved.knows(copy) {
             // It was never made a VM: its images are whoever's they were.
             continue;
         }
@@ -208,7 +207,7 @@ async fn end_superseded(
         let (node, copy) = (Arc::clone(node), Arc::clone(copy));
         // Not waited for: this host's votes are.
         tokio::task::spawn_blocking(move || {
-            keeping::disks(&node, &copy.spec, copy.id, ran);
+            keeping::disks(&node, &copy, ran);
             keeping::memory(&node, &copy, ran);
             drop(mark);
         });

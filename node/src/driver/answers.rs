@@ -200,7 +200,7 @@ async fn routes(node: &Arc<Node>) -> Result<Vec<RouteInfo>, ApiError> {
         .with_core(|core, _| {
             core.routes()
                 .iter()
-                .filter(|r| !r.gone && !catalog::is_wire(r))
+                .filter(|r| !r.gone && !r.kind.is_wire())
                 .cloned()
                 .collect::<Vec<_>>()
         })

@@ -96,7 +96,7 @@ pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<WireStatus>, ApiError> 
     let routes = node
         .with_core(|core: &mut Core, _| core.routes().iter().cloned().collect::<Vec<_>>())
         .await?;
-    let created = routes.iter().filter(|r| is_wire(r)).map(|r| r.name.clone());
+    let created = routes.iter().filter(|r| r.kind.is_wire()).map(|r| r.name.clone());
     let mut on: BTreeMap<Name, Vec<OnWire>> =
         created.chain(node.carried()).map(|wire| (wire, Vec::new())).collect();
     for route in routes.iter().filter(|r| !r.gone) {
@@ -111,11 +111,6 @@ pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<WireStatus>, ApiError> 
         all.push(WireStatus { nics, ..wires::status(node, &wire).await });
     }
     Ok(all)
-}
-
-/// Whether it tells of a wire.
-pub(super) fn is_wire(route: &Route) -> bool {
-    matches!(route.kind, Kind::Wire | Kind::SealedWire)
 }
 
 fn id(wire: &Name, kind: Kind) -> VmId {

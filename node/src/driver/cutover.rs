@@ -173,6 +173,14 @@ pub(super) fn mark(node: &Node, to: HostId, tag: u32, flipped: Flipped) {
     }
 }
 
+/// Makes tunnels to who may send to the NIC, or be sent to by its guest, before they are needed.
+fn dial(node: &Node, tag: u32, other_end: HostId) {
+    for host in node.senders(tag, other_end) {
+        // Refused only if it is no member.
+        let _ = node.frames.prepare(host);
+    }
+}
+
 /// The guest has a new host: what its old one held is on its way there. True: the hold is still needed.
 pub(super) fn moved(node: &Arc<Node>, key: Key, route: &Route) -> bool {
     let Some(leaving) = node.cutovers.held(key) else { return false };

@@ -92,7 +92,7 @@ impl Engine {
                 }
                 other => self.core.message(now, from, other),
             },
-            NetEvent::MemberChanged(_) => wires::members_changed(&self.node).await,
+            NetEvent::MembersChanged => wires::members_changed(&self.node).await,
             NetEvent::Revoked(host) => {
                 tracing::warn!(%host, "revoked");
                 self.core.disconnected(now, host);

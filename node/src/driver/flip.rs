@@ -29,11 +29,10 @@ const FENCE: Duration = Duration::from_secs(1);
 const AGAIN: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
 
-/// A turn that was begun.
+/// A NIC's turn that was begun: wires differ in how their frames travel.
 pub(super) struct Turn {
     old: HostId,
-    tag: u32,
-    nics: Vec<Nic>,
+    nic: Nic,
     epoch: Epoch,
     /// The old way was the tunnel, the new one is not: the port's rest has to leave first.
     rest: bool,
@@ -56,10 +55,11 @@ pub(super) fn begin(node: &Node, route: &Route) -> Vec<Turn> {
     let mut turns: Vec<Turn> =
         old.map(|old| turns(old, &route.nics, route.epoch)).into_iter().flatten().collect();
     for turn in &mut turns {
-        let by_tunnel = node.via(turn.tag, turn.old) == Where::Tunnel;
-        turn.rest = by_tunnel && node.via(turn.tag, route.host) != Where::Tunnel;
+        let (tag, _) = turn.key();
+        let by_tunnel = node.via(tag, turn.old) == Where::Tunnel;
+        turn.rest = by_tunnel && node.via(tag, route.host) != Where::Tunnel;
         if turn.rest {
-            table.behind.extend(turn.keys().map(|key| (key, turn.old)));
+            table.behind.insert(turn.key(), turn.old);
         }
         turn.said = by_tunnel && !turn.rest;
     }
@@ -75,20 +75,16 @@ pub(super) fn here(node: &Node, copy: &Copy) -> Vec<Turn> {
     let Some(old) = nics.iter().find_map(arriving) else { return Vec::new() };
     let mut turns = turns(old, &nics, Epoch::default());
     for turn in &mut turns {
-        turn.rest = node.via(turn.tag, old) == Where::Tunnel;
+        turn.rest = node.via(turn.key().0, old) == Where::Tunnel;
         if turn.rest {
-            node.table().behind.extend(turn.keys().map(|key| (key, old)));
+            node.table().behind.insert(turn.key(), old);
         }
     }
     turns
 }
 
-/// A NIC each: wires differ in how their frames travel.
 fn turns(old: HostId, nics: &[Nic], epoch: Epoch) -> Vec<Turn> {
-    let turn = |nic: &Nic| {
-        let (tag, nics) = (tag(&nic.wire), vec![nic.clone()]);
-        Turn { old, tag, nics, epoch, rest: false, said: false }
-    };
+    let turn = |nic: &Nic| Turn { old, nic: nic.clone(), epoch, rest: false, said: false };
     nics.iter().map(turn).collect()
 }
 
@@ -107,14 +103,9 @@ impl Turn {
                 forwarding_settled().await;
             }
             if self.rest {
-                for nic in &self.nics {
-                    // Not in time: the rest of the port is lost with the next step, and nothing else.
-                    let _ = timeout(FENCE, node.links.fence(&nic.wire)).await;
-                }
-                let mut table = node.table();
-                for key in self.keys() {
-                    table.behind.remove(&key);
-                }
+                // Not in time: the rest of the port is lost with the next step, and nothing else.
+                let _ = timeout(FENCE, node.links.fence(&self.nic.wire)).await;
+                node.table().behind.remove(&self.key());
             }
             if !self.said {
                 self.say(&node);
@@ -126,14 +117,12 @@ impl Turn {
         });
     }
 
-    fn keys(&self) -> impl Iterator<Item = Key> {
-        self.nics.iter().map(|nic| (tag(&nic.wire), nic.mac))
+    fn key(&self) -> Key {
+        (tag(&self.nic.wire), self.nic.mac)
     }
 
     fn say(&self, node: &Node) {
-        for nic in &self.nics {
-            let flipped = Flipped { mac: nic.mac, epoch: self.epoch };
-            cutover::mark(node, self.old, tag(&nic.wire), flipped);
-        }
+        let (tag, mac) = self.key();
+        cutover::mark(node, self.old, tag, Flipped { mac, epoch: self.epoch });
     }
 }

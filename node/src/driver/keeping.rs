@@ -16,7 +16,7 @@ use super::bulk;
 use super::copies::{Copy, lock};
 use super::node::Node;
 use crate::store::images::{Keep, Kind};
-use crate::vmm::{ResolvedDisk, ResolvedSpec, image, image_path, reserve};
+use crate::vmm::{ResolvedDisk, image, image_path, reserve};
 
 /// Of which VMs something is being kept.
 #[derive(Default)]
@@ -70,22 +70,22 @@ impl Keeping {
 /// Keeps the disks of a copy that has moved away, or was received in vain. Its QEMU has ended. Blocks.
 ///
 /// `whole`: the guest ran in it; what an earlier copy of the VM left is of no more use then.
-pub(super) fn disks(node: &Node, spec: &ResolvedSpec, copy: CopyId, whole: bool) {
-    node.images.detach_disks(copy);
+pub(super) fn disks(node: &Node, copy: &Copy, whole: bool) {
+    node.images.detach_disks(copy.id);
     let dir = node.options.image_dir.as_path();
     // Another file may lie there too: the operator's, or one that a stopped VM left to them.
-    let owned = |disk: &ResolvedDisk| disk.path == image_path(dir, spec.id, copy, disk);
-    let full = spec.moving().any(owned) && reserve::room(dir).is_ok_and(|room| room == 0);
+    let owned = |disk: &ResolvedDisk| disk.path == image_path(dir, copy.vm(), copy.id, disk);
+    let full = copy.spec.moving().any(owned) && reserve::room(dir).is_ok_and(|room| room == 0);
     if full && !whole {
         tracing::warn!(path = %dir.display(), "removed, not kept: its file system is nearly full");
-        if let Err(error) = image::remove(spec, dir, copy) {
+        if let Err(error) = image::remove(&copy.spec, dir, copy.id) {
             tracing::warn!(%error, "an image that is of no use stays");
         }
         return;
     }
-    for disk in spec.moving() {
-        let keep = Keep { vm: spec.id, owned: owned(disk), in_vain: !whole };
-        let kept = retire(&disk.path, copy, keep.owned).map_err(|e| e.to_string());
+    for disk in copy.spec.moving() {
+        let keep = Keep { vm: copy.vm(), owned: owned(disk), in_vain: !whole };
+        let kept = retire(&disk.path, copy.id, keep.owned).map_err(|e| e.to_string());
         let kept = kept.and_then(|path| {
             node.images.keep(&path, Kind::KeptDisk, keep).map_err(|e| e.to_string())
         });
@@ -94,7 +94,7 @@ pub(super) fn disks(node: &Node, spec: &ResolvedSpec, copy: CopyId, whole: bool)
         }
     }
     if whole {
-        forget_older(node, spec.id, copy);
+        forget_older(node, copy);
     }
 }
 
@@ -107,10 +107,10 @@ pub(super) fn memory(node: &Node, copy: &Copy, whole: bool) {
     }
 }
 
-fn forget_older(node: &Node, vm: VmId, copy: CopyId) {
-    let this = copy.to_string();
+fn forget_older(node: &Node, copy: &Copy) {
+    let this = copy.id.to_string();
     let kept = node.images.list().into_iter().filter(|image| {
-        matches!(image.kind, Kind::KeptDisk | Kind::KeptMemory) && image.vm == Some(vm)
+        matches!(image.kind, Kind::KeptDisk | Kind::KeptMemory) && image.vm == Some(copy.vm())
     });
     for image in kept.filter(|image| !image.path.to_string_lossy().contains(&this)) {
         if let Err(error) = node.images.remove(&image.path) {

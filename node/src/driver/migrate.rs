@@ -410,10 +410,8 @@ fn merge(found: &mut BTreeMap<MigrationId, Status>, status: Status, told_by: Hos
     let lead_says = told_by == status.from && (status.phase.is_end() || !known.phase.is_end());
     let end =
         status.phase.is_end() && !(told_by != status.from && status.is_for_the_source_to_tell());
-    // A source that has lost sight of its destination says *lost*, for lack of news.
-    let blind = (known.phase, status.phase) == (Phase::Moved, Phase::Lost);
-    let better = (known.phase, status.phase) == (Phase::Lost, Phase::Moved);
-    if !blind && (better || lead_says || (end && !known.phase.is_end())) {
+    let better = known.is_blind_to(&status) || lead_says || (end && !known.phase.is_end());
+    if better && !status.is_blind_to(known) {
         *known = status;
     }
     known.timeline = timeline;

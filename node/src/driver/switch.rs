@@ -172,9 +172,7 @@ impl Node {
             // A frame that cannot be sent is lost, as on any link; the adapter counts it.
             let _ = self.frames.send(host, wire, &frame.frame);
         };
-        let sealed = self.is_sealed(wire);
-        let far =
-            |host: &HostId| *host != self.me && (sealed || self.via(wire, *host) == Where::Tunnel);
+        let far = |host: &HostId| *host != self.me && self.via(wire, *host) == Where::Tunnel;
         let key = (wire, frame.destination());
         if frame.is_group() {
             table.group(wire).filter(far).for_each(send);

@@ -108,13 +108,11 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
         })
         .await
     };
-    match told {
-        Ok(epoch) => turns.into_iter().for_each(|turn| turn.at(epoch).end(node)),
-        Err(error) => {
-            tracing::error!(%error, "the route was not told");
-            turns.into_iter().for_each(|turn| turn.end(node));
-        }
-    }
+    let epoch = told.unwrap_or_else(|error| {
+        tracing::error!(%error, "the route was not told");
+        Epoch::default()
+    });
+    turns.into_iter().for_each(|turn| turn.at(epoch).end(node));
     for nic in &nics {
         if let Some(leaving) = node.cutovers.held((tag(&nic.wire), nic.mac)) {
             leaving.stays(node).await;
@@ -160,7 +158,7 @@ pub(super) async fn runs_no_more(node: &Arc<Node>, copy: &Arc<Copy>) {
 /// Brings a changed route into the kernel, on wires that this host has. Where the guest ran before it is
 /// told, behind the last frame that goes there.
 pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
-    if catalog::is_wire(route) {
+    if route.kind.is_wire() {
         return catalog::heard(node, route).await;
     }
     // One after the other: table and kernel change in the same order, and never back to an older route.

@@ -189,7 +189,7 @@ async fn retire(node: &Arc<Node>, id: CopyId) {
     let node = Arc::clone(node);
     // Not waited for: nobody needs it before the next migration of this VM.
     tokio::task::spawn_blocking(move || {
-        keeping::disks(&node, &copy.spec, copy.id, copy.ran());
+        keeping::disks(&node, &copy, copy.ran());
         keeping::memory(&node, &copy, copy.ran());
         drop(mark);
     });

@@ -157,16 +157,12 @@ impl Shared {
         revocations: Vec<Signed>,
         from: Option<HostId>,
     ) {
-        let (mut fresh, mut changed, mut out) = ((Vec::new(), Vec::new()), Vec::new(), Vec::new());
+        let (mut fresh, mut out) = ((Vec::new(), Vec::new()), Vec::new());
         for record in members {
             let merged = lock(&self.known).roster.merge(record.clone());
             match merged {
                 Ok(Change::None) => continue,
-                Ok(_) => {
-                    let said = self.roster(|r| record.certificate.check(r.swarm(), &r.authority()));
-                    changed.extend(said.map(|(said, _)| said.host));
-                    fresh.0.push(record);
-                }
+                Ok(_) => fresh.0.push(record),
                 Err(cause) => tracing::debug!(%cause, "a member record was not taken"),
             }
             tokio::task::yield_now().await;
@@ -186,6 +182,7 @@ impl Shared {
         if fresh.0.is_empty() && fresh.1.is_empty() {
             return;
         }
+        let members_changed = !fresh.0.is_empty();
         self.spread(fresh.0, fresh.1, from);
         self.change(|_| ());
         // Who is out stays out, also if this process dies right after it said so.
@@ -194,8 +191,8 @@ impl Shared {
         {
             tracing::error!(%cause, "a revocation was not saved; trying again with the next change");
         }
-        for host in changed {
-            self.emit(NetEvent::MemberChanged(host)).await;
+        if members_changed {
+            self.emit(NetEvent::MembersChanged).await;
         }
         for host in out {
             tracing::warn!(%host, "revoked: it is no member of the swarm any more");

@@ -292,8 +292,7 @@ impl Core {
         if known.is_some_and(|k| k.phase.is_end() && !status.phase.is_end()) {
             return;
         }
-        // A source that has lost sight of its destination knows less than who has heard of it.
-        if known.is_some_and(|k| k.phase == Phase::Moved && status.phase == Phase::Lost) {
+        if known.is_some_and(|k| status.is_blind_to(k)) {
             return;
         }
         // One migration has one source, and texts have bounds.

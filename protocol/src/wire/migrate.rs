@@ -318,6 +318,13 @@ impl Status {
         self.phase == Phase::Stayed
     }
 
+    /// Whether `known` says more of the same migration: a source that has lost sight of its destination says *lost*, for
+    /// lack of news, and who has heard of that knows better.
+    #[must_use]
+    pub fn is_blind_to(&self, known: &Self) -> bool {
+        (self.phase, known.phase) == (Phase::Lost, Phase::Moved)
+    }
+
     /// A migration that starts from `record`, of which nothing is known yet but who and what.
     #[must_use]
     pub fn new(

@@ -28,6 +28,14 @@ pub enum Kind {
     SealedWire,
 }
 
+impl Kind {
+    /// Whether it tells of a wire: nothing is reached by its name.
+    #[must_use]
+    pub fn is_wire(self) -> bool {
+        matches!(self, Self::Wire | Self::SealedWire)
+    }
+}
+
 /// One entry of the distributed routing table. The higher epoch of the same VM wins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {

@@ -5,7 +5,7 @@
 //! guest's own check.
 
 mod content;
-mod figures;
+pub(in crate::bench) mod figures;
 mod mirror;
 mod ours;
 mod peer;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::versus::figures::median;
 use crate::lab::check::{TcpRate, tcp_rate, udp_rtt_ms};
 use crate::lab::prober::Station;
 use crate::lab::{Host, LabConfig};
@@ -80,13 +81,7 @@ impl Side {
     }
 
     fn report(&self) -> Value {
-        let (mbit_s, rtt_us) = (median(&self.rates), median(&self.rtts_us));
+        let (mbit_s, rtt_us) = (median(self.rates.clone()), median(self.rtts_us.clone()));
         json!({ "mbit_s": mbit_s, "rtt_us": rtt_us, "runs": { "mbit_s": self.rates, "rtt_us": self.rtts_us } })
     }
-}
-
-fn median(of: &[f64]) -> Option<f64> {
-    let mut sorted = of.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied()
 }

@@ -26,8 +26,9 @@ use crate::lab::prober::{ECHO_PORT, ProbeConfig, ProbeReport, Prober, Station};
 const RATE: u32 = 200;
 /// How long anything may take that is not a move.
 const SOON: Duration = Duration::from_secs(60);
-/// How long nothing has to come for a guest to count as cut off.
-const QUIET: Duration = Duration::from_millis(800);
+/// How long nothing has to come for a guest to count as cut off: a prober sends one datagram, and after a second without
+/// an answer the others.
+const QUIET: Duration = Duration::from_millis(1_800);
 /// How long what is under way may take at the end.
 const DRAIN: Duration = Duration::from_secs(1);
 

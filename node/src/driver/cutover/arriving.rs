@@ -107,10 +107,7 @@ pub(in super::super) async fn prepare(
             news: Notify::new(),
             task: Mutex::default(),
         });
-        for host in node.senders(key.0, from) {
-            // So that the guest's first frames need not wait. Refused only if it is no member.
-            let _ = node.frames.prepare(host);
-        }
+        super::dial(node, key.0, from);
         let tails = bulk::attach(node, tail_id(id, &nic.wire, &nic.mac));
         let task = tokio::spawn(keep(Arc::clone(node), Arc::clone(&arriving), tails));
         *lock(&arriving.task) = Some(task.abort_handle());

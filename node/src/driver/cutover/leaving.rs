@@ -79,10 +79,7 @@ pub(in super::super) async fn prepare(
                 let _ = task.await;
             }
         }
-        for host in node.senders(key.0, to) {
-            // So that its marker has a way. Refused only if it is no member.
-            let _ = node.frames.prepare(host);
-        }
+        super::dial(node, key.0, to);
         let hold = match node.links.open_hold(&nic.wire, &nic.mac).await {
             Ok(hold) => hold,
             Err(error) => {

@@ -298,7 +298,6 @@ impl Session {
     fn go_on(&mut self, placed: u32, opaque: u64) {
         let near = self.best_rtt_us <= NEAR_US;
         self.exchange.levels.expect(near);
-        self.exchange.levels.hold_to(self.meter.cap.load(Ordering::Relaxed));
         self.follow_link();
         self.exchange.resume(placed, opaque);
     }
@@ -371,7 +370,6 @@ impl Session {
         window.close(&self.meter, |bytes, over, busy| {
             self.exchange.levels.sent(bytes, over, busy, work);
         });
-        self.exchange.levels.hold_to(self.meter.cap.load(Ordering::Relaxed));
         self.follow_link();
         if window.ticks.is_multiple_of(CLOSE_TICKS) {
             self.shared.table.close();
@@ -389,7 +387,8 @@ impl Session {
         self.exchange.progress.rtt_us = self.best_rtt_us;
     }
 
-    fn follow_link(&self) {
+    fn follow_link(&mut self) {
+        self.exchange.levels.hold_to(self.meter.cap.load(Ordering::Relaxed));
         self.shared.raw.store(self.exchange.levels.choose() == 0, Ordering::Relaxed);
     }
 
