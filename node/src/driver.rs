@@ -38,6 +38,7 @@ mod source;
 mod switch;
 mod throttle;
 mod timeline;
+mod uplinks;
 mod wires;
 mod worker;
 

@@ -13,7 +13,7 @@
 //!  gwt-..      gwt-..     (taps)                   MAC -> port: static, `set_route`
 //!    +-----+-----+---- gwh-..   (of a NIC that moves: fd in this process, where its frames wait)
 //!          | gwb-..       (bridge, one per wire)
-//!    +-----+-----+
+//!    +-----+-----+---- gwu-..   (the wire's way out, on a host that has one: `uplink`)
 //!  gwv-..      gwx-..     (isolated from each other: what came by a tunnel never leaves by one)
 //!  VXLAN to    fd in this process:
 //!  members     frames out -> queue -> driver; frames in <- `inject`
@@ -34,6 +34,7 @@ mod error;
 mod filter;
 mod guard;
 mod holding;
+mod inet;
 mod kernel;
 mod loose;
 mod names;
@@ -43,6 +44,7 @@ mod settle;
 mod stats;
 mod tap;
 mod tunnel;
+mod uplink;
 mod wires;
 
 pub use cidr::{Cidr, CidrError};
@@ -53,6 +55,7 @@ pub use plug::Injector;
 pub use settle::{TapView, forwarding_settled};
 pub use stats::{Counters, NicCounters, WireCounters};
 pub use tunnel::{Injected, Outgoing, TunnelCounters, TunnelFrame};
+pub use uplink::{Uplink, gateway_mac};
 
 use guard::Guard;
 use kernel::{Fdb, Kernel, PortFlags};
@@ -84,6 +87,8 @@ pub enum Where {
     Tunnel,
     /// To the NIC's hold device here, broadcasts too.
     Hold,
+    /// To the wire's way out here ([`Links::set_uplink`]).
+    Gateway,
     /// Nowhere: dropped by the bridge.
     None,
 }
@@ -108,6 +113,8 @@ struct State {
     wires: BTreeMap<Name, Wire>,
     members: Option<Vec<IpAddr>>,
     guarded: bool,
+    /// Wires that have a way out here, and the interface that leads outside.
+    uplinks: BTreeMap<Name, String>,
 }
 
 /// The network adapter. Calls that change the kernel wait for each other; [`Links::inject`] never waits.
@@ -214,6 +221,13 @@ impl Links {
             _ => None,
         };
         let hold = hold.map(|d| d.index);
+        let uplink = match (old, to) {
+            (_, Where::Gateway) | (Where::Gateway, _) => {
+                self.kernel.device(&names::uplink(wire)).await?
+            }
+            _ => None,
+        };
+        let uplink = uplink.map(|d| d.index);
         let port = match to {
             Where::Local => Some(tap.ok_or_else(|| LinkError::NoTap(names::tap(wire, mac)))?),
             Where::Vxlan(ip) => {
@@ -224,6 +238,7 @@ impl Links {
             }
             Where::Tunnel => Some(known.tunnel),
             Where::Hold => Some(hold.ok_or_else(|| LinkError::NoTap(names::hold(wire, mac)))?),
+            Where::Gateway => Some(uplink.ok_or_else(|| LinkError::NoTap(names::uplink(wire)))?),
             Where::None => None,
         };
         let mut groups = [(hold, to == Where::Hold), (tap, to == Where::Local)];
@@ -240,7 +255,8 @@ impl Links {
         match port {
             Some(port) => self.kernel.fdb_set(port, mac, Fdb::Bridge).await?,
             None => {
-                for port in [tap, hold, known.vxlan, Some(known.tunnel)].into_iter().flatten() {
+                let ports = [tap, hold, uplink, known.vxlan, Some(known.tunnel)];
+                for port in ports.into_iter().flatten() {
                     self.kernel.fdb_del(port, mac, Fdb::Bridge).await?;
                 }
             }

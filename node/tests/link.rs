@@ -12,6 +12,8 @@ use tokio::sync::mpsc::Receiver;
 mod cutover;
 #[path = "link/filter.rs"]
 mod filter;
+#[path = "link/uplink.rs"]
+mod uplink;
 #[path = "link/world.rs"]
 mod world;
 use world::*;

@@ -21,3 +21,13 @@ fn an_encrypted_wire_never_travels_by_vxlan() -> anyhow::Result<()> {
     println!("{:#}", godwit_testbed::scenario::wires::sealed("tsealed")?);
     Ok(())
 }
+
+#[test]
+fn clients_outside_keep_their_connections() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: the lab needs root");
+        return Ok(());
+    }
+    println!("{:#}", godwit_testbed::scenario::wires::uplink("tuplink")?);
+    Ok(())
+}

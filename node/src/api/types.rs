@@ -201,6 +201,15 @@ pub enum Request {
         #[serde(default)]
         disconnect: bool,
     },
+    /// Join a wire to the outside by an interface of this host, or end that. Answer: [`Done`].
+    WireUplink {
+        /// The wire.
+        wire: Name,
+        /// The interface; none: end it.
+        interface: Option<String>,
+        /// The gateway's address and subnet, `10.5.0.1/24`; none: what it is on other hosts.
+        gateway: Option<String>,
+    },
     /// Replace what may reach a NIC of a VM of this host. Answer: [`Done`].
     WireFilter {
         /// Name or id.

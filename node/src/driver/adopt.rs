@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
-use super::{boot, catalog, images, keeping, mirrors, nics, ports, wires};
+use super::{boot, catalog, images, keeping, mirrors, nics, ports, uplinks, wires};
 use crate::store::Hard;
 use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy, reserve};
 
@@ -35,6 +35,7 @@ pub(super) struct Saved {
     statuses: Vec<Status>,
     ports: Vec<Nic>,
     wires: Vec<Route>,
+    uplinks: Vec<uplinks::Kept>,
 }
 
 impl Saved {
@@ -47,6 +48,7 @@ impl Saved {
             statuses: read(hard, b"status/")?,
             ports: read(hard, ports::KEYS)?,
             wires: read(hard, catalog::KEYS)?,
+            uplinks: read(hard, uplinks::KEYS)?,
         })
     }
 
@@ -136,6 +138,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         core.announce(node.now(), wire);
     }
     ports::adopt(node, &mut core, saved.ports).await;
+    uplinks::adopt(node, &mut core, saved.uplinks).await;
     for (epoch, named, copy) in unbound {
         if !named && !copy.qemu().run_state().await.is_ok_and(|s| s.running) {
             continue; // Until the record is known that says whether it may.

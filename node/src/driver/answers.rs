@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::node::{self, DriverError, Node};
-use super::{boot, catalog, clusters, group, leave, migrate, nics, ports, wires};
+use super::{boot, catalog, clusters, group, leave, migrate, nics, ports, uplinks, wires};
 use crate::api::server::Listener;
 use crate::api::types::{
     ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token,
@@ -126,6 +126,7 @@ async fn answer(
         | Request::WireCreate { .. }
         | Request::WireConnect { .. }
         | Request::WireFilter { .. }
+        | Request::WireUplink { .. }
         | Request::WirePort { .. } => of_wires(node, request).await,
     }
 }
@@ -146,6 +147,12 @@ async fn of_wires(node: &Arc<Node>, request: Request) -> Result<Value, ApiError>
         }
         Request::WireFilter { vm, mac, rules } => {
             value(nics::filter(node, &vm, mac.as_deref(), &rules).await?)
+        }
+        Request::WireUplink { wire, interface: Some(interface), gateway } => {
+            value(uplinks::connect(node, &wire, &interface, gateway.as_deref()).await?)
+        }
+        Request::WireUplink { wire, interface: None, .. } => {
+            value(uplinks::disconnect(node, &wire).await?)
         }
         Request::WirePort { wire, mac, remove } => {
             value(ports::set(node, &wire, &mac, remove).await?)

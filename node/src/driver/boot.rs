@@ -180,7 +180,7 @@ pub(super) async fn find_vm(node: &Arc<Node>, vm: &str) -> Result<Route, ApiErro
             let hint = format!("see godwit cluster show {vm}");
             Err(ApiError::new(format!("{vm} is a cluster, no VM"), hint))
         }
-        Kind::Port | Kind::Wire | Kind::SealedWire => {
+        Kind::Port | Kind::Wire | Kind::SealedWire | Kind::Uplink { .. } => {
             Err(ApiError::new(format!("{vm} is no VM"), "see godwit vm list"))
         }
     }

@@ -15,7 +15,7 @@ use godwit_protocol::wire::codec;
 use godwit_protocol::wire::route::{Kind, Route};
 
 use super::node::Node;
-use super::wires;
+use super::{uplinks, wires};
 use crate::api::types::{ApiError, Done, OnWire, WireStatus};
 
 /// Where wires are in the hard state.
@@ -108,17 +108,16 @@ pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<WireStatus>, ApiError> 
     }
     let mut all = Vec::with_capacity(on.len());
     for (wire, nics) in on {
-        all.push(WireStatus { nics, ..wires::status(node, &wire).await });
+        let gateway =
+            uplinks::gateway(routes.iter(), &wire).map(|(ip, bits)| format!("{ip}/{bits}"));
+        all.push(WireStatus { nics, gateway, ..wires::status(node, &wire).await });
     }
     Ok(all)
 }
 
 fn id(wire: &Name, kind: Kind) -> VmId {
     let prefix: &[u8] = if kind == Kind::SealedWire { b"sealed/" } else { b"wire/" };
-    let hash = blake3::hash(&[prefix, wire.as_str().as_bytes()].concat());
-    let mut id = [0; 16];
-    id.copy_from_slice(&hash.as_bytes()[..16]);
-    VmId(id)
+    VmId(wires::derived_id(&[prefix, wire.as_str().as_bytes()]))
 }
 
 impl Node {

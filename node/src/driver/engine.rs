@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::node::{DriverError, Input, Node, RunOptions};
 use super::worker::Worker;
-use super::{asks, cutover, hold, restart, wires};
+use super::{asks, cutover, hold, restart, uplinks, wires};
 use crate::net::NetEvent;
 
 /// Things that happened and wait for the core.
@@ -77,11 +77,15 @@ impl Engine {
     async fn net_event(&mut self, event: NetEvent) {
         let now = self.node.now();
         match event {
-            NetEvent::Connected(host) => self.core.connected(now, host),
+            NetEvent::Connected(host) => {
+                self.core.connected(now, host);
+                uplinks::choose_again(&self.node).await;
+            }
             NetEvent::Disconnected(host) => {
                 self.node.asks.gone(host);
                 self.node.frames.forget(host);
                 self.core.disconnected(now, host);
+                uplinks::choose_again(&self.node).await;
             }
             NetEvent::Message { from, msg } => match *msg {
                 Control::Ask { number, ask } => {

@@ -171,7 +171,7 @@ pub(super) async fn migrate(
             let (lead, members) = group::team(node, &route, &asked).await?;
             (lead, Ask::MigrateCluster { id, cluster: vm, members, options })
         }
-        Kind::Vm | Kind::Port | Kind::Wire | Kind::SealedWire => {
+        Kind::Vm | Kind::Port | Kind::Wire | Kind::SealedWire | Kind::Uplink { .. } => {
             let target = alone(node, &route, &asked)?;
             (route.host, Ask::Migrate { id, vm, target, options })
         }

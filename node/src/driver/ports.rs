@@ -58,10 +58,7 @@ async fn keep(node: &Arc<Node>, nic: Nic, gone: bool) -> Result<(), ApiError> {
 }
 
 fn id(nic: &Nic) -> [u8; 16] {
-    let hash = blake3::hash(&[b"port/", nic.wire.as_str().as_bytes(), b"/", &nic.mac.0].concat());
-    let mut id = [0; 16];
-    id.copy_from_slice(&hash.as_bytes()[..16]);
-    id
+    wires::derived_id(&[b"port/", nic.wire.as_str().as_bytes(), b"/", &nic.mac.0])
 }
 
 fn route(node: &Node, nic: Nic) -> Result<Route, ApiError> {
@@ -72,7 +69,8 @@ fn route(node: &Node, nic: Nic) -> Result<Route, ApiError> {
     Ok(Route { vm, name, host, copy, epoch, nics, kind, gone: false })
 }
 
-fn announce(core: &mut Core, now: Time, route: Route) {
+/// Tells everyone of what is not a VM, as something newer than what was told before.
+pub(super) fn announce(core: &mut Core, now: Time, route: Route) {
     let epoch = core.routes().get(route.vm).map_or(route.epoch, |known| known.epoch.next());
     core.announce(now, Route { epoch, ..route });
 }

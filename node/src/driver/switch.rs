@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use godwit_protocol::id::{HostId, Mac, Name, VmId};
-use godwit_protocol::wire::route::Route;
+use godwit_protocol::wire::route::{Kind, Route};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -81,6 +81,10 @@ pub(super) struct Table {
     by_mac: BTreeMap<Key, (VmId, HostId)>,
     /// How many NICs each host has on each wire.
     groups: BTreeMap<u32, BTreeMap<HostId, u32>>,
+    /// The hosts that have an uplink of each wire.
+    ways_out: BTreeMap<u32, BTreeSet<HostId>>,
+    /// Where this host sends frames for the wires' gateways.
+    gateways: BTreeMap<Key, HostId>,
     /// NICs whose frames do not leave by tunnel any more, but for what is in the tunnel port still: it goes
     /// to their old host.
     pub behind: BTreeMap<Key, HostId>,
@@ -92,6 +96,8 @@ impl Table {
     pub fn put(&mut self, route: Route) {
         let (vm, host, here) = (route.vm, route.host, !route.gone);
         let nics = route.nics.clone();
+        let tags: Vec<u32> = nics.iter().map(|nic| tag(&nic.wire)).collect();
+        let way_out = matches!(route.kind, Kind::Uplink { .. });
         if let Some(old) = self.routes.insert(route.vm, route) {
             for nic in old.nics.iter().filter(|_| !old.gone) {
                 let wire = tag(&nic.wire);
@@ -108,6 +114,32 @@ impl Table {
             self.by_mac.insert((wire, nic.mac), (vm, host));
             *self.groups.entry(wire).or_default().entry(host).or_default() += 1;
         }
+        for wire in tags.into_iter().filter(|_| way_out) {
+            let hosts = self.ways_out.entry(wire).or_default();
+            if here {
+                hosts.insert(host)
+            } else {
+                hosts.remove(&host)
+            };
+        }
+    }
+
+    /// Whether the wire has an uplink anywhere.
+    pub fn has_way_out(&self, wire: u32) -> bool {
+        self.ways_out.contains_key(&wire)
+    }
+
+    /// The hosts that have an uplink of the wire.
+    pub fn ways_out(&self, wire: u32) -> impl Iterator<Item = HostId> {
+        self.ways_out.get(&wire).into_iter().flatten().copied()
+    }
+
+    /// Frames for this gateway go there.
+    pub fn lead_out(&mut self, gateway: Key, host: Option<HostId>) {
+        match host {
+            Some(host) => self.gateways.insert(gateway, host),
+            None => self.gateways.remove(&gateway),
+        };
     }
 
     /// Where a NIC is.
@@ -179,7 +211,8 @@ impl Node {
         } else if let Some(host) = table.behind.get(&key) {
             send(*host);
         } else {
-            table.by_mac.get(&key).map(|(_, h)| *h).filter(far).into_iter().for_each(send);
+            let host = table.host_of(key).or_else(|| table.gateways.get(&key).copied());
+            host.filter(far).into_iter().for_each(send);
         }
     }
 

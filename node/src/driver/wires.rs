@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use godwit_protocol::core::Core;
 use godwit_protocol::id::{Epoch, Mac, Name};
-use godwit_protocol::wire::route::{Nic, Route};
+use godwit_protocol::wire::route::{Kind, Nic, Route};
 
 use super::copies::Copy;
 use super::node::Node;
-use super::{boot, catalog, cutover, flip};
+use super::{boot, catalog, cutover, flip, uplinks};
 use crate::api::types::{ApiError, WireStatus};
 use crate::link::{LinkError, Where};
 use crate::vmm::ResolvedSpec;
@@ -23,6 +23,14 @@ pub(super) fn tag(wire: &Name) -> u32 {
     let hash = blake3::hash(wire.as_str().as_bytes());
     let bytes = hash.as_bytes();
     u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+/// An id of what is no VM, made from what it is.
+pub(super) fn derived_id(parts: &[&[u8]]) -> [u8; 16] {
+    let hash = blake3::hash(&parts.concat());
+    let mut id = [0; 16];
+    id.copy_from_slice(&hash.as_bytes()[..16]);
+    id
 }
 
 /// Opens one tap per NIC; the wires are made if they are not there.
@@ -175,6 +183,7 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
             set(node, &nic.wire, &nic.mac, Where::None).await;
         }
     }
+    let way_out = matches!(route.kind, Kind::Uplink { .. });
     let local = node.copies.running(route.vm).is_some_and(|c| c.id == route.copy);
     for nic in &route.nics {
         if !node.carries(&nic.wire) {
@@ -182,12 +191,16 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
         }
         let to = match route.host {
             _ if route.gone => Where::None,
+            host if host == node.me && way_out => Where::Gateway,
             host if host == node.me && local => Where::Local,
             host if host == node.me => Where::None,
             host => node.via(tag(&nic.wire), host),
         };
         if !cutover::moved(node, (tag(&nic.wire), nic.mac), route) {
             set(node, &nic.wire, &nic.mac, to).await;
+        }
+        if way_out {
+            uplinks::choose(node, &nic.wire).await;
         }
     }
     turns.into_iter().for_each(|turn| turn.end(node));
@@ -207,6 +220,7 @@ pub(super) async fn members_changed(node: &Arc<Node>) {
     for wire in node.carried() {
         broadcasts(node, &wire).await;
     }
+    uplinks::choose_again(node).await;
 }
 
 /// The other members' addresses.
@@ -236,6 +250,7 @@ pub(super) async fn status(node: &Arc<Node>, wire: &Name) -> WireStatus {
         encrypted: node.is_sealed(tag(wire)),
         here: node.carries(wire),
         nics: Vec::new(),
+        gateway: None,
         bridge: crate::link::bridge_name(wire),
         mtu: u32::from(node.links.mtu()),
         counters,

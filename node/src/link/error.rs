@@ -1,7 +1,7 @@
 //! Why the network adapter could not do something, with the operator's next step.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use godwit_protocol::id::Name;
 
@@ -41,6 +41,24 @@ pub enum LinkError {
     /// A device with our name is not ours.
     #[error("Device {0} exists and belongs to something else: remove it with `ip link del {0}`")]
     Foreign(String),
+    /// There is nothing that an uplink could go out by.
+    #[error("There is no interface {0} that leads outside: see `ip -br link`")]
+    NoInterface(String),
+    /// The host would drop what comes in from outside.
+    #[error(
+        "{0} does not forward IPv4, so nobody outside would get in: `sysctl -w net.ipv4.conf.{0}.forwarding=1`, and ask again"
+    )]
+    NotForwarding(String),
+    /// The subnet is somewhere else already.
+    #[error(
+        "This host has the address {0}/{1} in the gateway's subnet: give the wire a subnet of its own"
+    )]
+    SubnetTaken(Ipv4Addr, u8),
+    /// The wire has a way out here, with another address.
+    #[error(
+        "The wire's gateway is {0}/{1} here: take its uplink away first (godwit wire disconnect WIRE --uplink)"
+    )]
+    OtherGateway(Ipv4Addr, u8),
     /// Another wire or program has this VXLAN identifier.
     #[error(
         "VXLAN identifier {vni} of wire {wire} is taken on this host: name the wire otherwise, or remove the other device"

@@ -14,7 +14,7 @@ use super::guard::{Guard, TABLE};
 use super::nft::{Batch, Expression};
 use super::{LinkError, Links, names};
 
-const FAMILY_NETDEV: u8 = 5;
+pub(super) const FAMILY_NETDEV: u8 = 5;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
 const TCP: u8 = libc::IPPROTO_TCP as u8;

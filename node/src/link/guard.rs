@@ -20,8 +20,10 @@ use super::nft::{Batch, Expression};
 pub(super) const VXLAN_PORT: u16 = 14789;
 
 pub(super) const TABLE: &str = "godwit";
-const FAMILY_INET: u8 = 1;
+pub(super) const FAMILY_INET: u8 = 1;
 const FAMILY_BRIDGE: u8 = 7;
+/// The hook of packets for the host itself.
+pub(super) const INPUT: u32 = 1;
 const V4: (&str, u32, u32) = ("members4", 7, 4);
 const V6: (&str, u32, u32) = ("members6", 8, 16);
 /// Longest wait for the kernel's answer, seconds.
@@ -63,6 +65,7 @@ impl Guard {
             batch.delete_table(family, TABLE);
         }
         self.commit(&batch.finish())?;
+        self.pass(&[])?;
         self.forget_nics()
     }
 
@@ -102,7 +105,7 @@ fn filter(members: &[IpAddr], only_if_absent: bool) -> (Vec<u8>, u32) {
             batch.delete_table(family, TABLE);
         }
         batch.table(family, TABLE, only_if_absent);
-        batch.input_chain(family, TABLE, "input");
+        batch.chain(family, TABLE, "input", INPUT);
     }
     for ((set, key, length), protocol, offset) in [(V4, 2_u8, 12), (V6, 10, 8)] {
         batch.set(FAMILY_INET, TABLE, set, key, length);

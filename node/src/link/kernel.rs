@@ -40,6 +40,8 @@ pub(super) struct Device {
     pub(super) master: Option<u32>,
     /// A bridge forwards to it.
     pub(super) runs: bool,
+    /// This host forwards what comes in by it.
+    pub(super) forwards: bool,
     pub(super) stats: LinkStats,
 }
 
@@ -136,7 +138,7 @@ impl Kernel {
         }
     }
 
-    async fn change(&self, what: &str, message: LinkMessage) -> Result<(), LinkError> {
+    pub(super) async fn change(&self, what: &str, message: LinkMessage) -> Result<(), LinkError> {
         self.ask(what, RouteNetlinkMessage::NewLink(message), NLM_F_ACK).await.map(drop)
     }
 
@@ -193,7 +195,7 @@ impl Kernel {
         self.add(&format!("make VXLAN device {name}"), message.build()).await
     }
 
-    async fn add(&self, what: &str, message: LinkMessage) -> Result<(), LinkError> {
+    pub(super) async fn add(&self, what: &str, message: LinkMessage) -> Result<(), LinkError> {
         use rtnetlink::packet_core::NLM_F_EXCL;
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
         self.ask(what, RouteNetlinkMessage::NewLink(message), flags).await.map(drop)
@@ -353,6 +355,7 @@ fn read_device(message: RouteNetlinkMessage) -> Option<Device> {
         alias: String::new(),
         master: None,
         runs: false,
+        forwards: super::inet::forwards(&message),
         stats: LinkStats::default(),
     };
     for attribute in message.attributes {

@@ -13,8 +13,10 @@ const TAP: &str = "gwt-";
 const VXLAN: &str = "gwv-";
 const TUNNEL: &str = "gwx-";
 const HOLD: &str = "gwh-";
+const UPLINK: &str = "gwu-";
+const GATEWAY: &str = "gwg-";
 /// Ports of our bridges begin with these (the filter on frames to the host itself matches them).
-pub(super) const PORT_PREFIXES: [&str; 3] = [TAP, VXLAN, TUNNEL];
+pub(super) const PORT_PREFIXES: [&str; 4] = [TAP, VXLAN, TUNNEL, UPLINK];
 
 /// 40 bits of hash behind a four letter prefix: 14 of the 15 bytes a device name may have.
 fn short(prefix: &str, parts: &[&[u8]]) -> String {
@@ -59,6 +61,22 @@ pub(super) fn loose(vm: VmId, mac: &Mac) -> String {
 /// Where the NIC's frames wait while it moves.
 pub(super) fn hold(wire: &Name, mac: &Mac) -> String {
     short(HOLD, &[b"hold", wire.as_str().as_bytes(), &mac.0])
+}
+
+/// The bridge's end of the pair that leads out of the wire.
+pub(super) fn uplink(wire: &Name) -> String {
+    short(UPLINK, &[b"uplink", wire.as_str().as_bytes()])
+}
+
+/// Its other end, which has the gateway's address.
+pub(super) fn gateway(wire: &Name) -> String {
+    short(GATEWAY, &[b"gateway", wire.as_str().as_bytes()])
+}
+
+/// The gateway's MAC, the same on every host.
+pub(super) fn gateway_mac(wire: &Name) -> Mac {
+    let d = digest(&[b"gateway address", wire.as_str().as_bytes()]);
+    Mac([0x02, d[0], d[1], d[2], d[3], d[4]])
 }
 
 /// The wire's VXLAN network identifier: 24 bits, never 0.

@@ -55,6 +55,22 @@ pub(super) enum Expression<'a> {
     },
     /// The name of the device it came in by begins with this.
     InputNamed(&'a str),
+    /// It came in by another device than this.
+    InputNotNamed(&'a str),
+    /// The name of the device it goes out by begins with this.
+    OutputNamed(&'a str),
+    /// It goes out by another device than this.
+    OutputNotNamed(&'a str),
+    TransportProtocolNot(u8),
+    EtherDestination([u8; 6]),
+    /// What an ARP packet is: 1 asks.
+    ArpOperation(u16),
+    /// Writes over the Ethernet header, from this offset on.
+    SetEther(u32, &'a [u8]),
+    /// Writes over the network header, from this offset on; no checksum is adapted.
+    SetNetwork(u32, &'a [u8]),
+    /// Taken for one to this host, whatever its Ethernet header says.
+    ToHost,
     Count,
     Accept,
     Drop,
@@ -106,19 +122,28 @@ impl Batch {
         self.message(DELTABLE, 0, family, &text(1, table));
     }
 
-    /// A filter chain on the input hook (number 1 in both families), priority 0, policy accept.
-    pub(super) fn input_chain(&mut self, family: u8, table: &str, chain: &str) {
-        let hook = [number(1, 1), number(2, 0)].concat();
+    /// A filter chain on a hook (1: input, 2: forward, in all but the netdev family), priority 0, policy accept.
+    pub(super) fn chain(&mut self, family: u8, table: &str, chain: &str, hook: u32) {
+        let hook = [number(1, hook), number(2, 0)].concat();
         let body =
             [text(1, table), text(3, chain), nested(4, &hook), number(5, 1), text(7, "filter")];
         self.message(NEWCHAIN, CREATE, family, &body.concat());
     }
 
-    /// A filter chain on the way out of a device (hook 1 of the netdev family), policy accept.
+    /// A filter chain on the way out of a device (hook 1 of the netdev family), called as it is, policy accept.
     pub(super) fn egress_chain(&mut self, family: u8, table: &str, device: &str) {
-        let hook = [number(1, 1), number(2, 0), text(3, device)].concat();
+        self.device_chain(family, table, device, 1, device);
+    }
+
+    /// A filter chain on the way in from a device (hook 0 of the netdev family), policy accept.
+    pub(super) fn ingress_chain(&mut self, family: u8, table: &str, chain: &str, device: &str) {
+        self.device_chain(family, table, chain, 0, device);
+    }
+
+    fn device_chain(&mut self, family: u8, table: &str, chain: &str, hook: u32, device: &str) {
+        let hook = [number(1, hook), number(2, 0), text(3, device)].concat();
         let body =
-            [text(1, table), text(3, device), nested(4, &hook), number(5, 1), text(7, "filter")];
+            [text(1, table), text(3, chain), nested(4, &hook), number(5, 1), text(7, "filter")];
         self.message(NEWCHAIN, CREATE, family, &body.concat());
     }
 
@@ -191,14 +216,40 @@ fn expression(name: &str, data: &[u8]) -> Vec<u8> {
 
 /// Loads packet metadata `key` and compares it; a shorter value compares the beginning.
 fn meta(key: u32, value: &[u8]) -> Vec<u8> {
-    [expression("meta", &[number(1, REGISTER), number(2, key)].concat()), equals(value)].concat()
+    [load_meta(key), equals(value)].concat()
+}
+
+fn meta_not(key: u32, value: &[u8]) -> Vec<u8> {
+    [load_meta(key), compare(1, value)].concat()
+}
+
+fn load_meta(key: u32) -> Vec<u8> {
+    expression("meta", &[number(1, REGISTER), number(2, key)].concat())
+}
+
+/// A device's whole name, as metadata has it: up to the zero.
+fn whole(name: &str) -> Vec<u8> {
+    [name.as_bytes(), &[0]].concat()
+}
+
+/// Puts the bytes into the register.
+fn put(value: &[u8]) -> Vec<u8> {
+    let data = [number(1, REGISTER), nested(2, &attribute(1, value))];
+    expression("immediate", &data.concat())
+}
+
+/// Writes over a header.
+fn write(base: u32, offset: u32, value: &[u8]) -> Vec<u8> {
+    let length = value.len() as u32;
+    let data = [number(2, base), number(3, offset), number(4, length), number(5, REGISTER)];
+    [put(value), expression("payload", &data.concat())].concat()
 }
 
 fn equals(value: &[u8]) -> Vec<u8> {
     compare(0, value)
 }
 
-/// 0: equal; 3: at most; 5: at least.
+/// 0: equal; 1: not equal; 3: at most; 5: at least.
 fn compare(how: u32, value: &[u8]) -> Vec<u8> {
     let data = [number(1, REGISTER), number(2, how), nested(3, &attribute(1, value))];
     expression("cmp", &data.concat())
@@ -238,7 +289,20 @@ fn encode(one: &Expression<'_>) -> Vec<u8> {
             [payload(1, *offset, mask.len() as u32), masked(mask), equals(network)].concat()
         }
         Expression::TransportProtocol(number) => meta(16, &[*number]),
+        Expression::TransportProtocolNot(number) => meta_not(16, &[*number]),
         Expression::InputNamed(prefix) => meta(6, prefix.as_bytes()),
+        Expression::InputNotNamed(name) => meta_not(6, &whole(name)),
+        Expression::OutputNamed(prefix) => meta(7, prefix.as_bytes()),
+        Expression::OutputNotNamed(name) => meta_not(7, &whole(name)),
+        Expression::EtherDestination(mac) => [payload(0, 0, 6), equals(mac)].concat(),
+        Expression::ArpOperation(operation) => {
+            [payload(1, 6, 2), equals(&operation.to_be_bytes())].concat()
+        }
+        Expression::SetEther(offset, bytes) => write(0, *offset, bytes),
+        Expression::SetNetwork(offset, bytes) => write(1, *offset, bytes),
+        Expression::ToHost => {
+            [put(&[0]), expression("meta", &[number(2, 19), number(3, REGISTER)].concat())].concat()
+        }
         Expression::DestinationPort(port) => {
             [payload(2, 2, 2), equals(&port.to_be_bytes())].concat()
         }

@@ -82,7 +82,7 @@ impl Links {
             .iter()
             .filter_map(owner)
             .filter_map(|(wire, mac)| mac.map(|_| wire))
-            .chain(keep.iter().cloned())
+            .chain(keep.iter().chain(state.uplinks.keys()).cloned())
             .collect();
         let (mut removed, mut left) = (0, 0);
         for device in &devices {
@@ -220,7 +220,7 @@ impl Links {
         self.tunnels.write().unwrap_or_else(PoisonError::into_inner).remove(wire);
     }
 
-    async fn index(&self, name: &str) -> Result<u32, LinkError> {
+    pub(super) async fn index(&self, name: &str) -> Result<u32, LinkError> {
         let found = self.kernel.device(name).await?;
         found.map(|device| device.index).ok_or_else(|| LinkError::NoTap(name.to_owned()))
     }
@@ -236,6 +236,7 @@ impl Links {
         let mut adopted =
             Wire { bridge, vxlan, tunnel, routes: BTreeMap::new(), flood: BTreeSet::new() };
         let taps = self.adopt_taps(wire, bridge).await?;
+        let uplink = self.kernel.device(&names::uplink(wire)).await?.map(|device| device.index);
         for entry in self.kernel.entries().await? {
             match entry.remote {
                 Some(ip) if Some(entry.port) == vxlan && entry.mac.0 == [0; 6] => {
@@ -246,6 +247,9 @@ impl Links {
                 }
                 None if taps.contains(&entry.port) => {
                     adopted.routes.insert(entry.mac, Where::Local);
+                }
+                None if Some(entry.port) == uplink => {
+                    adopted.routes.insert(entry.mac, Where::Gateway);
                 }
                 None if entry.port == tunnel => {
                     adopted.routes.insert(entry.mac, Where::Tunnel);

@@ -1,5 +1,7 @@
 //! Routes: which host carries a VM's NICs, at which epoch.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{CopyId, Epoch, HostId, Mac, Name, VmId};
@@ -26,6 +28,14 @@ pub enum Kind {
     Wire,
     /// Such a wire, whose frames always travel encrypted.
     SealedWire,
+    /// A wire's way out, on the host that joins it to the outside; its NIC is that host's own address on the wire, not the
+    /// gateway's, which is the same at all of them.
+    Uplink {
+        /// The gateway's address.
+        gateway: Ipv4Addr,
+        /// How many bits of it name the wire's subnet.
+        prefix: u8,
+    },
 }
 
 impl Kind {

@@ -4,8 +4,10 @@
 //! reached it: not one may, until the filter is taken away.
 
 mod sealed;
+mod uplink;
 
 pub use sealed::sealed;
+pub use uplink::uplink;
 
 use std::net::SocketAddr;
 use std::thread::sleep;
@@ -43,6 +45,7 @@ struct World {
 pub fn full() -> Result<Value> {
     let mut report = wires("wires")?;
     report["trusted_lan"] = sealed("wires")?;
+    report["uplink"] = uplink("wires")?;
     Ok(report)
 }
 

@@ -184,9 +184,9 @@ fn image_row(i: &ImageInfo) -> [String; 7] {
     ]
 }
 
-const WIRE_HEAD: [&str; 5] = ["WIRE", "ENCRYPTED", "BRIDGE", "MTU", "ON IT"];
+const WIRE_HEAD: [&str; 6] = ["WIRE", "ENCRYPTED", "BRIDGE", "MTU", "GATEWAY", "ON IT"];
 
-fn wire_row(w: &WireStatus) -> [String; 5] {
+fn wire_row(w: &WireStatus) -> [String; 6] {
     let on: Vec<String> = w.nics.iter().map(|n| format!("{}@{}", n.name, n.host)).collect();
     let encrypted = if w.encrypted { "always" } else { "outside a trusted LAN" };
     let bridge = some(w.here, || w.bridge.clone());
@@ -195,6 +195,7 @@ fn wire_row(w: &WireStatus) -> [String; 5] {
         encrypted.into(),
         bridge,
         w.mtu.to_string(),
+        w.gateway.clone().unwrap_or("-".into()),
         some(!on.is_empty(), || on.join(" ")),
     ]
 }

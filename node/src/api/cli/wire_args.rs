@@ -18,25 +18,38 @@ pub enum WireCommand {
     },
     /// List the wires that are known, and who is on them
     List,
-    /// Put a NIC of a running VM of this host onto a wire
+    /// Put a NIC of a running VM of this host onto a wire, or join the wire to the outside (--uplink)
+    #[command(allow_missing_positional = true)]
     Connect {
         /// Name or id of the VM
-        vm: String,
+        #[arg(required_unless_present = "uplink", conflicts_with = "uplink")]
+        vm: Option<String>,
         /// Name of the wire
         wire: Name,
         /// The NIC's address, if the VM has more than one that is free
-        #[arg(long)]
+        #[arg(long, requires = "vm")]
         mac: Option<String>,
+        /// Join the wire to the outside by this interface of this host, instead
+        #[arg(long, value_name = "IF")]
+        uplink: Option<String>,
+        /// The gateway that guests have, the same on every host: an address and its subnet, such as 10.5.0.1/24
+        #[arg(long, requires = "uplink")]
+        gateway: Option<String>,
     },
-    /// Take a NIC of a running VM of this host off a wire
+    /// Take a NIC of a running VM of this host off a wire, or the wire's uplink away (--uplink)
+    #[command(allow_missing_positional = true)]
     Disconnect {
         /// Name or id of the VM
-        vm: String,
+        #[arg(required_unless_present = "uplink", conflicts_with = "uplink")]
+        vm: Option<String>,
         /// Name of the wire
         wire: Name,
         /// The NIC's address, if the VM has more than one there
-        #[arg(long)]
+        #[arg(long, requires = "vm")]
         mac: Option<String>,
+        /// Take away the uplink that the wire has on this host, instead
+        #[arg(long)]
+        uplink: bool,
     },
     /// Replace what may reach a NIC of a running VM of this host
     Filter {
@@ -68,10 +81,16 @@ impl WireCommand {
         match self.clone() {
             Self::Create { wire, encrypt } => Request::WireCreate { wire, encrypt },
             Self::List => Request::WireInfo {},
-            Self::Connect { vm, wire, mac } => {
+            Self::Connect { wire, uplink, gateway, vm: None, .. } => {
+                Request::WireUplink { wire, interface: uplink, gateway }
+            }
+            Self::Disconnect { wire, vm: None, .. } => {
+                Request::WireUplink { wire, interface: None, gateway: None }
+            }
+            Self::Connect { vm: Some(vm), wire, mac, .. } => {
                 Request::WireConnect { vm, wire, mac, disconnect: false }
             }
-            Self::Disconnect { vm, wire, mac } => {
+            Self::Disconnect { vm: Some(vm), wire, mac, .. } => {
                 Request::WireConnect { vm, wire, mac, disconnect: true }
             }
             Self::Filter { vm, mac, rules } => Request::WireFilter { vm, mac, rules },

@@ -147,6 +147,8 @@ pub struct WireStatus {
     pub here: bool,
     /// Who is on it, anywhere.
     pub nics: Vec<OnWire>,
+    /// The gateway that leads outside, `10.5.0.1/24`, if a host has an uplink.
+    pub gateway: Option<String>,
     /// The bridge.
     pub bridge: String,
     /// Its MTU, bytes.
