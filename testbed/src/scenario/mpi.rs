@@ -44,20 +44,28 @@ pub fn mpi() -> Result<Value> {
             node.cli_json(&["image", "add", base], Duration::from_secs(300))?;
         }
     }
+    let done = with_job(&mut world, &files);
+    if done.is_err() {
+        world.swarm.keep_logs("mpi", &world.qemus);
+    }
+    world.down()?;
+    done
+}
+
+fn with_job(world: &mut World, files: &GuestFiles) -> Result<Value> {
     println!("==> four guests boot");
-    world.populate_with(&MEMBERS, &files, MEMORY_MIB)?;
-    let job = Job::start(&world)?;
+    world.populate_with(&MEMBERS, files, MEMORY_MIB)?;
+    let job = Job::start(world)?;
     let hosts_before = world.hosts()?;
     let mut moves = Vec::new();
     for to in [&THERE, &MEMBERS] {
-        moves.push(moved(&world, &job, to)?);
+        moves.push(moved(world, &job, to)?);
     }
     let hosts_after = world.hosts()?;
     println!("==> the job ends");
-    let verdict = job.end(&world)?;
+    let verdict = job.end(world)?;
     let lost: u64 = world.hang_up().iter().map(|probe| probe.lost).sum();
     let double = double_runs(&world.qemus.seen());
-    world.down()?;
     let during: u64 = moves.iter().filter_map(|m| m["messages"].as_u64()).sum();
     let each = moves.iter().all(|m| m["messages"].as_u64() > Some(0));
     let ok = verdict.errors == 0 && verdict.ranks == MEMBERS.len() as u64;

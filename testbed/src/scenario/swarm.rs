@@ -14,6 +14,7 @@ use crate::guest::{
 };
 use crate::lab::node::Node;
 use crate::lab::prober::{Station, StationLink};
+use crate::lab::qemus::QemuWatch;
 use crate::lab::{Lab, LabConfig};
 
 /// How long a daemon may take until it answers.
@@ -174,6 +175,28 @@ impl Swarm {
         let bridge = port["bridge"].as_str().context("no bridge")?.to_owned();
         let link = StationLink { mac, addr: station_ip(number)?, prefix_len: 24, mtu: MTU };
         Station::attach(&self.lab, self.lab.host(host)?, &bridge, number, &link)
+    }
+
+    /// Copies the nodes' logs, what is known of moves and what was seen of QEMUs to `$GODWIT_LAB_LOGS/CASE` if that is set.
+    pub fn keep_logs(&self, case: &str, qemus: &QemuWatch) {
+        let Some(dir) = std::env::var_os("GODWIT_LAB_LOGS") else { return };
+        let dir = PathBuf::from(dir).join(case.replace([' ', '/'], "-"));
+        let copy = || -> Result<()> {
+            std::fs::create_dir_all(&dir)?;
+            for node in self.nodes() {
+                std::fs::copy(node.log_path(), dir.join(format!("{}.log", node.host().name)))?;
+            }
+            std::fs::write(dir.join("qemus"), format!("{:#?}", qemus.seen()))?;
+            for node in self.nodes() {
+                let name = &node.host().name;
+                let moves = self.ask(name, &["migrations"])?;
+                std::fs::write(dir.join(format!("{name}.json")), format!("{moves:#}"))?;
+            }
+            Ok(())
+        };
+        if let Err(error) = copy() {
+            eprintln!("logs of {case} not kept: {error:#}");
+        }
     }
 
     /// Stops the nodes and removes the lab.

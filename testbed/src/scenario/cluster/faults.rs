@@ -64,7 +64,7 @@ pub fn run(labid: &str, wanted: &dyn Fn(&str) -> bool) -> Result<Value> {
         println!("    {report}");
         let spent = report["passed"] != true || report["outcome"] == "lost";
         if spent && let Some(world) = world.take() {
-            keep_logs(&world, &name);
+            world.swarm.keep_logs(&name, &world.qemus);
             world.down()?;
         }
         reports.push(report);
@@ -108,23 +108,6 @@ fn one(labid: &str, world: &mut Option<World>, case: &Case) -> Result<Value> {
             case.run(world)
         }
         None => anyhow::bail!("no world"),
-    }
-}
-
-/// Copies the nodes' logs to `$GODWIT_LAB_LOGS/CASE` if that is set.
-fn keep_logs(world: &World, case: &str) {
-    let Some(dir) = std::env::var_os("GODWIT_LAB_LOGS") else { return };
-    let dir = std::path::PathBuf::from(dir).join(case.replace([' ', '/'], "-"));
-    let copy = || -> Result<()> {
-        std::fs::create_dir_all(&dir)?;
-        for node in world.swarm.nodes() {
-            std::fs::copy(node.log_path(), dir.join(format!("{}.log", node.host().name)))?;
-        }
-        std::fs::write(dir.join("qemus"), format!("{:#?}", world.qemus.seen()))?;
-        Ok(())
-    };
-    if let Err(error) = copy() {
-        eprintln!("logs of {case} not kept: {error:#}");
     }
 }
 

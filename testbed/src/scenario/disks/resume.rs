@@ -1,9 +1,9 @@
 //! A cut link, or a node that was killed, after 10, 50 and 90 % of a disk of 2 GB: what crossed before stays.
 //!
 //! Owns the moves and the judgement. Hosts keep nothing of earlier moves, so that every move starts from nothing; what
-//! crosses twice is what a disturbed move has more on the link than an undisturbed one; the guest does nothing and has little
-//! memory, so that two moves differ by nothing else. A source that was killed ends its move: it is asked for again, and both
-//! tries count.
+//! crosses twice is what a disturbed move has more on the link than an undisturbed one. The disk is full, and its guest never
+//! touches it: what a guest has read of its disk is in its memory, too, and it is chance which of the two crosses. A source
+//! that was killed ends its move: it is asked for again, and both tries count.
 
 use std::fs;
 use std::time::Duration;
@@ -13,15 +13,13 @@ use serde_json::{Value, json};
 
 use super::super::faults::follow::{Follow, Pace};
 use super::super::faults::world::{Cast, REQUESTER, World};
-use super::super::swarm::run;
 use super::other_site;
 use crate::guest::disk::DiskForm;
 use crate::lab::node::Node;
 use crate::lab::wan::LinkParams;
 
-/// Size of the disk, MiB, and how many parts of 100 MiB are filled with what does not compress.
+/// Size of the disk, MiB.
 const DISK_MIB: u32 = 2048;
-const PARTS: u32 = 12;
 /// Percent of the disk's bytes that have crossed when it is hit.
 const AT: [u64; 3] = [10, 50, 90];
 /// Most that may cross twice, of what had crossed before.
@@ -50,7 +48,8 @@ pub fn run_all() -> Result<Value> {
     let cast = Cast {
         churn: (16, 0),
         disks: vec![(DiskForm::Raw, DISK_MIB)],
-        link: LinkParams::new(100, 80),
+        full: true,
+        link: LinkParams::new(200, 40),
         dress: forgetful,
         ..Cast::plain()
     };
@@ -64,14 +63,6 @@ pub fn run_all() -> Result<Value> {
 }
 
 fn moves(world: &mut World) -> Result<Value> {
-    let (guest, _) = world.guest()?;
-    for part in (0..PARTS).map(|part| part * 100) {
-        let fill = format!(
-            "/bin/busybox dd if=/dev/urandom of=/dev/vda bs=1M count=100 seek={part} conv=fsync"
-        );
-        run(async { world.control(&guest.name)?.shell(&fill).await })?;
-    }
-    run(async { world.control(&guest.name)?.shell("echo 3 > /proc/sys/vm/drop_caches").await })?;
     let (plain, plain_disk) = one(world, Hit::Nothing, 0)?;
     println!("undisturbed: {plain} bytes, {plain_disk} of the disk");
     let mut steps = Vec::new();

@@ -31,6 +31,7 @@ pub(super) fn debian(root: DiskForm, link: LinkParams) -> Cast {
         churn: (20, 250),
         root,
         disks: vec![(DiskForm::Raw, 64)],
+        full: false,
         disk_churn: vec![("/dev/vdb", 64, 100)],
         link,
         dress: small_dress,

@@ -45,6 +45,8 @@ pub struct Cast {
     pub root: DiskForm,
     /// Further disks of its own and their MiB.
     pub disks: Vec<(DiskForm, u32)>,
+    /// Whether these are full from the start.
+    pub full: bool,
     /// What it rewrites on its disks: path in the guest, MiB, thousands of bytes per second.
     pub disk_churn: Vec<(&'static str, u32, u32)>,
     /// The links between the sites.
@@ -63,6 +65,7 @@ impl Cast {
             churn: (16, 1000),
             root: DiskForm::Raw,
             disks: Vec::new(),
+            full: false,
             disk_churn: Vec::new(),
             link: LinkParams::new(100, 80),
             dress: |_| {},
@@ -147,7 +150,11 @@ impl World {
         plan.root = self.cast.root;
         for (at, (form, mib)) in self.cast.disks.iter().enumerate() {
             let path = self.swarm.lab.dir().join(format!("{name}-{at}.{}", form.format()));
-            plan.disks.push(SpecDisk::blank(path, *form, u64::from(*mib) << 20)?);
+            let disk = SpecDisk::blank(path, *form, u64::from(*mib) << 20)?;
+            if self.cast.full {
+                disk.fill()?;
+            }
+            plan.disks.push(disk);
         }
         Ok(plan)
     }
@@ -244,23 +251,9 @@ impl World {
         Ok(())
     }
 
-    /// Copies the nodes' logs and what is known of moves to `$GODWIT_LAB_LOGS/CASE` if that is set.
+    /// Copies what may be of use after a failure, see [`Swarm::keep_logs`].
     pub fn keep_logs(&self, case: &str) {
-        let Some(dir) = std::env::var_os("GODWIT_LAB_LOGS") else { return };
-        let dir = PathBuf::from(dir).join(case.replace([' ', '/'], "-"));
-        let copy = || -> Result<()> {
-            fs::create_dir_all(&dir)?;
-            for node in self.swarm.nodes() {
-                fs::copy(node.log_path(), dir.join(format!("{}.log", node.host().name)))?;
-            }
-            let moves = self.swarm.ask(REQUESTER, &["migrations"])?;
-            fs::write(dir.join("migrations.json"), format!("{moves:#}"))?;
-            fs::write(dir.join("qemus"), format!("{:#?}", self.qemus.seen()))?;
-            Ok(())
-        };
-        if let Err(error) = copy() {
-            eprintln!("logs of {case} not kept: {error:#}");
-        }
+        self.swarm.keep_logs(case, &self.qemus);
     }
 
     /// Ends everything.
