@@ -23,7 +23,7 @@ use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
 use super::{boot, catalog, images, keeping, mirrors, nics, ports, uplinks, wires};
 use crate::store::Hard;
-use crate::vmm::{Adoption, Qemu, copy_dirs, kill_copy, reserve};
+use crate::vmm::{Adoption, CopyRecord, Qemu, copy_dirs, image, kill_copy, reserve};
 
 /// How long a superseded QEMU may take to leave.
 const QUIT: Duration = Duration::from_secs(5);
@@ -173,7 +173,11 @@ async fn find_living(
                 let bound = saved.binds(record.copy);
                 tracing::warn!(vm = %record.spec.name, copy = %record.copy, bound, "its QEMU is gone");
                 reserve::release(&record.spec);
-                // Its images stay: whether its guest ever ran, and wrote to them, is not known here.
+                let started = saved.moving.iter().any(|m| m.copy == record.copy && m.started);
+                if !record.ran && !started {
+                    // Its memory is gone, so it never will run; who has the guest has all that is in them.
+                    discard_images(node, &record);
+                }
                 remove(&dir);
             }
             Err(error) => {
@@ -217,6 +221,12 @@ async fn end_superseded(
     }
     living.retain(|_, c| !superseded(c));
     Ok(())
+}
+
+fn discard_images(node: &Node, record: &CopyRecord) {
+    if let Err(error) = image::remove(&record.spec, &node.options.image_dir, record.copy) {
+        tracing::warn!(copy = %record.copy, %error, "an image that is of no use stays");
+    }
 }
 
 fn remove(dir: &Path) {

@@ -13,6 +13,7 @@ use super::destination::Receiving;
 use super::node::{Node, wall_us};
 use super::source::Sending;
 use super::{cutover, hold, images, keeping, migrate, wires};
+use crate::vmm;
 
 /// Effects that may wait at one worker. A migration has few at a time.
 const EFFECTS: usize = 32;
@@ -200,8 +201,16 @@ async fn retire(node: &Arc<Node>, id: CopyId) {
 async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
     wires::runs_here(node, copy).await;
     images::attach(node, copy);
-    let (images, vm) = (Arc::clone(&node.images), copy.vm());
-    tokio::task::spawn_blocking(move || images.end_in_vain(vm));
+    let (images, vm, dir) = (Arc::clone(&node.images), copy.vm(), copy.dir.clone());
+    let work = move || {
+        images.end_in_vain(vm);
+        vmm::record::ran(&dir)
+    };
+    // Waited for: until the migration ends here, hard state says that it may have run.
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(())) => {}
+        failed => tracing::error!(copy = %copy.id, ?failed, "not written down: its guest runs"),
+    }
 }
 
 /// Ends a copy's QEMU and removes what it held; its disks' images stay. The guest must not be needed

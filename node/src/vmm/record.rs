@@ -46,13 +46,17 @@ pub struct CopyRecord {
     pub spec: ResolvedSpec,
     /// Whether it was started to receive a migration.
     pub incoming: bool,
+    /// Whether its guest ran: if not, nothing was written to its images that came from elsewhere. A record that does not
+    /// say so is of a daemon that did not write it down.
+    #[serde(default = "unsaid")]
+    pub ran: bool,
     /// Its QEMU; absent while it is being started.
     pub process: Option<ProcessRecord>,
 }
 
 impl CopyRecord {
     pub(super) fn new(copy: CopyId, spec: ResolvedSpec, incoming: bool) -> Self {
-        Self { version: VERSION, copy, spec, incoming, process: None }
+        Self { version: VERSION, copy, spec, incoming, ran: !incoming, process: None }
     }
 
     /// Writes the record so that a crash leaves the old or the new one, and it survives a power cut.
@@ -83,6 +87,23 @@ impl CopyRecord {
         record.spec.check().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         Ok(record)
     }
+}
+
+fn unsaid() -> bool {
+    true
+}
+
+/// The guest of the copy in `dir` runs.
+///
+/// # Errors
+/// When there is no record, or it cannot be written: the old one stands.
+pub fn ran(dir: &Path) -> io::Result<()> {
+    let mut record = CopyRecord::read(dir)?;
+    if record.ran {
+        return Ok(());
+    }
+    record.ran = true;
+    record.write(dir)
 }
 
 /// The NICs of the copy in `dir` are these from now on.
