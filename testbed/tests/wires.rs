@@ -1,4 +1,4 @@
-//! A NIC's filter and its connection, across moves; a wire that is always encrypted. Needs root; without it the test says so and ends.
+//! A NIC's filter and its connection, across moves; an encrypted wire, a way out, a router. Needs root; without it the test says so and ends.
 
 #[test]
 fn a_filter_moves_with_its_nic() -> anyhow::Result<()> {
@@ -29,5 +29,15 @@ fn clients_outside_keep_their_connections() -> anyhow::Result<()> {
         return Ok(());
     }
     println!("{:#}", godwit_testbed::scenario::wires::uplink("tuplink")?);
+    Ok(())
+}
+
+#[test]
+fn a_router_moves_with_its_wires() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: the lab needs root");
+        return Ok(());
+    }
+    println!("{:#}", godwit_testbed::scenario::wires::router("trouter")?);
     Ok(())
 }

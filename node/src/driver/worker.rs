@@ -142,6 +142,11 @@ impl Worker {
                     hold::at("running").await;
                 }
                 self.receiving = None;
+                if qemu.exit().is_some() {
+                    // Its end may be heard of later than this.
+                    let gone = Happened::QemuGone { copy: id, ran: true };
+                    return self.node.happened(self.id, gone).await;
+                }
                 self.node.moment_at(self.id, at_us, "resume: the guest runs");
                 self.node.happened(self.id, Happened::Running(at_us)).await;
             }

@@ -121,7 +121,7 @@ impl Swarm {
         self.nodes.iter().map(tail).collect()
     }
 
-    /// Starts a guest on a host, with one NIC on [`WIRE`] if it can use one, and waits until its agent answers and as many
+    /// Starts a guest on a host, with its first NIC on [`WIRE`] if it can use one, and waits until its agent answers and as many
     /// voters decide on it as there are hosts (at most three).
     pub fn start_guest(&self, host: &str, files: &GuestFiles, plan: &GuestPlan) -> Result<Guest> {
         let root = self.lab.dir().join(format!("{}.img", plan.name));
@@ -132,9 +132,10 @@ impl Swarm {
         let nic = SpecNic { wire: WIRE.into(), mac: Some(plan.mac()) };
         let address = GuestAddress { ip: plan.ip(), prefix: 24, mtu: Some(MTU) };
         let network = files.kind != GuestKind::Bare;
+        let more = plan.more_wires.iter().map(|wire| SpecNic { wire: wire.clone(), mac: None });
         let spec = VmSpec {
             disks,
-            nics: network.then_some(nic).into_iter().collect(),
+            nics: network.then_some(nic).into_iter().chain(more).collect(),
             address: network.then_some(address),
             accel: plan.accel,
             cpu: plan.cpu.clone(),
@@ -235,6 +236,8 @@ pub struct GuestPlan {
     pub root_shared: bool,
     /// Further disks, which exist.
     pub disks: Vec<SpecDisk>,
+    /// Wires of further NICs.
+    pub more_wires: Vec<String>,
 }
 
 impl GuestPlan {
@@ -251,6 +254,7 @@ impl GuestPlan {
             root: DiskForm::Raw,
             root_shared: false,
             disks: Vec::new(),
+            more_wires: Vec::new(),
         }
     }
 

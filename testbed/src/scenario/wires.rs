@@ -3,9 +3,11 @@
 //! Owns the run. Invariant: what the filter denies is sent all the time, also across moves, and the guest counts what
 //! reached it: not one may, until the filter is taken away.
 
+mod router;
 mod sealed;
 mod uplink;
 
+pub use router::router;
 pub use sealed::sealed;
 pub use uplink::uplink;
 
@@ -46,6 +48,7 @@ pub fn full() -> Result<Value> {
     let mut report = wires("wires")?;
     report["trusted_lan"] = sealed("wires")?;
     report["uplink"] = uplink("wires")?;
+    report["router"] = router("wires")?;
     Ok(report)
 }
 
