@@ -13,6 +13,7 @@ use godwit_protocol::id::CopyId;
 use serde::{Deserialize, Serialize};
 
 use super::resolved::{ResolvedNic, ResolvedSpec};
+use super::spawn::Mode;
 
 /// Name of the file.
 pub const FILE: &str = "copy.json";
@@ -46,13 +47,17 @@ pub struct CopyRecord {
     pub spec: ResolvedSpec,
     /// Whether it was started to receive a migration.
     pub incoming: bool,
+    /// Whether it was started to show its disks: its guest must not run.
+    #[serde(default)]
+    pub still: bool,
     /// Its QEMU; absent while it is being started.
     pub process: Option<ProcessRecord>,
 }
 
 impl CopyRecord {
-    pub(super) fn new(copy: CopyId, spec: ResolvedSpec, incoming: bool) -> Self {
-        Self { version: VERSION, copy, spec, incoming, process: None }
+    pub(super) fn new(copy: CopyId, spec: ResolvedSpec, mode: Mode) -> Self {
+        let (incoming, still) = (mode == Mode::Incoming, mode == Mode::Still);
+        Self { version: VERSION, copy, spec, incoming, still, process: None }
     }
 
     /// Writes the record so that a crash leaves the old or the new one, and it survives a power cut.
