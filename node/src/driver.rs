@@ -31,6 +31,7 @@ mod migrate;
 mod mirrors;
 mod nics;
 mod node;
+mod off;
 mod place;
 mod ports;
 mod restart;

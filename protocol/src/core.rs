@@ -164,6 +164,8 @@ pub struct Core {
     clusters: BTreeMap<VmId, VmId>,
     /// Copies that this host runs (not those that wait).
     local: BTreeMap<VmId, Local>,
+    /// VMs whose QEMUs ended here by themselves, until the record says so.
+    ended: BTreeMap<VmId, CopyId>,
     moves: BTreeMap<MigrationId, Move>,
     statuses: BTreeMap<MigrationId, Status>,
     /// The statuses' ids, the longest known first.
@@ -199,6 +201,7 @@ impl Core {
             started: now,
             clusters: BTreeMap::new(),
             local: BTreeMap::new(),
+            ended: BTreeMap::new(),
             moves: BTreeMap::new(),
             order: config.statuses.iter().map(|s| s.id).collect(),
             statuses: config.statuses.into_iter().map(|s| (s.id, s)).collect(),
@@ -278,6 +281,7 @@ impl Core {
         if now >= self.voters_at {
             self.voters_at = now.plus_ms(voters::EVERY_MS);
             self.finish_joins(now);
+            self.turn_off(now);
             self.look_after_voters(now);
         }
         self.drain(now);

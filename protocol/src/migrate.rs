@@ -18,6 +18,9 @@
 //!  Moved     ----------- Released -----------------> over
 //! ```
 //!
+//! A member of a cluster that is switched off goes the same way: its source's QEMU shows its disks and never
+//! runs, and in place of `cont` either end is told to let it rest.
+//!
 //! Invariants (R1, R2, R4): a destination copy gets `cont` only after a decided record names it; a
 //! bound end acts only on the decision of `base + 1`, across restarts; *unknown* is resolved by
 //! deciding, never by reading.
@@ -120,6 +123,9 @@ pub enum Effect {
     CancelTransfer,
     /// `cont` this copy: a decided record names it.
     Cont(CopyId),
+    /// A decided record says that this copy is here and switched off: end its QEMU, if there is one, and keep
+    /// its disks and its description. Answered like `cont`.
+    Rest(CopyId),
     /// End the QEMU of this copy and free what it holds; it will never run again.
     Discard(CopyId),
     /// Destination: forget what was received; no copy was bound.

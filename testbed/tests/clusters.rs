@@ -23,6 +23,16 @@ fn three_guests_move_together_there_and_back() {
 }
 
 #[test]
+fn a_member_that_is_off_moves_with_its_disks() {
+    if !root() {
+        return;
+    }
+    let report = cluster::off::off().unwrap();
+    assert!(report["passed"] == true, "{:#?}", failed(&report));
+    assert!(leftovers("cloff").unwrap().is_empty());
+}
+
+#[test]
 fn a_few_faults_at_steps_of_the_cutover() {
     if !root() {
         return;

@@ -59,8 +59,18 @@ impl Saved {
 
     /// Whether the newest known record lets this copy run here.
     fn names(&self, node: &Node, copy: &Copy) -> bool {
-        let record = record::governing(self.records(), copy.vm());
-        record.is_some_and(|r| r.names(copy.vm(), node.me, copy.id))
+        self.places(node, copy.vm(), copy.id) && !self.is_off(copy.vm())
+    }
+
+    /// Whether that record says that this copy is here: it runs, or its guest has ended.
+    fn places(&self, node: &Node, vm: VmId, copy: CopyId) -> bool {
+        let record = record::governing(self.records(), vm);
+        record.is_some_and(|r| r.places(vm, node.me, copy))
+    }
+
+    /// Whether it says that the VM is off.
+    fn is_off(&self, vm: VmId) -> bool {
+        record::governing(self.records(), vm).is_some_and(|r| r.is_off(vm))
     }
 
     /// Whether there ever was a record of its VM.
@@ -69,8 +79,17 @@ impl Saved {
     }
 
     /// Whether the record that says is not known here yet.
-    fn has_missed(&self, copy: &Copy) -> bool {
-        record::has_missed(self.records(), copy.vm())
+    fn has_missed(&self, vm: VmId) -> bool {
+        record::has_missed(self.records(), vm)
+    }
+
+    /// Whether the description of a copy whose QEMU is gone may still be needed: it waits for a decision that needs
+    /// no QEMU, or it is what is left of its VM.
+    fn needs(&self, node: &Node, vm: VmId, copy: CopyId) -> bool {
+        match self.binds(copy) {
+            true => self.is_off(vm),
+            false => self.places(node, vm, copy) || self.has_missed(vm),
+        }
     }
 
     fn records(&self) -> impl Iterator<Item = &Record> + Clone {
@@ -92,7 +111,7 @@ fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, Drive
 pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, DriverError> {
     catalog::adopt(node, &saved.wires);
     saved.statuses.iter().for_each(|status| node.timelines.restore(status));
-    let mut living = find_living(node, &saved).await?;
+    let (mut living, ended) = find_living(node, &saved).await?;
     end_superseded(node, &saved, &mut living).await?;
     for copy in living.values() {
         node.copies.insert(Arc::clone(copy));
@@ -150,44 +169,68 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         }
         core.runs(node.now(), copy.vm(), copy.id, boot::route(node, &copy, epoch));
     }
+    for CopyRecord { copy, spec, .. } in ended {
+        let epoch = core.record_of(spec.id).map(|r| r.epoch).unwrap_or_default();
+        core.announce(node.now(), boot::route_of(node, &spec, copy, epoch));
+        core.ended(node.now(), spec.id, copy);
+    }
     for copy in living.values() {
         boot::watch(node, copy);
     }
     Ok(core)
 }
 
+/// Copies whose QEMU lives, and those that a record names all the same.
 async fn find_living(
     node: &Node,
     saved: &Saved,
-) -> Result<BTreeMap<CopyId, Arc<Copy>>, DriverError> {
-    let mut living = BTreeMap::new();
+) -> Result<(BTreeMap<CopyId, Arc<Copy>>, Vec<CopyRecord>), DriverError> {
+    let (mut living, mut ended) = (BTreeMap::new(), Vec::new());
     for dir in copy_dirs(&node.vm_dir()).map_err(DriverError::of)? {
         match Qemu::readopt(&dir).await {
             Ok(Adoption::Alive(qemu)) => {
                 reserve::release(qemu.spec());
+                let (vm, copy) = (qemu.spec().id, qemu.copy());
+                if saved.is_off(vm) && saved.places(node, vm, copy) && !saved.binds(copy) {
+                    // Nobody needs to see its disks any more, which stay.
+                    qemu.quit(QUIT).await.map_err(DriverError::of)?;
+                    ended.push(CopyRecord::read(&dir).map_err(DriverError::of)?);
+                    continue;
+                }
                 let moving = saved.moving.iter().find(|m| m.copy == qemu.copy());
                 let ran = moving.is_none_or(|m| m.role == Role::Source || m.started);
                 living.insert(qemu.copy(), Arc::new(Copy::new(qemu, ran)));
             }
             Ok(Adoption::Gone(record)) => {
-                let bound = saved.binds(record.copy);
-                tracing::warn!(vm = %record.spec.name, copy = %record.copy, bound, "its QEMU is gone");
+                let (vm, copy) = (record.spec.id, record.copy);
+                let bound = saved.binds(copy);
+                if !saved.is_off(vm) {
+                    tracing::warn!(vm = %record.spec.name, %copy, bound, "its QEMU is gone");
+                }
                 reserve::release(&record.spec);
-                let started = saved.moving.iter().any(|m| m.copy == record.copy && m.started);
-                if !record.ran && !started {
+                let needed = saved.needs(node, vm, copy);
+                let started = saved.moving.iter().any(|m| m.copy == copy && m.started);
+                if !record.ran && !started && !needed {
                     // Its memory is gone, so it never will run; who has the guest has all that is in them.
                     discard_images(node, &record);
                 }
-                remove(&dir);
+                match needed {
+                    true if bound => {}
+                    true => ended.push(*record),
+                    false => remove(&dir),
+                }
             }
             Err(error) => {
                 tracing::warn!(dir = %dir.display(), %error, "cannot take the copy up: ending it");
                 kill_copy(&dir).await.map_err(DriverError::of)?;
-                remove(&dir);
+                match CopyRecord::read(&dir) {
+                    Ok(record) if saved.is_off(record.spec.id) => ended.push(record),
+                    _ => remove(&dir),
+                }
             }
         }
     }
-    Ok(living)
+    Ok((living, ended))
 }
 
 /// A copy that no record names and no move binds never runs again.
@@ -196,7 +239,8 @@ async fn end_superseded(
     saved: &Saved,
     living: &mut BTreeMap<CopyId, Arc<Copy>>,
 ) -> Result<(), DriverError> {
-    let superseded = |c: &Copy| !saved.binds(c.id) && !saved.names(node, c) && !saved.has_missed(c);
+    let superseded =
+        |c: &Copy| !saved.binds(c.id) && !saved.names(node, c) && !saved.has_missed(c.vm());
     for copy in living.values().filter(|c| superseded(c)) {
         tracing::info!(vm = %copy.spec.name, copy = %copy.id, "superseded: ending it");
         let ran = copy.qemu().run_state().await.is_ok_and(|s| s.status != "inmigrate");

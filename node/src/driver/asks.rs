@@ -176,7 +176,7 @@ async fn slowly(node: &Arc<Node>, from: HostId, ask: Box<Ask>) -> Result<Answer,
         Ask::Describe(vm) => {
             migrate::settled(node, vm).await;
             match migrate::describe(node, vm).await {
-                Ok(description) => Answer::Description(description),
+                Ok((description, _)) => Answer::Description(description),
                 Err(cause) => Answer::Refused(cause),
             }
         }

@@ -9,17 +9,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_protocol::id::{CopyId, Mac, VmId};
-use godwit_protocol::wire::route::{Kind, Route};
+use godwit_protocol::id::{CopyId, Epoch, Mac, VmId};
+use godwit_protocol::wire::route::{Kind, Nic, Route};
 use serde_json::json;
 use tokio::time::Instant;
 
 use super::copies::Copy;
 use super::node::{Input, Node, random};
-use super::{images, wires, worker};
+use super::{images, off, wires, worker};
 use crate::api::types::{ApiError, Console, Done, VmInfo};
+use crate::vmm::resolved::ResolvedNic;
 use crate::vmm::{
-    GuestMemory, Mode, Qemu, Resolution, ResolvedSpec, StartParams, VmSpec, probe::MemoryBudget,
+    GuestMemory, Mode, Qemu, Resolution, ResolvedDisk, ResolvedSpec, StartParams, VmSpec,
+    probe::MemoryBudget,
 };
 
 /// How long a guest may take to power down before the user is told.
@@ -52,6 +54,9 @@ pub(super) async fn start_copy(
         Ok(qemu) => qemu,
         Err(error) => {
             node.copies.remove(id);
+            if mode == Mode::Still {
+                return Err(error); // The description in it is all that is known of the VM.
+            }
             let _ = tokio::fs::remove_dir_all(node.vm_dir().join(id.to_string())).await;
             return Err(error);
         }
@@ -151,14 +156,20 @@ async fn start_guest(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError>
 }
 
 /// The route that tells others that this copy runs here.
-pub(super) fn route(node: &Node, copy: &Copy, epoch: godwit_protocol::id::Epoch) -> Route {
+pub(super) fn route(node: &Node, copy: &Copy, epoch: Epoch) -> Route {
+    route_of(node, &copy.described(), copy.id, epoch)
+}
+
+/// The same, of a copy that need not run.
+pub(super) fn route_of(node: &Node, spec: &ResolvedSpec, copy: CopyId, epoch: Epoch) -> Route {
+    let wired = |nic: &ResolvedNic| Some(Nic { wire: nic.wire.clone()?, mac: nic.mac });
     Route {
-        vm: copy.vm(),
-        name: copy.spec.name.clone(),
+        vm: spec.id,
+        name: spec.name.clone(),
         host: node.me,
-        copy: copy.id,
+        copy,
         epoch,
-        nics: copy.wired(),
+        nics: spec.nics.iter().filter_map(wired).collect(),
         kind: Kind::Vm,
         gone: false,
     }
@@ -228,6 +239,9 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
     if let Some(record) = record {
         let voters: Vec<_> = record.voters.iter().map(|v| node.host_name(v.host)).collect();
         info.detail.insert("voters".into(), json!(voters));
+        if record.is_off(vm) && !moving {
+            info.state = "off".into();
+        }
         if !record.is_lone() {
             info.detail.insert("cluster".into(), json!(record.name));
         }
@@ -255,23 +269,33 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
         info.detail.insert("cards".into(), nics.collect());
         info.detail.insert("cpu".into(), json!(copy.spec.cpu));
         info.detail.insert("console".into(), json!(qemu.console()));
-        let disks =
-            copy.spec.disks.iter().map(
-                |d| json!({ "id": d.id, "path": d.path, "bytes": d.size, "shared": d.shared }),
-            );
-        info.detail.insert("disks".into(), disks.collect());
+        info.detail.insert("disks".into(), disks_of(&copy.spec));
         info.detail.insert("log".into(), json!(qemu.dir().join("qemu.log")));
         if let Some(serial1) = qemu.serial1() {
             info.detail.insert("serial1".into(), json!(serial1));
         }
     }
+    if info.state == "off"
+        && let Ok((_, spec)) = off::kept(node, vm).await
+    {
+        info.memory_bytes = spec.memory;
+        info.detail.insert("disks".into(), disks_of(&spec));
+    }
     Ok(info)
+}
+
+fn disks_of(spec: &ResolvedSpec) -> serde_json::Value {
+    let shown = |d: &ResolvedDisk| json!({ "id": d.id, "path": d.path, "bytes": d.size, "shared": d.shared });
+    spec.disks.iter().map(shown).collect()
 }
 
 /// The copy of a VM that runs on this host.
 pub(super) async fn local(node: &Arc<Node>, vm: &str) -> Result<Arc<Copy>, ApiError> {
     let route = find_vm(node, vm).await?;
     node.copies.running(route.vm).ok_or_else(|| {
+        if route.host == node.me {
+            return ApiError::new(format!("{vm} does not run"), "see godwit vm show");
+        }
         ApiError::new(
             format!("{vm} runs on {}", node.host_name(route.host)),
             "ask there: this needs the host that runs it",
@@ -312,8 +336,13 @@ pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done,
     let route = find_vm(node, vm).await?;
     let id = route.vm;
     if node.copies.running(id).is_none() && route.host == node.me {
+        let kept = off::kept(node, id).await;
         end_record(node, id).await?;
-        return Ok(Done { done: format!("{vm}, which ran no more, is removed") });
+        let disks = match kept {
+            Ok((copy, spec)) => off::forget(node, copy, &spec).await,
+            Err(_) => Vec::new(),
+        };
+        return Ok(Done { done: format!("{vm}, which ran no more, is removed{}", stay(&disks)) });
     }
     let copy = local(node, vm).await?;
     if node.with_core(move |core, _| core.is_moving(id)).await? {
@@ -336,10 +365,13 @@ pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done,
     node.images.detach_disks(copy.id);
     end_record(node, id).await?;
     let disks: Vec<_> = copy.spec.moving().map(|d| d.path.display().to_string()).collect();
-    let disks = if disks.is_empty() {
-        String::new()
-    } else {
-        format!("; its disks stay: {}", disks.join(", "))
-    };
-    Ok(Done { done: format!("{vm} is stopped and removed{disks}") })
+    Ok(Done { done: format!("{vm} is stopped and removed{}", stay(&disks)) })
+}
+
+/// What a VM leaves to the operator, in words.
+fn stay(disks: &[String]) -> String {
+    if disks.is_empty() {
+        return String::new();
+    }
+    format!("; its disks stay: {}", disks.join(", "))
 }

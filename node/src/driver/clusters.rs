@@ -316,6 +316,10 @@ fn in_words(record: &Record) -> String {
         Cause::Joined(_) => "joining a cluster".into(),
         Cause::Left(_) => "left a cluster".into(),
         Cause::Force(why) => format!("forced: {why}"),
+        Cause::Off(vm) => match record.placement_of(*vm) {
+            Some(placed) => format!("{} is off", placed.name),
+            None => "a VM is off".into(),
+        },
     }
 }
 

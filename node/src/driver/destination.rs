@@ -14,14 +14,14 @@ use super::copies::Copy;
 use super::images::{self, Room};
 use super::node::{Node, random};
 use super::worker::Worker;
-use super::{bulk, cutover, hold};
+use super::{bulk, cutover, hold, off};
 use crate::relay::dest::feed_blob;
 use crate::relay::{DestHandle, DestParams, DestinationSession};
 use crate::vmm::probe::MemoryBudget;
 use crate::vmm::{Mode, ResolvedSpec, image};
 
 /// The stored device state of a copy that was loaded and not started yet.
-const BLOB: &str = "device.state";
+pub(super) const BLOB: &str = "device.state";
 /// How long a QEMU may take to load device state.
 const LOAD: Duration = Duration::from_secs(30);
 /// How long a move waits for what is being kept of its VM.
@@ -82,7 +82,9 @@ impl Worker {
         let copy = boot::start_copy(&self.node, &room.spec, id, Mode::Incoming)
             .await
             .map_err(|e| e.to_string())?;
-        cutover::arrive(&self.node, self.id, &copy, from).await;
+        if !off::is_off(&self.node, self.vm).await {
+            cutover::arrive(&self.node, self.id, &copy, from).await;
+        }
         self.open_session(&copy, room).await
     }
 

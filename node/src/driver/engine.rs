@@ -135,7 +135,7 @@ impl Engine {
             }
         }
         tracing::warn!(vm = %copy.spec.name, "its QEMU ended");
-        self.core.runs_no_more(vm, id);
+        self.core.ended(now, vm, id);
         self.node.copies.remove(id);
         self.node.corpus.forget_memory(id);
         cutover::gone(&self.node, id);

@@ -127,16 +127,16 @@ async fn place(
         };
         fixed.insert(vm, migrate::host(node, host)?);
     }
-    let members: Vec<(VmId, Name, HostId, bool)> = match record {
-        Some(r) => r.placement.iter().map(|p| (p.vm, p.name.clone(), p.host, p.off)).collect(),
-        None => vec![(route.vm, route.name.clone(), route.host, false)],
+    let members: Vec<(VmId, Name, HostId)> = match record {
+        Some(r) => r.placement.iter().map(|p| (p.vm, p.name.clone(), p.host)).collect(),
+        None => vec![(route.vm, route.name.clone(), route.host)],
     };
     let mut told = Vec::with_capacity(members.len());
-    for (vm, _, from, off) in &members {
-        told.push(describe(node, *from, *vm, *off));
+    for (vm, _, from) in &members {
+        told.push(describe(node, *from, *vm));
     }
     let told = join_all(told).await;
-    let mover = |((vm, name, from, _), spec)| {
+    let mover = |((vm, name, from), spec)| {
         let fixed = fixed.get(&vm).copied();
         Mover { vm, name, from, fixed, spec }
     };
@@ -153,16 +153,8 @@ async fn place(
     Ok(Placed { movers, to })
 }
 
-/// A VM's description, and its memory, by the host that runs it.
-async fn describe(
-    node: &Arc<Node>,
-    from: HostId,
-    vm: VmId,
-    off: bool,
-) -> Result<(Vec<u8>, u64), String> {
-    if off {
-        return Err("it is switched off, and its disks would stay behind".into());
-    }
+/// A VM's description, and its memory, by the host that runs it or has what is left of it.
+async fn describe(node: &Arc<Node>, from: HostId, vm: VmId) -> Result<(Vec<u8>, u64), String> {
     match node.ask_at(from, Ask::Describe(vm)).await {
         Ok(Answer::Description(bytes)) => {
             let spec = ResolvedSpec::decode(&bytes).map_err(|e| e.to_string())?;

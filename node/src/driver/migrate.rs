@@ -17,10 +17,10 @@ use godwit_protocol::wire::route::{Kind, Route};
 use serde_json::json;
 use tokio::sync::{broadcast, mpsc};
 
-use super::copies::Copy;
 use super::node::{Node, random};
-use super::{boot, group, timeline};
+use super::{boot, group, off, timeline};
 use crate::api::types::{ApiError, Done, Event, Migration};
+use crate::vmm::ResolvedSpec;
 
 /// A request as it reached the lead.
 pub(super) struct Wanted {
@@ -43,10 +43,13 @@ const ASK_AGAIN: Duration = Duration::from_secs(3);
 
 /// Starts a migration of a VM that runs here.
 pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> Result<(), String> {
-    let copy = node.copies.running(w.vm).ok_or("the VM does not run on this host any more")?;
     let record = core.record_of(w.vm).cloned().ok_or("this host holds no record of the VM")?;
-    let name = &copy.spec.name;
-    let spec = described(node, &copy)?;
+    let (copy, spec) = match node.copies.running(w.vm) {
+        Some(copy) => (copy.id, copy.described()),
+        None => off::read(node, &record, w.vm)?,
+    };
+    let (name, memory) = (&spec.name.clone(), spec.memory);
+    let spec = described(node, spec)?;
     let others: Vec<_> = node
         .net
         .members()
@@ -71,17 +74,16 @@ pub(super) fn lead(node: &Arc<Node>, core: &mut Core, now: Time, w: Wanted) -> R
         return Err("no connected host fits the target: see godwit hosts".into());
     }
     let mut status = Status::new(w.id, w.vm, name.clone(), node.me, w.from, &record);
-    status.ram_bytes = copy.spec.memory;
-    let begin = Begin { status, record, copy: copy.id, spec, options: w.options, candidates };
+    status.ram_bytes = memory;
+    let begin = Begin { status, record, copy, spec, options: w.options, candidates };
     core.request(now, begin)
 }
 
 /// What a destination has to know of a VM that can move, with what its disks take by now: they were
 /// empty when it was made.
-pub(super) fn described(node: &Node, copy: &Copy) -> Result<Vec<u8>, String> {
-    copy.spec.check_movable().map_err(|e| e.to_string())?;
+fn described(node: &Node, mut spec: ResolvedSpec) -> Result<Vec<u8>, String> {
+    spec.check_movable().map_err(|e| e.to_string())?;
     node.caps.check_migration().map_err(|e| e.to_string())?;
-    let mut spec = copy.described();
     for disk in spec.disks.iter_mut().filter(|disk| disk.moves()) {
         if let Err(error) = disk.measure() {
             tracing::warn!(disk = disk.id, %error, "an image cannot be measured");
@@ -90,12 +92,15 @@ pub(super) fn described(node: &Node, copy: &Copy) -> Result<Vec<u8>, String> {
     spec.encode().map_err(|e| e.to_string())
 }
 
-/// What a destination has to know of a VM that runs here.
-pub(super) async fn describe(node: &Arc<Node>, vm: VmId) -> Result<Vec<u8>, String> {
-    let copy = node.copies.running(vm).ok_or("it does not run on this host any more: ask again")?;
-    let node = Arc::clone(node);
-    let described = tokio::task::spawn_blocking(move || described(&node, &copy)).await;
-    described.map_err(|e| e.to_string())?
+/// What a destination has to know of a VM that runs here or is off, and its memory, bytes.
+pub(super) async fn describe(node: &Arc<Node>, vm: VmId) -> Result<(Vec<u8>, u64), String> {
+    let spec = match node.copies.running(vm) {
+        Some(copy) => copy.described(),
+        None => off::kept(node, vm).await?.1,
+    };
+    let (node, memory) = (Arc::clone(node), spec.memory);
+    let described = tokio::task::spawn_blocking(move || described(&node, spec)).await;
+    Ok((described.map_err(|e| e.to_string())??, memory))
 }
 
 /// What this node tells others of itself.

@@ -21,7 +21,7 @@ use super::mirrors::{self, Images, Mirrors};
 use super::node::wall_us;
 use super::throttle::Throttle;
 use super::worker::Worker;
-use super::{bulk, cutover};
+use super::{bulk, cutover, off};
 use crate::relay::{
     RelayError, SourceEnd, SourceHandle, SourceParams, SourceProgress, SourceSession,
 };
@@ -40,6 +40,9 @@ const CANCEL: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take from the stop to where its disks can be taken over.
 const SWITCHOVER: Duration = Duration::from_secs(10);
+
+/// What is taken for the path of a guest that is off as long as nothing is measured, bytes per second.
+const STILL_BYTES_PER_S: u64 = 100_000;
 
 /// One outgoing migration.
 pub(super) struct Sending {
@@ -73,9 +76,14 @@ impl Drop for Sending {
 impl Worker {
     /// Dials the destination, copies the disks, then lets QEMU stream.
     pub(super) async fn transfer(&mut self, to: HostId, options: Options) -> Result<(), String> {
-        let copy = self.node.copies.running(self.vm).ok_or("the VM does not run here")?;
+        let copy = match self.node.copies.running(self.vm) {
+            Some(copy) => copy,
+            None => off::show_disks(&self.node, self.vm).await?,
+        };
         let socket = copy.dir.join("out.sock");
-        cutover::leave(&self.node, self.id, &copy, to).await;
+        if !copy.qemu().is_still() {
+            cutover::leave(&self.node, self.id, &copy, to).await;
+        }
         let _ = std::fs::remove_file(&socket);
         let listener =
             UnixListener::bind(&socket).map_err(|e| format!("{}: {e}", socket.display()))?;
@@ -126,7 +134,8 @@ impl Worker {
                 }
                 node.moment(id, "the disks are copied, memory begins");
             }
-            let how = Outgoing { pause_before_switchover: disks, ..Outgoing::default() };
+            let pause_before_switchover = disks || qemu.is_still();
+            let how = Outgoing { pause_before_switchover, ..Outgoing::default() };
             if let Err(error) = qemu.outgoing_start(&socket, how).await {
                 node.happened(id, Happened::TransferFailed(error.to_string())).await;
             }
@@ -161,7 +170,11 @@ impl Worker {
                     }
                 };
                 throttle.follow(&now, &copied, cost.ppm()).await;
+                let waits = qemu.is_still() && info.is_before_switchover();
                 let mut figures = figures(&now, &cost, &info.ram.unwrap_or_default());
+                if waits {
+                    still(&mut figures);
+                }
                 figures.link_bytes_per_s = least(limit, figures.link_bytes_per_s);
                 figures.disk_bytes = copied.bytes;
                 figures.disk_left_bytes = copied.left;
@@ -199,7 +212,7 @@ impl Worker {
         let qemu = sending.copy.qemu();
         let at = qemu.stop().await.map_err(|e| e.to_string())?;
         rest.stopped(&self.node);
-        if sending.copy.spec.moving().next().is_some() {
+        if sending.copy.spec.moving().next().is_some() || qemu.is_still() {
             qemu.wait_pre_switchover(SWITCHOVER).await.map_err(|e| e.to_string())?;
             hold::at("mirrored").await;
             sending.mirrors.finish().await?;
@@ -301,6 +314,14 @@ fn figures(p: &SourceProgress, cost: &Cost, ram: &RamInfo) -> Progress {
         literal: p.pages.literal,
         ..Progress::default()
     }
+}
+
+/// QEMU looks at memory that nobody changes only once, and waits with the end of its stream in its hand.
+fn still(figures: &mut Progress) {
+    (figures.passes, figures.remaining_bytes) = (figures.passes.max(1), 0);
+    figures.dirty_bytes_per_s = 0;
+    // Of so little the path may not have been measured.
+    figures.link_bytes_per_s = figures.link_bytes_per_s.max(STILL_BYTES_PER_S);
 }
 
 #[cfg(test)]

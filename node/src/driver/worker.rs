@@ -54,7 +54,7 @@ impl Worker {
                 self.node.happened(self.id, happened).await;
             }
             Effect::Describe => {
-                let happened = match self.describe() {
+                let happened = match migrate::describe(&self.node, self.vm).await {
                     Ok((spec, ram_bytes)) => Happened::Described { spec, ram_bytes },
                     Err(cause) => Happened::Refused(cause),
                 };
@@ -84,6 +84,7 @@ impl Worker {
                 self.node.moment(self.id, "the transfer is ended");
             }
             Effect::Cont(copy) => self.cont(copy).await,
+            Effect::Rest(copy) => self.rest(copy).await,
             Effect::Discard(copy) => {
                 self.sending = None;
                 self.receiving = None;
@@ -109,13 +110,6 @@ impl Worker {
                 self.node.happened(self.id, happened).await;
             }
         }
-    }
-
-    /// What a destination has to know of a member of a cluster, and its memory, bytes.
-    fn describe(&self) -> Result<(Vec<u8>, u64), String> {
-        let copy = self.node.copies.running(self.vm);
-        let copy = copy.ok_or("the VM does not run on this host any more")?;
-        Ok((migrate::described(&self.node, &copy)?, copy.spec.memory))
     }
 
     /// A decided record names this copy: its guest may run.
@@ -221,13 +215,7 @@ async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
 /// Ends a copy's QEMU and removes what it held; its disks' images stay. The guest must not be needed
 /// here any more.
 pub(super) async fn discard(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
-    let copy = node.copies.remove(id)?;
-    node.corpus.forget_memory(id);
-    cutover::gone(node, id);
-    if let Err(error) = copy.qemu().quit(QUIT).await {
-        tracing::error!(copy = %id, %error, "its QEMU does not end");
-    }
-    wires::runs_no_more(node, &copy).await;
+    let copy = end(node, id).await?;
     let dir = copy.dir.clone();
     let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
     if let Ok(Err(error)) = removed {
@@ -235,5 +223,17 @@ pub(super) async fn discard(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
     }
     let vm = copy.vm();
     let _ = node.with_core(move |core, _| core.runs_no_more(vm, id)).await;
+    Some(copy)
+}
+
+/// Ends a copy's QEMU. What the copy has on the disk stays.
+pub(super) async fn end(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
+    let copy = node.copies.remove(id)?;
+    node.corpus.forget_memory(id);
+    cutover::gone(node, id);
+    if let Err(error) = copy.qemu().quit(QUIT).await {
+        tracing::error!(copy = %id, %error, "its QEMU does not end");
+    }
+    wires::runs_no_more(node, &copy).await;
     Some(copy)
 }

@@ -35,6 +35,17 @@ pub struct MigrateInfo {
     pub error_desc: Option<String>,
 }
 
+impl MigrateInfo {
+    /// Whether QEMU holds between the stop and the device state.
+    #[must_use]
+    pub fn is_before_switchover(&self) -> bool {
+        self.status.as_deref() == Some(PRE_SWITCHOVER)
+    }
+}
+
+/// QEMU's name for that hold.
+pub(super) const PRE_SWITCHOVER: &str = "pre-switchover";
+
 /// Memory figures of a migration. Sizes in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]

@@ -20,7 +20,7 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::time::{Instant, timeout_at};
 
-use super::commands::{MigrateInfo, Status};
+use super::commands::{MigrateInfo, PRE_SWITCHOVER, Status};
 use super::events::{Event, EventTime, Events, Missed};
 use super::process::{ProcessError, Qemu};
 use super::qmp::{COMMAND_DEADLINE, QmpError};
@@ -53,9 +53,6 @@ impl Default for Outgoing {
 
 /// Capabilities that the node never uses, switched off in case an earlier migration left them on.
 const NEVER: [&str; 4] = ["xbzrle", "multifd", "postcopy-ram", "auto-converge"];
-
-/// QEMU's name for the hold between the stop and the device state.
-const PRE_SWITCHOVER: &str = "pre-switchover";
 
 /// Bytes per second that QEMU is told it has for the switchover: with a limit of 1 ms it looks for dirty pages again only
 /// when it has none left to send. A look with pages still unsent can lose later writes to them under TCG: their bits are
@@ -130,8 +127,11 @@ impl Qemu {
     /// Runs the guest, and returns when by QEMU's RESUME event; `None` if it ran already.
     ///
     /// # Errors
-    /// See [`ProcessError`].
+    /// See [`ProcessError`]; one of [`super::Mode::Still`] is never run.
     pub async fn cont(&self) -> Result<Option<EventTime>, ProcessError> {
+        if self.is_still() {
+            return Err(ProcessError::BadParams("the guest is switched off".into()));
+        }
         let mut events = self.qmp().events();
         self.qmp().cont().await?;
         self.time_of("RESUME", true, &mut events).await
@@ -231,7 +231,7 @@ impl Qemu {
     pub async fn wait_pre_switchover(&self, deadline: Duration) -> Result<(), ProcessError> {
         let there = |status: &str| status == PRE_SWITCHOVER || is_end(status);
         let info = self.wait_migration("the hold before the switchover", there, deadline).await?;
-        if info.status.as_deref() == Some(PRE_SWITCHOVER) { Ok(()) } else { Err(ended(info)) }
+        if info.is_before_switchover() { Ok(()) } else { Err(ended(info)) }
     }
 
     /// Ends the hold of [`Qemu::wait_pre_switchover`]: the disks are given away, the device state is sent. QEMU does not

@@ -27,7 +27,7 @@ use super::pidfd::{Exit, PidFd, boot_id, start_time};
 use super::qmp::{Qmp, QmpError};
 use super::record::{CopyRecord, FILE, ProcessRecord};
 use super::resolved::ResolvedSpec;
-use super::spawn::{Mode, StartParams, check_params, spawn};
+use super::spawn::{StartParams, check_params, spawn};
 use super::spec::SpecError;
 
 /// Time for QEMU to come up and greet: large memory and a busy host are slow.
@@ -129,7 +129,7 @@ impl Qemu {
     pub async fn start(params: StartParams) -> Result<Self, ProcessError> {
         check_params(&params)?;
         let StartParams { spec, copy, dir, memory, taps, mode, qemu } = params;
-        let record = CopyRecord::new(copy, spec, mode == Mode::Incoming);
+        let record = CopyRecord::new(copy, spec, mode);
         let for_spawn = (record.clone(), dir.clone(), memory.clone());
         let spawned = spawn_blocking(move || {
             let (mut record, dir, memory) = for_spawn;
@@ -202,6 +202,12 @@ impl Qemu {
     #[must_use]
     pub fn was_incoming(&self) -> bool {
         self.0.record.incoming
+    }
+
+    /// Whether it was started to show its disks: it takes no `cont`.
+    #[must_use]
+    pub fn is_still(&self) -> bool {
+        self.0.record.still
     }
 
     /// The copy's directory.

@@ -13,6 +13,7 @@ use godwit_protocol::id::CopyId;
 use serde::{Deserialize, Serialize};
 
 use super::resolved::{ResolvedNic, ResolvedSpec};
+use super::spawn::Mode;
 
 /// Name of the file.
 pub const FILE: &str = "copy.json";
@@ -50,13 +51,17 @@ pub struct CopyRecord {
     /// say so is of a daemon that did not write it down.
     #[serde(default = "unsaid")]
     pub ran: bool,
+    /// Whether it was started to show its disks: its guest must not run.
+    #[serde(default)]
+    pub still: bool,
     /// Its QEMU; absent while it is being started.
     pub process: Option<ProcessRecord>,
 }
 
 impl CopyRecord {
-    pub(super) fn new(copy: CopyId, spec: ResolvedSpec, incoming: bool) -> Self {
-        Self { version: VERSION, copy, spec, incoming, ran: !incoming, process: None }
+    pub(super) fn new(copy: CopyId, spec: ResolvedSpec, mode: Mode) -> Self {
+        let (incoming, still) = (mode == Mode::Incoming, mode == Mode::Still);
+        Self { version: VERSION, copy, spec, incoming, ran: !incoming, still, process: None }
     }
 
     /// Writes the record so that a crash leaves the old or the new one, and it survives a power cut.

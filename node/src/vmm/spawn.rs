@@ -32,6 +32,8 @@ pub enum Mode {
     Boot,
     /// To receive a migration, with [`Qemu::incoming_start`].
     Incoming,
+    /// To show the disks of a guest that has ended, in the directory of the copy that it ran in. Never run.
+    Still,
 }
 
 /// What is needed to start a copy.
@@ -69,7 +71,7 @@ pub(super) fn check_params(params: &StartParams) -> Result<(), ProcessError> {
             dir.display()
         ));
     }
-    if params.dir.join(FILE).exists() {
+    if params.mode != Mode::Still && params.dir.join(FILE).exists() {
         return bad(format!("{} holds another copy", dir.display()));
     }
     Ok(())
@@ -86,6 +88,10 @@ pub(super) fn spawn(
     let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(io_error(format!("making {}", dir.display())))?;
     record.write(dir).map_err(io_error("writing copy.json"))?;
+    if record.still {
+        // The QEMU before left its own.
+        let _ = std::fs::remove_file(dir.join("qmp.sock"));
+    }
     // The node makes the monitor's socket, so that it can connect before QEMU is up: no polling for a file.
     let listener = UnixListener::bind(dir.join("qmp.sock")).map_err(io_error("making qmp.sock"))?;
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(dir.join("qemu.log"));

@@ -93,8 +93,7 @@ impl Core {
             return refused("the lead's record is of something else: ask again");
         }
         self.epochs.learned(now, (*record).clone());
-        let copy = self.local.get(&vm).map(|l| l.copy);
-        let copy = copy.filter(|copy| record.names(vm, me, *copy));
+        let copy = self.copy_here(&record, vm);
         let Some(copy) = copy.filter(|_| self.epochs.newest(record.cluster) == Some(&record))
         else {
             return refused("it does not run on this host any more: ask again");

@@ -35,9 +35,8 @@ impl Core {
         if self.moves.len() >= limits::MOVES {
             return Err("this host takes part in too many migrations: ask again".into());
         }
-        let runs =
-            self.local.get(&vm).is_some_and(|l| begin.record.names(vm, self.me.host, l.copy));
-        if !runs || self.record_of(vm) != Some(&begin.record) {
+        let here = self.copy_here(&begin.record, vm) == Some(begin.copy);
+        if !here || self.record_of(vm) != Some(&begin.record) {
             return Err(format!("{name} does not run on this host any more: ask again"));
         }
         if self.is_moving(vm) {
@@ -157,8 +156,7 @@ impl Core {
             _ => {}
         }
         // So long ago that it is forgotten; the VM is here, under a later record.
-        let here = self.local.get(&vm).map(|l| l.copy);
-        match here.filter(|copy| newest.is_some_and(|r| r.names(vm, self.me.host, *copy))) {
+        match newest.and_then(|r| self.copy_here(r, vm)) {
             Some(copy) => Body::Running { copy, resumed_us: 0 },
             None => Body::Unknown,
         }

@@ -2,9 +2,10 @@
 //!
 //! Owns the order of steps of `super`'s diagram, right side. Invariant: `cont` is asked for only
 //! after a decided record names the copy that was minted at *loaded*, and only after that is on
-//! disk; an end that is not bound yet may forget everything at any time.
+//! disk, and never if that says that it is off; an end that is not bound yet may forget everything at any time.
 
 mod team;
+mod timer;
 
 use std::collections::BTreeMap;
 
@@ -137,6 +138,7 @@ impl Destination {
         present: bool,
         out: &mut Vec<Action>,
     ) -> Self {
+        let present = present || record.is_off(moving.vm);
         let qemu = if present { Qemu::There } else { Qemu::Building };
         let status = Status { phase: Phase::Deciding, to: Some(me.host), ..status };
         let until = now.plus_ms(wait::DECISION_MS);
@@ -201,7 +203,7 @@ impl Destination {
         match (&self.state, self.copy) {
             (State::Loaded { qemu, .. }, Some(copy)) => {
                 self.status.epoch_after = Some(record.epoch);
-                if record.names(self.status.vm, self.me.host, copy) {
+                if record.places(self.status.vm, self.me.host, copy) {
                     let qemu = *qemu;
                     let again_at = now.plus_ms(wait::CONT_AGAIN_MS);
                     self.state = State::Starting { qemu, again_at };
@@ -230,9 +232,21 @@ impl Destination {
         }
     }
 
+    /// The VM is switched off: what was received is its disks, whole and flushed, and no QEMU is needed.
+    fn is_off(&self) -> bool {
+        self.record.is_off(self.status.vm)
+    }
+
+    /// What begins when the record is decided.
+    fn begins(&self, copy: CopyId) -> Action {
+        Action::Effect(if self.is_off() { Effect::Rest(copy) } else { Effect::Cont(copy) })
+    }
+
     fn start(&mut self, copy: CopyId, out: &mut Vec<Action>) {
-        out.push(Action::Persist(self.moving(copy, true)));
-        out.push(Action::Effect(Effect::Cont(copy)));
+        if !self.is_off() {
+            out.push(Action::Persist(self.moving(copy, true)));
+        }
+        out.push(self.begins(copy));
     }
 
     /// The end is on disk before the hard state goes: a restart between the two ends it again.
@@ -322,10 +336,12 @@ impl Destination {
     }
 
     fn on_qemu_gone(&mut self, now: Time, ran: bool, out: &mut Vec<Action>) {
+        let off = self.is_off();
         match (&mut self.state, self.copy) {
             (State::Checking(_) | State::Receiving(_), _) => {
                 self.fail("the destination's QEMU ended before it had loaded".into(), out);
             }
+            _ if off => {}
             (State::Starting { .. }, Some(_)) if ran => {
                 self.lose(now, "the guest's QEMU ended while it was started".into(), out);
             }
@@ -353,54 +369,6 @@ impl Destination {
                 out.push(Action::Resolve(cause));
             }
             (State::Starting { .. }, Some(copy)) => self.rebuild(now, copy, cause, out),
-            _ => {}
-        }
-    }
-
-    fn on_timer(&mut self, now: Time, out: &mut Vec<Action>) {
-        match &mut self.state {
-            State::Checking(silence) | State::Receiving(silence) if now >= silence.ends() => {
-                self.fail("the source does not answer any more".into(), out);
-            }
-            State::Checking(silence) | State::Receiving(silence) if now >= silence.ask_at => {
-                silence.ask_at = now.plus_ms(wait::SILENCE_MS);
-                out.push(Action::Send(self.peer, Body::Where));
-            }
-            State::Loaded { tell_at, .. } if now >= *tell_at => {
-                *tell_at = now.plus_ms(wait::ASK_MS);
-                if let Some(copy) = self.copy {
-                    self.tell_loaded(copy, out);
-                }
-            }
-            State::Loaded { until, .. } if now >= *until => {
-                *until = now.plus_ms(wait::DECISION_MS);
-                out.push(Action::Resolve("no decision in time after it had loaded".into()));
-            }
-            State::Starting { qemu, again_at } if now >= *again_at => {
-                *again_at = now.plus_ms(wait::CONT_AGAIN_MS);
-                if let (Qemu::There, Some(copy)) = (*qemu, self.copy) {
-                    out.push(Action::Effect(Effect::Cont(copy)));
-                }
-            }
-            // The source is away. What it keeps, it discards when it is back and asks.
-            State::Running { until, .. } if now >= *until => {
-                self.end(Phase::Moved, "the source has not confirmed yet".into(), out);
-            }
-            State::Lost { until, cause, .. } if now >= *until => {
-                let cause = cause.clone();
-                self.end(Phase::Lost, cause, out);
-            }
-            State::Running { tell_at, resumed_us, .. } if now >= *tell_at => {
-                *tell_at = now.plus_ms(wait::ASK_MS);
-                if let Some(copy) = self.copy {
-                    let resumed_us = *resumed_us;
-                    out.push(Action::Send(self.peer, Body::Running { copy, resumed_us }));
-                }
-            }
-            State::Lost { tell_at, cause, .. } if now >= *tell_at => {
-                *tell_at = now.plus_ms(wait::ASK_MS);
-                out.push(Action::Send(self.peer, Body::Lost(cause.clone())));
-            }
             _ => {}
         }
     }

@@ -44,7 +44,7 @@ struct Member {
     vm: VmId,
     from: HostId,
     copy: CopyId,
-    /// Switched off: it moves by the record alone.
+    /// Switched off: when it is stopped and resumed says nothing.
     off: bool,
     candidates: Vec<HostId>,
     stand: Option<Stand>,
@@ -59,10 +59,7 @@ impl Member {
     }
 
     fn to(&self) -> Option<HostId> {
-        match &self.stand {
-            Some(stand) => stand.status.to,
-            None => self.candidates.first().copied().filter(|_| self.off),
-        }
+        self.stand.as_ref().and_then(|stand| stand.status.to)
     }
 
     fn figures(&self) -> Option<Figures> {
@@ -75,7 +72,7 @@ impl Member {
     }
 
     fn is_over(&self) -> bool {
-        self.off || self.forgotten || self.phase().is_end()
+        self.forgotten || self.phase().is_end()
     }
 }
 
@@ -124,10 +121,6 @@ impl Lead {
         let (say_at, shown_at) = (now, now);
         let mut this =
             Self { status, record, options, members, state, started: now, say_at, shown_at };
-        if this.members.iter().all(|m| m.off) {
-            // Nothing would be copied, and nobody could propose.
-            this.end(Phase::Stayed, "no member that runs moves".into(), out);
-        }
         this.say(now, out);
         this.show(now, true, out);
         this
@@ -145,7 +138,7 @@ impl Lead {
             vm: s.vm,
             from: s.from,
             copy: s.copy,
-            off: record.placement_of(s.vm).is_some_and(|p| p.off),
+            off: record.is_off(s.vm),
             candidates: vec![s.to],
             stand: None,
             heard: now,
@@ -167,10 +160,9 @@ impl Lead {
         self.members.iter().map(seat).collect()
     }
 
-    /// The member whose destination proposes: the first one that runs.
+    /// The member whose destination proposes: the first one.
     fn proposer(&self) -> Option<Seat> {
-        let first = self.members.iter().find(|m| !m.off)?;
-        self.team()?.into_iter().find(|s| s.vm == first.vm)
+        self.team()?.first().copied()
     }
 
     fn tell(&self, to: HostId, vm: VmId, body: Body) -> Action {
@@ -189,10 +181,10 @@ impl Lead {
             matches!(&self.state, State::Stopping { stopped_by, .. } if now < *stopped_by);
         let gathering = matches!(self.state, State::Gathering { .. });
         let proposer = self.proposer().filter(|_| stopping);
-        let figures: Vec<_> = self.members.iter().filter(|m| !m.off).map(Member::figures).collect();
+        let figures: Vec<_> = self.members.iter().map(Member::figures).collect();
         let shares = share::shares(&figures, self.options.bandwidth_bytes_per_s);
-        let run = self.members.iter().filter(|m| !m.off).zip(shares);
-        for (m, share_bytes_per_s) in run.filter(|(m, _)| !m.is_over()) {
+        let members = self.members.iter().zip(shares);
+        for (m, share_bytes_per_s) in members.filter(|(m, _)| !m.is_over()) {
             let body = match (&m.stand, proposer) {
                 (None, _) if gathering => Body::Order {
                     record: Box::new(self.record.clone()),
@@ -220,7 +212,7 @@ impl Lead {
 
     /// Gives up before anybody was told to stop.
     fn give_up(&mut self, cause: String, out: &mut Vec<Action>) {
-        for m in self.members.iter().filter(|m| !m.off) {
+        for m in &self.members {
             out.push(self.tell(m.from, m.vm, Body::Cancel(clip(cause.clone()))));
         }
         self.end(Phase::Stayed, cause, out);
@@ -228,7 +220,7 @@ impl Lead {
 
     /// What the members' words lead to.
     fn look(&mut self, now: Time, out: &mut Vec<Action>) {
-        let ended = |m: &&Member| !m.off && m.is_over();
+        let ended = |m: &&Member| m.is_over();
         let cause = self.members.iter().find(ended).map(|m| {
             let stand = m.stand.as_ref().map(|s| (&s.status.name, s.status.cause.as_str()));
             let (name, cause) = stand.map_or((None, ""), |(n, c)| (Some(n), c));
@@ -237,7 +229,7 @@ impl Lead {
         });
         let all = |f: &dyn Fn(&Figures) -> bool| {
             let fresh = |m: &Member| now.ms_since(m.heard) <= wait::FRESH_MS;
-            let fits = |m: &Member| m.off || (fresh(m) && m.figures().is_some_and(|p| f(&p)));
+            let fits = |m: &Member| fresh(m) && m.figures().is_some_and(|p| f(&p));
             self.members.iter().all(fits)
         };
         let (near, converged) = (all(&|f| f.near), all(&|f| f.converged));
@@ -367,12 +359,12 @@ impl Lead {
     }
 
     fn on_timer(&mut self, now: Time, out: &mut Vec<Action>) {
-        let silent = |m: &&Member| !m.off && now.ms_since(m.heard) >= wait::LED_MS;
+        let silent = |m: &Member| now.ms_since(m.heard) >= wait::LED_MS;
         match &mut self.state {
             State::Gathering { until, .. } if now >= *until => {
                 self.give_up("deadline: the members did not converge together".into(), out);
             }
-            State::Gathering { .. } if self.members.iter().any(|m| silent(&m)) => {
+            State::Gathering { .. } if self.members.iter().any(silent) => {
                 self.give_up("a member's host does not answer any more".into(), out);
             }
             State::Stopping { until, .. } if now >= *until => {

@@ -166,8 +166,22 @@ impl Source {
         }
     }
 
+    /// The VM is switched off: its QEMU shows its disks, and must never run its guest.
+    fn is_off(&self) -> bool {
+        self.record.is_off(self.status.vm)
+    }
+
+    /// What the copy does when it stays, or stays off.
+    fn keep(&self) -> Action {
+        let keep = if self.is_off() { Effect::Rest } else { Effect::Cont };
+        Action::Effect(keep(self.copy))
+    }
+
     /// The end is on disk before the hard state goes: a restart between the two ends it again.
     fn end(&mut self, phase: Phase, cause: String, out: &mut Vec<Action>) {
+        if self.is_off() && phase == Phase::Stayed {
+            out.push(self.keep());
+        }
         self.state = State::Over;
         self.status.phase = phase;
         self.status.cause = clip(cause);
@@ -255,7 +269,7 @@ impl Source {
                 self.state = State::Resuming { ask_at: now.plus_ms(wait::SILENCE_MS) };
                 out.push(Action::Send(self.peer, Body::Cancel(self.status.cause.clone())));
                 out.push(Action::Effect(Effect::CancelTransfer));
-                out.push(Action::Effect(Effect::Cont(self.copy)));
+                out.push(self.keep());
                 out.push(Action::Report);
             } else {
                 self.give_up(self.status.cause.clone(), out);
@@ -285,7 +299,7 @@ impl Source {
         self.status.total_ms = now.ms_since(self.started);
         self.resumed_us = Some(resumed_us).filter(|at| *at > 0);
         let stopped_us = self.stopped_us.filter(|at| *at <= resumed_us);
-        self.status.downtime_us = stopped_us.map(|at| resumed_us - at);
+        self.status.downtime_us = stopped_us.filter(|_| !self.is_off()).map(|at| resumed_us - at);
         self.release(Phase::Moved, String::new(), out);
     }
 
@@ -378,6 +392,8 @@ impl Source {
         match self.state {
             // The destination may have all of it: it loads and proposes, or says that it failed.
             State::Stopped { .. } | State::Starting { .. } | State::Over => {}
+            // It never ran: nothing is lost with it.
+            _ if self.is_off() => self.give_up(cause, out),
             State::Describing { .. } | State::Preparing { .. } | State::Transfer { .. } => {
                 out.push(Action::Send(self.peer, Body::Cancel(cause.clone())));
                 out.push(Action::Effect(Effect::CancelTransfer));

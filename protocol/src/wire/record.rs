@@ -24,7 +24,7 @@ pub struct Placement {
     pub host: HostId,
     /// The copy on that host.
     pub copy: CopyId,
-    /// It is switched off: its disks are on that host and no copy may run.
+    /// It is switched off: its disks are on that host, as that copy left them, and no copy may run.
     pub off: bool,
 }
 
@@ -68,6 +68,8 @@ pub enum Cause {
     Left(VmId),
     /// A majority of the voters was lost for ever and the operator wrote this record. With why.
     Force(String),
+    /// The QEMU of that member ended by itself: it is switched off, where it was.
+    Off(VmId),
 }
 
 /// The decided state of a cluster. Its number is its epoch.
@@ -100,7 +102,19 @@ impl Record {
     /// Whether this record names `copy` of `vm` on `host`: only then it may run.
     #[must_use]
     pub fn names(&self, vm: VmId, host: HostId, copy: CopyId) -> bool {
-        self.placement_of(vm).is_some_and(|p| p.host == host && p.copy == copy && !p.off)
+        self.places(vm, host, copy) && !self.is_off(vm)
+    }
+
+    /// Whether this record says that `copy` of `vm` is what is left of it, or runs, on `host`.
+    #[must_use]
+    pub fn places(&self, vm: VmId, host: HostId, copy: CopyId) -> bool {
+        self.placement_of(vm).is_some_and(|p| p.host == host && p.copy == copy)
+    }
+
+    /// Whether `vm` is a member that is switched off.
+    #[must_use]
+    pub fn is_off(&self, vm: VmId) -> bool {
+        self.placement_of(vm).is_some_and(|p| p.off)
     }
 
     /// Whether it is the record of one VM that belongs to no other cluster.
@@ -192,6 +206,7 @@ impl Record {
                 placed && number && departed && base.is_lone() && *cluster != base.cluster
             }
             Cause::Move => number && departed && self.moves(base),
+            Cause::Off(vm) => number && departed && self.turns_off(base, *vm),
             Cause::Delete => number && departed && self.placement.is_empty() && base.is_lone(),
             Cause::Add { vm, above } => self.adds(base, *vm, *above),
             Cause::Release { members, .. } => number && self.releases(base, members),
@@ -207,6 +222,13 @@ impl Record {
     fn moves(&self, base: &Self) -> bool {
         let members = |r: &Self| r.placement.iter().map(|p| (p.vm, p.off)).collect::<Vec<_>>();
         members(self) == members(base)
+    }
+
+    /// That member was on and is off; nothing else is another.
+    fn turns_off(&self, base: &Self, vm: VmId) -> bool {
+        let mut placement = base.placement.clone();
+        placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| p.off = true);
+        self.placement == placement && placement != base.placement
     }
 
     fn adds(&self, base: &Self, vm: VmId, above: Epoch) -> bool {

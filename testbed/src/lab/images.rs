@@ -67,7 +67,8 @@ pub fn equal(one: i32, other: i32) -> Result<bool> {
     Ok(true)
 }
 
-fn reads_as(a: &DiskImage, b: &DiskImage) -> Result<bool> {
+/// Whether two images read the same.
+pub fn reads_as(a: &DiskImage, b: &DiskImage) -> Result<bool> {
     let mut compare = Command::new("qemu-img");
     compare.args(["compare", "-q", "-U", "-f", &a.format, "-F", &b.format, "--"]);
     compare.arg(&a.path).arg(&b.path);

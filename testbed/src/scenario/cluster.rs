@@ -4,6 +4,7 @@
 //! check; the node's word is compared with that, never taken for it.
 
 pub mod faults;
+pub mod off;
 pub mod world;
 
 use std::time::Duration;

@@ -41,6 +41,11 @@ pub const ALL: &[Scenario] = &[
         run: cluster::small,
     },
     Scenario {
+        name: "cluster-off",
+        about: "a member that has powered itself off moves with its cluster, and serves again (about two minutes)",
+        run: cluster::off::off,
+    },
+    Scenario {
         name: "mpi",
         about: "a real Open MPI job on four Debian guests goes on while they move to another site and back (about ten minutes)",
         run: mpi::mpi,

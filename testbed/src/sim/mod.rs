@@ -22,6 +22,7 @@ pub mod frames;
 pub mod mutant;
 mod net;
 pub mod node;
+mod off;
 pub mod qemu;
 pub mod seeds;
 pub mod swarm;

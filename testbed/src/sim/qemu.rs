@@ -90,6 +90,9 @@ impl World {
     /// `cont`.
     pub fn run_copy(&mut self, id: CopyId) {
         let Some(mut copy) = self.copies.get(&id).cloned() else { return };
+        if self.off.contains(&copy.vm) {
+            return self.broken(Invariant::OneCopy, "cont of a guest that is off");
+        }
         if matches!(copy.qemu, Qemu::Dead | Qemu::Loading) {
             return self.broken(Invariant::OneCopy, format!("cont of {:?}", copy.qemu));
         }
@@ -126,6 +129,7 @@ impl World {
         let Some(copy) = self.copies.get(&id) else { return };
         let (vm, copy) = (copy.vm, copy.clone());
         self.judge(Invariant::OneCopy, check::one_copy::ends(self, id, &copy));
+        self.judge_removal(id, &copy);
         self.copies.remove(&id);
         self.act(i, |core, _| core.runs_no_more(vm, id));
     }
@@ -206,6 +210,7 @@ impl World {
                     }
                 }
                 None if (named || missed) && !dead => conts.push(id),
+                None if self.stays_off(id) => {}
                 None => self.discard(i, id),
             }
         }
@@ -280,7 +285,7 @@ impl World {
             self.act(i, |core, now| core.happened(now, m, Happened::QemuGone { copy: id, ran }));
         }
         let over = self.nodes[i].core.as_ref().is_some_and(|c| c.migration_of(vm).is_none());
-        if over {
+        if over && !self.stays_off(id) {
             self.discard(i, id);
         }
     }
@@ -305,6 +310,7 @@ impl World {
             }
             Effect::Pace(_) => {}
             Effect::Transfer { to, .. } => {
+                self.show_disks(i, vm);
                 self.nodes[i].sending.insert(id, (vm, index(to)));
                 let start = self.nodes[i].start;
                 self.at(100, Event::Figures(i, start, id));
@@ -312,6 +318,10 @@ impl World {
             Effect::Stop => self.stop(i, id, vm),
             Effect::CancelTransfer => drop(self.nodes[i].sending.remove(&id)),
             Effect::Cont(copy) => self.cont(i, id, copy),
+            Effect::Rest(copy) => {
+                let happened = self.rest(i, id, copy);
+                self.tell(i, id, happened);
+            }
             Effect::Discard(copy) => {
                 self.nodes[i].sending.remove(&id);
                 self.nodes[i].receiving.remove(&id);
@@ -365,14 +375,18 @@ impl World {
     }
 
     fn stop(&mut self, i: usize, id: MigrationId, vm: VmId) {
-        let runs = |c: &Copy| c.vm == vm && c.at == i && c.qemu == Qemu::Running;
+        let off = self.off.contains(&vm);
+        let was = if off { Qemu::Stopped } else { Qemu::Running };
+        let runs = |c: &Copy| c.vm == vm && c.at == i && c.qemu == was;
         let copy = self.copies.iter_mut().find(|(_, c)| runs(c));
         let Some((copy_id, copy)) = copy else {
             return self.tell(i, id, Happened::TransferFailed("nothing to stop".into()));
         };
         let (copy_id, before) = (*copy_id, copy.content);
         // It wrote as long as it ran.
-        copy.content = before.rotate_left(7) ^ self.now.0;
+        if !off {
+            copy.content = before.rotate_left(7) ^ self.now.0;
+        }
         copy.qemu = Qemu::Stopped;
         let held = copy.content;
         self.truth.insert(vm, held);
@@ -391,7 +405,7 @@ impl World {
     /// Figures that let the guest be stopped; and notice of a destination that is gone.
     fn figures(&mut self, i: usize, id: MigrationId) {
         let Some((vm, to)) = self.nodes[i].sending.get(&id).copied() else { return };
-        if self.running(vm).is_none_or(|(_, at)| at != i) {
+        if self.running(vm).is_none_or(|(_, at)| at != i) && !self.shows_disks(i, vm) {
             return;
         }
         if !self.nodes[to].receiving.contains_key(&id) && self.chance(0.05) {

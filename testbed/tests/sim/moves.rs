@@ -1,13 +1,14 @@
 //! Named cases of a cluster that moves: each crash point, and who may be away.
 
-use godwit_protocol::id::CopyId;
 use godwit_protocol::wire::control::Control;
 use godwit_protocol::wire::migrate::{Body, Phase};
+use godwit_protocol::wire::record::Cause;
 use godwit_testbed::sim::check::epochs;
+use godwit_testbed::sim::event::Event;
 use godwit_testbed::sim::faults::Faults;
 use godwit_testbed::sim::qemu::Qemu;
 use godwit_testbed::sim::seeds::settle;
-use godwit_testbed::sim::world::{CLUSTER, World, host, placed, vm};
+use godwit_testbed::sim::world::{CLUSTER, World, host, vm};
 
 use super::status;
 
@@ -159,24 +160,85 @@ fn a_proposer_in_the_minority_is_stayed_without() {
     assert_eq!(at(&world), [0, 0, 1]);
 }
 
-#[test]
-fn a_member_that_is_switched_off_moves_by_the_record() {
-    let mut world = World::empty(4, 1, Faults::quiet());
+/// VMs 0 and 1 run on hosts 0 and 1 of four, VM 2 is off on host 1.
+fn one_is_off(seed: u64, faults: Faults) -> World {
+    let mut world = World::empty(4, seed, faults);
     world.add_cluster(10, &[0, 1], &[0, 1, 2]);
     let mut record = world.decided.values().next().unwrap().clone();
-    let copy = CopyId([99; 16]);
-    record.placement.push(placed(vm(2), 1, copy));
-    record.placement[2].off = true;
+    record.placement.push(world.add_off(vm(2), 1));
     world.decided.clear();
     world.decree(record);
     world.boot();
-    assert!(world.ask_cluster(1, &[(vm(0), 2), (vm(2), 2)]));
-    settle(&mut world);
+    world
+}
+
+/// Where the record says that VM 2 is, and that its disks are there, as they were.
+fn off_at(world: &World) -> usize {
     let newest = world.decided.values().next_back().unwrap();
     let off = newest.placement_of(vm(2)).unwrap();
-    assert_eq!((off.host, off.copy, off.off), (host(3), copy, true));
-    assert!(!newest.names(vm(2), host(3), copy), "no copy of it may run");
+    let copy = &world.copies[&off.copy];
+    assert!(off.off && host(copy.at) == off.host && copy.qemu == Qemu::Dead, "{copy:?}");
+    assert_eq!(Some(&copy.content), world.truth.get(&vm(2)));
+    assert!(!newest.names(vm(2), off.host, off.copy), "no copy of it may run");
+    copy.at
+}
+
+#[test]
+fn a_member_that_is_switched_off_moves_with_the_others() {
+    let mut world = one_is_off(1, Faults::quiet());
+    assert!(world.ask_cluster(1, &[(vm(0), 2), (vm(2), 2)]));
+    settle(&mut world);
+    assert_eq!(off_at(&world), 3);
     assert_eq!((world.running(vm(0)).unwrap().1, world.running(vm(1)).unwrap().1), (3, 1));
+    let left = world.copies.values().filter(|c| c.vm == vm(2)).count();
+    assert_eq!(left, 1, "what it had at its old host is given up");
+}
+
+#[test]
+fn a_member_that_is_switched_off_moves_alone() {
+    let mut world = one_is_off(1, Faults::quiet());
+    assert!(world.ask_cluster(1, &[(vm(2), 2)]));
+    settle(&mut world);
+    assert_eq!(off_at(&world), 3);
+}
+
+#[test]
+fn a_member_that_is_switched_off_is_where_the_record_says_whatever_happens() {
+    let mut at = [0; 4];
+    for seed in 0..60 {
+        let faults = if seed % 2 == 0 { Faults::stormy() } else { Faults::stormy().aimed() };
+        let mut world = one_is_off(seed, faults);
+        world.ask_cluster(1, &[(vm(0), 2), (vm(2), 2)]);
+        match seed % 3 {
+            0 => world.at(300 + 20 * seed, Event::Kill(false)),
+            1 => world.at(300 + 20 * seed, Event::Crash((seed % 4) as usize, 2000)),
+            _ => {}
+        }
+        world.run(20_000);
+        settle(&mut world);
+        at[off_at(&world)] += 1;
+    }
+    assert!(at[1] > 0 && at[3] > 0, "{at:?}");
+}
+
+#[test]
+fn a_guest_that_ended_by_itself_is_off_once_it_can_be_decided() {
+    let mut world = quiet(1);
+    let (copy, at) = world.running(vm(2)).unwrap();
+    world.off.insert(vm(2));
+    world.may_lose.insert(vm(2));
+    world.kill(copy);
+    for other in [0, 2] {
+        world.cut_off(other, true, true);
+    }
+    world.act(at, |core, now| core.ended(now, vm(2), copy));
+    world.run(30_000);
+    assert_eq!(world.decided.len(), 1, "no majority");
+    world.cut.clear();
+    assert!(world.run_until(60_000, |w| w.decided.len() == 2));
+    let newest = world.decided.values().next_back().unwrap();
+    assert!(newest.cause == Cause::Off(vm(2)) && newest.places(vm(2), host(at), copy));
+    assert!(newest.is_off(vm(2)) && !newest.is_off(vm(1)));
 }
 
 #[test]

@@ -57,15 +57,11 @@ impl Destination {
     pub(super) fn propose(&mut self, out: &mut Vec<Action>) {
         let proposes = self.led.is_none() || !self.team.is_empty();
         let bound = matches!(self.state, State::Loaded { .. });
-        let loaded = |s: &Seat| self.loaded.contains_key(&s.vm) || self.is_off(s);
+        let loaded = |s: &Seat| self.loaded.contains_key(&s.vm);
         if proposes && bound && !self.proposed && self.team.iter().all(loaded) {
             self.proposed = true;
             out.push(Action::Propose(self.proposal()));
         }
-    }
-
-    fn is_off(&self, seat: &Seat) -> bool {
-        self.record.placement_of(seat.vm).is_some_and(|p| p.off)
     }
 
     /// The next epoch, with the new copies in place of the sources'. An owner that is the only voter
@@ -78,7 +74,6 @@ impl Destination {
         for placed in &mut record.placement {
             let seat = self.team.iter().find(|s| s.vm == placed.vm);
             match (seat, self.loaded.get(&placed.vm)) {
-                (Some(seat), _) if placed.off => placed.host = seat.to,
                 (Some(seat), Some(copy)) => (placed.host, placed.copy) = (seat.to, *copy),
                 (None, _) if placed.vm == self.status.vm => {
                     placed.host = self.me.host;

@@ -79,8 +79,9 @@ impl Lead {
             }
         };
         let members: Vec<MemberStatus> = self.members.iter().map(member).collect();
+        let stands = || self.members.iter().filter_map(|m| m.stand.as_ref());
+        // Those whose guests stand still and run again.
         let run = || self.members.iter().filter(|m| !m.off);
-        let stands = || run().filter_map(|m| m.stand.as_ref());
         let s = &mut self.status;
         let sum = |f: fn(&crate::wire::migrate::Status) -> u64| {
             stands().fold(0_u64, |sum, stand| sum.saturating_add(f(&stand.status)))
@@ -99,9 +100,10 @@ impl Lead {
         s.downtime_us = stands().filter_map(|m| m.status.downtime_us).max();
         s.stop_spread_us = spread_us(run().map(|m| m.stand.as_ref().and_then(|s| s.stopped_us)));
         s.resume_spread_us = spread_us(run().map(|m| m.stand.as_ref().and_then(|s| s.resumed_us)));
-        let all = |phase: Phase| run().all(|m| m.phase() == phase || m.phase().is_end());
+        let each = || self.members.iter();
+        let all = |phase: Phase| each().all(|m| m.phase() == phase || m.phase().is_end());
         s.phase = match s.phase {
-            Phase::Preparing if run().all(|m| m.phase() == Phase::Transfer) => Phase::Transfer,
+            Phase::Preparing if each().all(|m| m.phase() == Phase::Transfer) => Phase::Transfer,
             Phase::Stopped if all(Phase::Deciding) => Phase::Deciding,
             phase => phase,
         };

@@ -1,6 +1,6 @@
 //! What a source does when nothing came in time. Owns no state.
 
-use super::{Action, Body, Effect, Phase, Source, State, wait};
+use super::{Action, Body, Phase, Source, State, wait};
 use crate::time::Time;
 
 impl Source {
@@ -50,7 +50,7 @@ impl Source {
             }
             State::Resuming { ask_at } if now >= *ask_at => {
                 *ask_at = now.plus_ms(wait::SILENCE_MS);
-                out.push(Action::Effect(Effect::Cont(self.copy)));
+                out.push(self.keep());
             }
             _ => {}
         }

@@ -101,3 +101,23 @@ fn nothing_follows_a_closed_record_but_a_vm_on_its_way() {
         assert!(!next.may_follow(&joined));
     }
 }
+
+#[test]
+fn a_member_goes_off_alone_and_moves_as_it_is() {
+    let base = cluster(5, &[2, 3], &[]);
+    let mut off = Record { epoch: Epoch(6), cause: Cause::Off(vm(3)), ..base.clone() };
+    assert!(!off.may_follow(&base), "it is on");
+    off.placement[1].off = true;
+    assert!(off.may_follow(&base) && off.is_off(vm(3)) && !off.is_off(vm(2)));
+    assert!(!off.names(vm(3), HostId([3; 32]), CopyId([3; 16])));
+    let twice = Record { epoch: Epoch(7), ..off.clone() };
+    assert!(!twice.may_follow(&off), "it is off already");
+    let mut other = off.clone();
+    other.placement[0].off = true;
+    assert!(!other.may_follow(&base), "not that one");
+    let mut moved = Record { epoch: Epoch(7), cause: Cause::Move, ..off.clone() };
+    (moved.placement[1].host, moved.placement[1].copy) = (HostId([4; 32]), CopyId([8; 16]));
+    assert!(moved.may_follow(&off) && moved.places(vm(3), HostId([4; 32]), CopyId([8; 16])));
+    moved.placement[1].off = false;
+    assert!(!moved.may_follow(&off), "a move switches nothing on");
+}

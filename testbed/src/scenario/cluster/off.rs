@@ -1,0 +1,212 @@
+//! A cluster of which one member is switched off: its disks move with the others, and nobody runs it.
+//!
+//! Owns the scenario's guests and steps. Its images are compared by `qemu-img`, and that no QEMU ran it is judged by
+//! their events.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::world::{CLUSTER, World};
+use super::{MOVE, SLOW, moved};
+use crate::guest::disk::{DiskForm, SpecDisk};
+use crate::guest::{Cache, GuestFiles, GuestKind};
+use crate::lab::images::{self, DiskImage};
+use crate::lab::qemus::double_runs;
+use crate::lab::wan::{LinkParams, WanMode};
+use crate::lab::{LabConfig, SiteConfig};
+use crate::scenario::faults::follow::Follow;
+use crate::scenario::faults::world::{REQUESTER, ended};
+use crate::scenario::steps::Steps;
+use crate::scenario::swarm::{GuestPlan, Swarm, run};
+
+/// How long until a guest is off, and everyone knows.
+const OFF: Duration = Duration::from_secs(90);
+/// What a guest leaves on its first disk.
+const LEFT: &str = "written before the end";
+/// The member that is switched off, and its disks: forms and MiB. Random bytes, so that a move takes time.
+const MEMBER: &str = "b";
+const DISKS: [(DiskForm, u64); 2] = [(DiskForm::Raw, 24), (DiskForm::Qcow2, 32)];
+
+fn config() -> LabConfig {
+    LabConfig {
+        labid: "cloff".to_owned(),
+        sites: vec![
+            SiteConfig::new("paris", &["h1", "h2", "h3"]),
+            SiteConfig::new("tokyo", &["h4"]),
+        ],
+        wan: WanMode::Shaped(LinkParams::new(100, 20)),
+    }
+}
+
+/// Runs it.
+pub fn off() -> Result<Value> {
+    let mut world = World::up(&config(), &[])?;
+    populate(&mut world)?;
+    let mut steps = Steps::default();
+    let mut step = |name: &str, work: fn(&mut World) -> Result<Value>| {
+        steps.step(name, || work(&mut world));
+    };
+    step("one ends by itself", powered_off);
+    step("all to the other site", there);
+    step("it alone, aborted", aborted);
+    step("the daemon that has it is killed and starts again", restarted);
+    step("it alone, back", back);
+    step("its disks serve again", on_again);
+    let double = double_runs(&world.qemus.seen());
+    world.down()?;
+    let passed = steps.passed() && double.is_empty();
+    let steps = steps.report();
+    Ok(
+        json!({ "scenario": "cluster-off", "passed": passed, "steps": steps, "double_runs": double }),
+    )
+}
+
+fn plan(world: &World, name: &str, number: u8) -> GuestPlan {
+    let path = |at: usize| world.swarm.lab.dir().join(format!("{name}-{at}.img"));
+    let disk = |(at, (form, _)): (usize, &(DiskForm, u64))| SpecDisk::own(path(at), *form);
+    let disks =
+        if name == MEMBER { DISKS.iter().enumerate().map(disk).collect() } else { Vec::new() };
+    GuestPlan { disks, ..GuestPlan::new(name, number, 128) }
+}
+
+/// Two guests on two hosts, as one cluster; the second has disks.
+fn populate(world: &mut World) -> Result<()> {
+    let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
+    for (name, host, number) in [("a", "h1", 11), (MEMBER, "h2", 12)] {
+        let plan = plan(world, name, number);
+        for (disk, (form, mib)) in plan.disks.iter().zip(DISKS) {
+            SpecDisk::blank(&disk.path, form, mib << 20)?;
+        }
+        let guest = world.swarm.start_guest(host, &files, &plan)?;
+        world.guests.push(guest);
+    }
+    world.swarm.ask(REQUESTER, &["cluster", "create", CLUSTER, "--vms", "a,b"])?;
+    Ok(())
+}
+
+/// Where the record says that the member is, if it is off.
+fn off_at(swarm: &Swarm) -> Result<Option<String>> {
+    let shown = swarm.ask(REQUESTER, &["cluster", "show", CLUSTER])?;
+    let members = shown["members"].as_array().context("no members")?;
+    let member = members.iter().find(|m| m["name"] == MEMBER).context("it is no member")?;
+    Ok(member["host"].as_str().filter(|_| member["off"] == true).map(ToOwned::to_owned))
+}
+
+/// Its images as the host that has it shows them.
+fn disks(world: &World, host: &str) -> Result<Vec<DiskImage>> {
+    let shown = world.swarm.ask(host, &["vm", "show", MEMBER])?;
+    ensure!(shown["state"] == "off" && shown["host"] == host, "{shown}");
+    let disks = shown["detail"]["disks"].as_array().context("no disks are shown")?;
+    ensure!(disks.len() == DISKS.len(), "{disks:?}");
+    let image = |(disk, (form, _)): (&Value, (DiskForm, u64))| {
+        let (id, path) = (disk["id"].as_str()?, disk["path"].as_str()?);
+        Some(DiskImage { id: id.into(), path: path.into(), format: form.format().into() })
+    };
+    disks.iter().zip(DISKS).map(|pair| image(pair).context("no path")).collect()
+}
+
+/// It is off on that host by everyone's word, no QEMU of it is there, and its disks read as those that its guest left.
+fn rests(world: &World, host: &str, left: &[DiskImage]) -> Result<Vec<DiskImage>> {
+    ensure!(
+        off_at(&world.swarm)?.as_deref() == Some(host),
+        "the record says {:?}",
+        off_at(&world.swarm)?
+    );
+    world.swarm.wait("its QEMUs have ended", OFF, |_| {
+        Ok(world.copies(MEMBER).iter().all(|qemu| !qemu.alive()))
+    })?;
+    let ran = world.copies(MEMBER).iter().filter(|qemu| !qemu.ran().is_empty()).count();
+    ensure!(ran == 1, "its guest ran in {ran} QEMUs");
+    let here = disks(world, host)?;
+    for (old, new) in left.iter().zip(&here) {
+        ensure!(old.path == new.path || images::reads_as(old, new)?, "{old:?} and {new:?} differ");
+    }
+    Ok(here)
+}
+
+/// What a move left of its images: an operator's own has another name, one that was received is kept.
+fn left_of(images: &[DiskImage]) -> Result<Vec<DiskImage>> {
+    let left = |image: &DiskImage| {
+        let (dir, name) = (image.path.parent()?, image.path.file_name()?.to_str()?.to_owned());
+        let files = std::fs::read_dir(dir).ok()?.filter_map(Result::ok).map(|f| f.path());
+        let is = |path: &PathBuf| {
+            let other = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            other == name || other.starts_with(&format!("{name}.moved-"))
+        };
+        Some(DiskImage { path: files.filter(is).last()?, ..image.clone() })
+    };
+    images.iter().map(|image| left(image).with_context(|| format!("{image:?} is gone"))).collect()
+}
+
+fn powered_off(world: &mut World) -> Result<Value> {
+    let fill = "dd if=/dev/urandom of=/dev/vda bs=1M count=20 && dd if=/dev/urandom of=/dev/vdb bs=1M count=20";
+    let mark = format!("printf '{LEFT}' | dd of=/dev/vda conv=notrunc && sync");
+    run(async {
+        let mut control = world.control(MEMBER)?;
+        control.shell(fill).await?;
+        control.shell(&mark).await?;
+        control.shell("(sleep 1; poweroff -f) >/dev/null 2>&1 </dev/null &").await
+    })?;
+    world.swarm.wait("the record says that it is off", OFF, |s| Ok(off_at(s)?.is_some()))?;
+    let here = rests(world, "h2", &[])?;
+    let out = world.swarm.node("h2")?.cli(&["vm", "console", MEMBER, "--json"], MOVE)?;
+    ensure!(!out.ok(), "{out:?}");
+    Ok(json!({ "disks": here.len() }))
+}
+
+fn there(world: &mut World) -> Result<Value> {
+    let before = disks(world, "h2")?;
+    let plan = world.swarm.ask("h4", &["migrate", CLUSTER, "--to", "h4", "--dry-run"])?;
+    ensure!(plan["fits"] == true && plan["placement"][1]["to"] == "h4", "{plan}");
+    let figures = moved(world, "h4", &[])?;
+    let left = left_of(&before)?;
+    ensure!(left.iter().zip(&before).all(|(a, b)| a.path != b.path), "not set aside: {left:?}");
+    rests(world, "h4", &left)?;
+    ensure!(world.runs_on("a").as_deref() == Some("h4"), "a runs on {:?}", world.runs_on("a"));
+    Ok(figures)
+}
+
+fn aborted(world: &mut World) -> Result<Value> {
+    let before = disks(world, "h4")?;
+    let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+    let follow = Follow::placed(&state, CLUSTER, "", &[(MEMBER, "h1")], SLOW)?;
+    follow.wait(MOVE, |heard| heard.done_ppm > 50_000)?;
+    world.swarm.ask("h2", &["abort", &follow.id.to_string()])?;
+    let shown = ended(&world.swarm, &follow, MOVE)?;
+    ensure!(shown["phase"] == "stayed", "{shown}");
+    ensure!(rests(world, "h4", &before)? == before, "other images");
+    Ok(json!({ "cause": shown["cause"] }))
+}
+
+fn restarted(world: &mut World) -> Result<Value> {
+    let before = disks(world, "h4")?;
+    world.swarm.node_mut("h4")?.restart(Duration::from_secs(30))?;
+    world.swarm.wait("it is known again", OFF, |_| Ok(disks(world, "h4").is_ok()))?;
+    ensure!(rests(world, "h4", &before)? == before, "other images");
+    Ok(json!({}))
+}
+
+fn back(world: &mut World) -> Result<Value> {
+    let before = disks(world, "h4")?;
+    let figures = moved(world, "", &[(MEMBER, "h2")])?;
+    rests(world, "h2", &left_of(&before)?)?;
+    Ok(figures)
+}
+
+fn on_again(world: &mut World) -> Result<Value> {
+    let here = disks(world, "h2")?;
+    let said = world.swarm.ask("h2", &["vm", "stop", MEMBER])?;
+    let done = said["done"].as_str().unwrap_or_default();
+    ensure!(here.iter().all(|disk| done.contains(&disk.path.display().to_string())), "{done}");
+    let own = here.iter().zip(DISKS).map(|(disk, (form, _))| SpecDisk::own(&disk.path, form));
+    let plan = GuestPlan { disks: own.collect(), ..plan(world, MEMBER, 12) };
+    let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
+    world.swarm.start_guest("h2", &files, &plan)?;
+    let read = format!("head -c {} /dev/vda", LEFT.len());
+    let read = run(async { world.control(MEMBER)?.shell(&read).await })?;
+    ensure!(read.trim() == LEFT, "it reads {read:?}");
+    Ok(json!({ "read": read }))
+}
