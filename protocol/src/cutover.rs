@@ -13,11 +13,13 @@
 //!
 //!   Departure   Holding --moved--> Forwarding --all marked, or late--> Closing --> Closed
 //!                  +-----stay----> (what was held goes back into the tap) -------> Closed
-//!   Arrival     Waiting --runs---> Running --end, lost, or late-------------------> Over
+//!   Arrival     Waiting --runs---> Running --end------------------> Over
+//!                                     +------late----> Late --end---^
 //! ```
 //!
 //! What is held crosses at once, before the decision: then it is there when the guest runs. Exactly
-//! one of the two ends uses it, the one that the decision names.
+//! one of the two ends uses it, the one that the decision names. The items of the tail are numbered, and
+//! the old host keeps those that the new one has not acknowledged: a stream that breaks goes on by another.
 
 mod arrival;
 mod departure;
@@ -31,6 +33,11 @@ pub use departure::Departure;
 pub const MARKERS_MS: u64 = 1500;
 /// How long the new host holds fresh frames back after its guest began to run, milliseconds.
 pub const RELEASE_MS: u64 = 3000;
+/// How long the new host holds them back for a tail whose stream is broken, milliseconds.
+pub const RESUME_MS: u64 = 1000;
+/// How long after that guest began to run the tail may come, and what waits for the guest to read, milliseconds.
+/// Longer than TCP needs to go on after a cut of 5 s.
+pub const LATE_MS: u64 = 15_000;
 /// How long an old host whose copy is gone goes on holding without having heard where the guest runs.
 pub const ORPHAN_MS: u64 = 10_000;
 
@@ -41,6 +48,8 @@ pub struct Counts {
     pub held: u64,
     /// Frames that did not fit, or whose way was lost.
     pub dropped: u64,
+    /// Frames of the tail that came after newer ones had been released.
+    pub reordered: u64,
     /// Whether a deadline released what had not been marked: order was not certain.
     pub late: bool,
 }

@@ -11,6 +11,7 @@
 
 mod arriving;
 mod leaving;
+mod tail;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,7 +29,7 @@ use tokio::time::Instant;
 
 use super::copies::Copy;
 use super::node::Node;
-use crate::link::LinkError;
+use crate::link::{Injector, LinkError, TapView};
 
 pub(super) use arriving::Arriving;
 pub(super) use leaving::{Leaving, Rest};
@@ -63,7 +64,7 @@ struct Table {
 
 impl Cutovers {
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     pub fn arriving(&self, key: Key) -> Option<Arc<Arriving>> {
@@ -103,6 +104,10 @@ impl Cutovers {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// All NICs of a wire.
 fn wire(tag: u32) -> std::ops::RangeInclusive<Key> {
     (tag, Mac([0; 6]))..=(tag, Mac([0xff; 6]))
@@ -115,6 +120,21 @@ fn tail_id(id: MigrationId, wire: &Name, mac: &Mac) -> MigrationId {
     let mut derived = [0; 16];
     hasher.finalize_xof().fill(&mut derived);
     MigrationId(derived)
+}
+
+/// A look into the tap of a copy's NIC; `None`: it has none, or it is said why it cannot be looked at.
+fn view(copy: &Copy, mac: &Mac) -> Option<TapView> {
+    let index = copy.spec.nics.iter().position(|nic| nic.mac == *mac)?;
+    let warn = |error: &_| tracing::warn!(%error, "cannot look into a tap");
+    copy.qemu().tap(index).inspect_err(warn).ok().map(TapView::new)
+}
+
+/// The way past the plug of a copy's NIC; without one, it is said that older frames are lost.
+async fn injector(node: &Node, copy: CopyId, wire: &Name, mac: &Mac) -> Option<Injector> {
+    let view = node.copies.get(copy).and_then(|copy| view(&copy, mac))?;
+    let error =
+        |error: &_| tracing::error!(%wire, mac = %mac.colons(), %error, "what was held is lost");
+    node.links.injector(wire, mac, view).await.inspect_err(error).ok()
 }
 
 /// Takes a plug off, and does not give up soon: a NIC that stays plugged is deaf.
@@ -135,12 +155,16 @@ fn instant(node: &Node, timeout: Option<Time>) -> Instant {
 }
 
 fn report(node: &Node, id: MigrationId, nic: &Mac, counts: Counts) {
-    let Counts { held, dropped, late } = counts;
-    if (held, dropped, late) == (0, 0, false) {
+    let Counts { held, dropped, reordered, late } = counts;
+    if counts == Counts::default() {
         return;
     }
     node.count_frames(id, held, dropped);
-    let late = if late { ", released by the deadline" } else { "" };
+    let late = match (late, reordered) {
+        (_, 1..) => &format!(", {reordered} behind newer ones"),
+        (true, 0) => ", released by the deadline",
+        (false, 0) => "",
+    };
     let what = format!("frames of {}: {held} held, {dropped} dropped{late}", nic.colons());
     if dropped > 0 || !late.is_empty() {
         tracing::warn!(migration = %id, "{what}");

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_protocol::id::{Epoch, HostId};
+use godwit_protocol::id::{Epoch, HostId, Name};
 use godwit_protocol::wire::route::{Nic, Route};
 use godwit_protocol::wire::tail::Flipped;
 use tokio::time::{sleep, timeout};
@@ -24,7 +24,7 @@ use super::wires::tag;
 use crate::link::{Where, forwarding_settled};
 
 /// How long what is in a tunnel port may take to leave.
-const FENCE: Duration = Duration::from_secs(1);
+const FENCE: Duration = Duration::from_secs(10);
 /// A marker is a datagram, and is said again after so long.
 const AGAIN: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(300)];
@@ -88,6 +88,11 @@ fn turns(old: HostId, nics: &[Nic], epoch: Epoch) -> Vec<Turn> {
     nics.iter().map(turn).collect()
 }
 
+/// Whether all that is in the wire's tunnel port now has left. A port that is gone has left nothing.
+pub(super) async fn port_left(node: &Node, wire: &Name) -> bool {
+    timeout(FENCE, node.links.fence(wire)).await.is_ok()
+}
+
 impl Turn {
     /// With the epoch of the route that made it necessary.
     pub fn at(mut self, epoch: Epoch) -> Self {
@@ -103,9 +108,13 @@ impl Turn {
                 forwarding_settled().await;
             }
             if self.rest {
-                // Not in time: the rest of the port is lost with the next step, and nothing else.
-                let _ = timeout(FENCE, node.links.fence(&self.nic.wire)).await;
+                let left = port_left(&node, &self.nic.wire).await;
                 node.table().behind.remove(&self.key());
+                if !left {
+                    // A marker would not be behind everything: the old host's deadline does without, and the
+                    // rest of the port finds the new one.
+                    return tracing::warn!(wire = %self.nic.wire, "its tunnel port does not empty");
+                }
             }
             if !self.said {
                 self.say(&node);

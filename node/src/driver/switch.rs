@@ -152,6 +152,30 @@ impl Table {
         self.groups.get(&wire).into_iter().flat_map(|hosts| hosts.keys().copied())
     }
 
+    /// Who gets a frame for one NIC that the kernel has put into the tunnel port. Whatever the way to that host is by
+    /// now: this one goes by tunnel.
+    fn receiver(&self, key: Key) -> Option<HostId> {
+        let known = self.behind.get(&key).copied().or_else(|| self.host_of(key));
+        known.or_else(|| self.gateways.get(&key).copied())
+    }
+
+    /// What becomes of a frame that came by tunnel for a NIC that is elsewhere: the host that it goes on to, and
+    /// the VM of which its sender is to be told. `None`: it is for this host's kernel.
+    fn pass_on(
+        &mut self,
+        me: HostId,
+        from: HostId,
+        key: Key,
+        held: impl FnOnce() -> bool,
+    ) -> Option<(Option<HostId>, Option<VmId>)> {
+        let (vm, host) = self.by_mac.get(&key).copied().filter(|(_, host)| *host != me)?;
+        if held() {
+            return None;
+        }
+        let tell = host != from && self.may_tell(from, vm);
+        Some((Some(host).filter(|host| *host != from), Some(vm).filter(|_| tell)))
+    }
+
     /// Whether `to` was not told lately where the VM is.
     fn may_tell(&mut self, to: HostId, vm: VmId) -> bool {
         let now = Instant::now();
@@ -204,15 +228,13 @@ impl Node {
             // A frame that cannot be sent is lost, as on any link; the adapter counts it.
             let _ = self.frames.send(host, wire, &frame.frame);
         };
-        let far = |host: &HostId| *host != self.me && self.via(wire, *host) == Where::Tunnel;
-        let key = (wire, frame.destination());
+        let others = |host: &HostId| *host != self.me;
         if frame.is_group() {
-            table.group(wire).filter(far).for_each(send);
-        } else if let Some(host) = table.behind.get(&key) {
-            send(*host);
+            // The kernel has given it to those that it reaches.
+            let far = |host: &HostId| self.via(wire, *host) == Where::Tunnel;
+            table.group(wire).filter(others).filter(far).for_each(send);
         } else {
-            let host = table.host_of(key).or_else(|| table.gateways.get(&key).copied());
-            host.filter(far).into_iter().for_each(send);
+            table.receiver((wire, frame.destination())).filter(others).into_iter().for_each(send);
         }
     }
 
@@ -224,19 +246,13 @@ impl Node {
             return false;
         };
         let key = (tag, Mac(*mac));
-        let (vm, host, tell) = {
-            let mut table = self.table();
-            let Some((vm, host)) = table.by_mac.get(&key).copied() else { return false };
-            if host == self.me || self.cutovers.held(key).is_some() {
-                return false;
-            }
-            (vm, host, host != from && table.may_tell(from, vm))
-        };
-        if host != from {
+        let passed = self.table().pass_on(self.me, from, key, || self.cutovers.held(key).is_some());
+        let Some((on, told)) = passed else { return false };
+        if let Some(host) = on {
             // Lost as on any link, and counted there.
             let _ = self.frames.send(host, tag, frame);
         }
-        if tell {
+        if let Some(vm) = told {
             let node = Arc::clone(self);
             tokio::spawn(async move {
                 // Told again if this fails, or is lost: with its next frame.
@@ -283,5 +299,96 @@ impl Node {
             Some(ip) if self.links.trusts(ip) => Where::Vxlan(ip),
             _ => Where::Tunnel,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_protocol::core::{Command, Config, Core};
+    use godwit_protocol::id::{CopyId, Epoch, StoreId};
+    use godwit_protocol::time::Time;
+    use godwit_protocol::wire::route::{Kind, Nic};
+
+    use super::*;
+
+    const SENDER: HostId = HostId([1; 32]);
+    const OLD: HostId = HostId([2; 32]);
+    const NEW: HostId = HostId([3; 32]);
+    const VM: VmId = VmId([7; 16]);
+    const MAC: Mac = Mac([2, 0, 0, 0, 0, 7]);
+
+    fn route(host: HostId, epoch: u64) -> Route {
+        let wire = "red".parse().unwrap();
+        Route {
+            vm: VM,
+            name: "guest".parse().unwrap(),
+            host,
+            copy: CopyId([1; 16]),
+            epoch: Epoch(epoch),
+            nics: vec![Nic { wire, mac: MAC }],
+            kind: Kind::Vm,
+            gone: false,
+        }
+    }
+
+    fn core(me: HostId, knows: Route) -> Core {
+        let config = Config {
+            me,
+            store: StoreId([1; 16]),
+            site: "paris".parse().unwrap(),
+            generation: 1,
+            seed: 1,
+            hard: BTreeMap::new(),
+            moving: Vec::new(),
+            statuses: Vec::new(),
+        };
+        let mut core = Core::new(Time(0), config);
+        core.announce(Time(0), knows);
+        while core.poll_command().is_some() {}
+        core
+    }
+
+    /// It has not heard of a move: its frames reach the guest, and it hears of it.
+    #[test]
+    fn a_stale_sender_is_told_and_its_frame_goes_on() {
+        let key = (tag(&"red".parse().unwrap()), MAC);
+        let (mut sender, mut sends) = (core(SENDER, route(OLD, 1)), Table::default());
+        let (mut old, mut passes) = (core(OLD, route(NEW, 2)), Table::default());
+        sends.put(route(OLD, 1));
+        passes.put(route(OLD, 1));
+        assert_eq!(sends.receiver(key), Some(OLD));
+        assert_eq!(passes.pass_on(OLD, SENDER, key, || false), None, "the guest is here");
+        passes.put(route(NEW, 2));
+        assert_eq!(passes.pass_on(OLD, SENDER, key, || true), None, "it moves just now");
+        let first = passes.pass_on(OLD, SENDER, key, || false);
+        assert_eq!(first, Some((Some(NEW), Some(VM))));
+        let second = passes.pass_on(OLD, SENDER, key, || false);
+        assert_eq!(second, Some((Some(NEW), None)), "not with every frame");
+        assert_eq!(passes.pass_on(OLD, NEW, key, || false), Some((None, None)), "never in circles");
+
+        old.redirect(Time(1), SENDER, VM);
+        while let Some(command) = old.poll_command() {
+            let Command::Send(to, said) = command else { continue };
+            assert_eq!(to, SENDER);
+            sender.message(Time(2), OLD, said);
+        }
+        while let Some(command) = sender.poll_command() {
+            if let Command::Route(route) = command {
+                sends.put(route);
+            }
+        }
+        assert_eq!(sends.routes.get(&VM).map(|r| r.epoch), Some(Epoch(2)));
+        assert_eq!(sends.receiver(key), Some(NEW));
+    }
+
+    #[test]
+    fn the_rest_of_a_tunnel_port_goes_where_it_was_to_go() {
+        let key = (tag(&"red".parse().unwrap()), MAC);
+        let mut table = Table::default();
+        table.put(route(NEW, 2));
+        table.behind.insert(key, OLD);
+        assert_eq!(table.receiver(key), Some(OLD));
+        table.behind.remove(&key);
+        assert_eq!(table.receiver(key), Some(NEW));
     }
 }

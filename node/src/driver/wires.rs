@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use futures::future::join_all;
 use godwit_protocol::core::Core;
 use godwit_protocol::id::{Epoch, Mac, Name};
 use godwit_protocol::wire::route::{Kind, Nic, Route};
@@ -121,11 +122,8 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
         Epoch::default()
     });
     turns.into_iter().for_each(|turn| turn.at(epoch).end(node));
-    for nic in &nics {
-        if let Some(leaving) = node.cutovers.held((tag(&nic.wire), nic.mac)) {
-            leaving.stays(node).await;
-        }
-    }
+    let held = nics.iter().filter_map(|nic| node.cutovers.held((tag(&nic.wire), nic.mac)));
+    join_all(held.map(|leaving| async move { leaving.stays(node).await })).await;
     // The guest's neighbours learn nothing new (the address stays), but switches on an uplink do.
     let qmp = copy.qemu();
     if let Err(error) = qmp.qmp().announce_self(10, 550, 5, 100).await {
@@ -219,8 +217,30 @@ pub(super) async fn members_changed(node: &Arc<Node>) {
     }
     for wire in node.carried() {
         broadcasts(node, &wire).await;
+        ways_changed(node, &wire).await;
     }
     uplinks::choose_again(node).await;
+}
+
+/// Routes to hosts that are reached another way now. What is on its way by the tunnel may be overtaken by what
+/// follows it by VXLAN: a marker would need a host that holds the one until it has the other, for what happens once,
+/// when a host is heard of for the first time.
+async fn ways_changed(node: &Node, wire: &Name) {
+    let _turn = node.turning.lock().await;
+    let tag = tag(wire);
+    let host = |mac| node.table().host_of((tag, mac)).filter(|host| *host != node.me);
+    let routes = node.links.routes(wire).await;
+    for (mac, to) in other_ways(&routes, |mac| host(mac).map(|host| node.via(tag, host))) {
+        set(node, wire, &mac, to).await;
+    }
+}
+
+/// Those that lead to another host by another way than theirs, with that.
+fn other_ways(routes: &[(Mac, Where)], via: impl Fn(Mac) -> Option<Where>) -> Vec<(Mac, Where)> {
+    let away = |to: &Where| matches!(to, Where::Tunnel | Where::Vxlan(_));
+    let away = routes.iter().filter(|(_, to)| away(to));
+    let other = away.filter_map(|(mac, old)| Some((*mac, via(*mac).filter(|new| new != old)?)));
+    other.collect()
 }
 
 /// The other members' addresses.
@@ -254,5 +274,21 @@ pub(super) async fn status(node: &Arc<Node>, wire: &Name) -> WireStatus {
         bridge: crate::link::bridge_name(wire),
         mtu: u32::from(node.links.mtu()),
         counters,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_routes_whose_way_has_changed_are_set_anew() {
+        let [a, b] = [[10, 0, 0, 1], [10, 0, 0, 2]].map(|ip| Where::Vxlan(ip.into()));
+        let old = [Where::Tunnel, a, a, a, Where::Tunnel, Where::Local, Where::Hold, Where::None];
+        let new = [Some(a), Some(Where::Tunnel), Some(b), Some(a), None, Some(a), Some(a), Some(a)];
+        let mac = |n: usize| Mac([2, 0, 0, 0, 0, n as u8]);
+        let routes: Vec<_> = old.into_iter().enumerate().map(|(n, to)| (mac(n), to)).collect();
+        let changed = other_ways(&routes, |mac| new[usize::from(mac.0[5])]);
+        assert_eq!(changed, [(mac(0), a), (mac(1), Where::Tunnel), (mac(2), b)]);
     }
 }

@@ -10,12 +10,14 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use godwit_protocol::id::{Mac, Name};
-use godwit_protocol::limits::CUTOVER_BYTES;
+use godwit_protocol::limits::{CUTOVER_BYTES, TAP_QUEUE_FRAMES};
 use rtnetlink::packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
+use tokio::time::{Instant, sleep};
 
 use super::kernel::Kernel;
+use super::settle::{LOOK, TapView};
 use super::{LinkError, Links, names};
 
 /// Bytes per second of a plug, and of a tap without one.
@@ -28,19 +30,60 @@ const FILLER: [u8; 14] = [2, 0, 0, 0, 0, 0xfe, 2, 0, 0, 0, 0, 0xff, 0x88, 0xb6];
 /// Shortest frame of Ethernet, bytes.
 const SHORTEST: usize = 60;
 
-/// Puts frames into a tap as if they came from its bridge, past a plug.
-pub struct Injector(OwnedFd);
+/// Frames that a tap takes after its guest has emptied it: half of its queue, as others may send too.
+const ROOM: u32 = TAP_QUEUE_FRAMES / 2;
+/// Frames that are put into a tap which others keep full.
+const SHARE: u32 = 16;
+
+/// Puts frames into a tap as if they came from its bridge, past a plug, as fast as its guest takes them.
+pub struct Injector {
+    socket: OwnedFd,
+    tap: TapView,
+    /// How many frames fit for certain.
+    room: u32,
+}
 
 impl Injector {
-    /// Gives the guest a frame; false if its queue is full: the frame is lost, and the kernel counts it.
-    /// Never waits.
-    pub fn send(&self, frame: &[u8]) -> bool {
-        // SAFETY: the pointer and length are of one living slice; the fd is open.
-        let sent = unsafe {
-            libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), libc::MSG_DONTWAIT)
-        };
-        sent >= 0
+    /// Whether one more frame fits. Never waits: ask again after [`Injector::LOOK`].
+    pub fn has_room(&mut self) -> bool {
+        if self.room == 0 && self.tap.is_empty() {
+            self.room = ROOM;
+        }
+        self.room > 0
     }
+
+    /// How often it is worth to ask whether there is room.
+    pub const LOOK: std::time::Duration = LOOK;
+
+    /// Lets a few frames in beside those of others, who may never leave the tap empty.
+    pub fn press(&mut self) {
+        self.room = self.room.max(SHARE);
+    }
+
+    /// Gives the guest a frame; false if the kernel refused it: the frame is lost. Never waits; without
+    /// room it may be in vain.
+    pub fn send(&mut self, frame: &[u8]) -> bool {
+        self.room = self.room.saturating_sub(1);
+        send(&self.socket, frame)
+    }
+
+    /// Gives the guest all of these frames, waiting for room until the deadline. Returns how many are lost.
+    pub async fn send_all<F: AsRef<[u8]>>(&mut self, frames: &[F], deadline: Instant) -> usize {
+        let mut lost = 0;
+        for frame in frames {
+            while !self.has_room() && Instant::now() < deadline {
+                sleep(LOOK).await;
+            }
+            lost += usize::from(!self.send(frame.as_ref()));
+        }
+        lost
+    }
+}
+
+fn send(socket: &OwnedFd, frame: &[u8]) -> bool {
+    let (bytes, length) = (frame.as_ptr().cast(), frame.len());
+    // SAFETY: the pointer and length are of one living slice; the fd is open.
+    unsafe { libc::send(socket.as_raw_fd(), bytes, length, libc::MSG_DONTWAIT) >= 0 }
 }
 
 impl Links {
@@ -74,13 +117,20 @@ impl Links {
         spend(index, SHORTEST).map_err(|e| LinkError::kernel(what, e))
     }
 
-    /// The way past a plug into the NIC's tap, as it is now.
+    /// The way past a plug into the NIC's tap, as it is now; `tap` is the same.
     ///
     /// # Errors
     /// [`LinkError::NoTap`], or the kernel's.
-    pub async fn injector(&self, wire: &Name, mac: &Mac) -> Result<Injector, LinkError> {
+    pub async fn injector(
+        &self,
+        wire: &Name,
+        mac: &Mac,
+        tap: TapView,
+    ) -> Result<Injector, LinkError> {
         let index = self.tap_index(wire, mac).await?;
-        socket(index, true).map_err(|e| LinkError::kernel("open a packet socket", e))
+        let socket =
+            socket(index, true).map_err(|e| LinkError::kernel("open a packet socket", e))?;
+        Ok(Injector { socket, tap, room: 0 })
     }
 
     async fn tap_index(&self, wire: &Name, mac: &Mac) -> Result<u32, LinkError> {
@@ -94,11 +144,11 @@ impl Links {
 fn spend(index: u32, length: usize) -> io::Result<()> {
     let mut frame = FILLER.to_vec();
     frame.resize(length, 0);
-    if socket(index, false)?.send(&frame) { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if send(&socket(index, false)?, &frame) { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A packet socket that sends on a device and receives nothing.
-fn socket(index: u32, past: bool) -> io::Result<Injector> {
+fn socket(index: u32, past: bool) -> io::Result<OwnedFd> {
     let check = |rc: libc::c_int| if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) };
     // SAFETY: plain system calls; every pointer is to a living value of the size that is passed.
     unsafe {
@@ -114,7 +164,7 @@ fn socket(index: u32, past: bool) -> io::Result<Injector> {
         address.sll_ifindex = index as libc::c_int;
         let size = size_of_val(&address) as libc::socklen_t;
         check(libc::bind(fd, (&raw const address).cast(), size))?;
-        Ok(Injector(socket))
+        Ok(socket)
     }
 }
 

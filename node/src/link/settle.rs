@@ -20,8 +20,7 @@ const GLOBAL: libc::c_int = 1;
 /// A grace period where the kernel cannot be asked for one.
 const GRACE: Duration = Duration::from_millis(50);
 /// How often a tap is looked at. Nothing tells when it becomes empty.
-const LOOK: Duration = Duration::from_millis(1);
-
+pub(super) const LOOK: Duration = Duration::from_millis(1);
 /// How often in a row it has to be empty.
 const LOOKS: u32 = 5;
 

@@ -25,6 +25,7 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use godwit_protocol::id::HostId;
+use godwit_protocol::limits::{CLUSTER_VMS, NICS};
 
 use super::identity::peer_of;
 use super::shared::Shared;
@@ -39,8 +40,8 @@ const CONNECT: Duration = Duration::from_secs(8);
 const HANDSHAKES: usize = 32;
 /// Most inbound connections that wait for the driver.
 const INBOUND: usize = 16;
-/// Most bulk connections with one host.
-const PER_HOST: usize = 64;
+/// Most bulk connections with one host: those of the largest cluster, one for each VM and one for each of its NICs.
+const PER_HOST: usize = CLUSTER_VMS * (1 + NICS);
 /// Unacknowledged data kills the connection after this long: longer than a cut of 5 s with the
 /// kernel's retransmissions backing off over it.
 const USER_TIMEOUT: Duration = Duration::from_secs(20);
@@ -325,4 +326,21 @@ fn prepare(tcp: &TcpStream) -> io::Result<Arc<Socket>> {
         tracing::debug!(%cause, "bbr is not available; the host's default congestion control is used");
     }
     Ok(Arc::new(Socket::from(tcp.as_fd().try_clone_to_owned()?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_cluster_gets_its_connections_and_nobody_gets_any_number() {
+        let socket = Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+        let socket = Arc::new(socket.unwrap());
+        let (open, host) = (Open::default(), HostId([1; 32]));
+        assert!((0..CLUSTER_VMS * (1 + NICS)).all(|_| open.add(host, &socket)));
+        assert!(!open.add(host, &socket) && open.add(HostId([2; 32]), &socket));
+        drop(socket);
+        let other = Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+        assert!(open.add(host, &Arc::new(other.unwrap())));
+    }
 }

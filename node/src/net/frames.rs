@@ -7,6 +7,7 @@
 
 pub mod pieces;
 mod quic;
+mod ways;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -28,6 +29,7 @@ use super::identity::peer_of;
 use super::shared::Shared;
 
 pub use pieces::{FRAME_BYTES, Payload};
+use ways::Ways;
 
 /// Most inbound frames that wait for the driver.
 const INBOUND: usize = 4096;
@@ -41,8 +43,6 @@ const GOODBYE: Duration = Duration::from_millis(500);
 const RETRY: Duration = Duration::from_millis(500);
 /// Most handshakes of others under way at once.
 const HANDSHAKES: usize = 64;
-/// Most connections with one peer: two when both dial at once, more while old ones die.
-const PER_HOST: usize = 4;
 /// Most requests to dial that wait.
 const DIALS: usize = 256;
 
@@ -87,8 +87,7 @@ pub enum FrameError {
 
 #[derive(Default)]
 struct Peer {
-    /// The last one is used for sending.
-    connections: Vec<Connection>,
+    connections: Ways<Connection>,
     waiting: Vec<(u32, Bytes)>,
     dialling: bool,
     retry_at: Option<Instant>,
@@ -204,7 +203,7 @@ impl Frames {
         if !self.0.shared.admitted(to) {
             return Err(FrameError::NotMember(to));
         }
-        let connection = self.peers().get(&to).and_then(|p| p.connections.last().cloned());
+        let connection = self.peers().get(&to).and_then(|p| p.connections.used());
         let connection = connection.ok_or(FrameError::NotConnected(to))?;
         connection.send_datagram(datagram).map_err(|_| FrameError::NotConnected(to))
     }
@@ -226,7 +225,7 @@ impl Frames {
     /// Whether frames to this host leave at once.
     #[must_use]
     pub fn connected(&self, host: HostId) -> bool {
-        self.peers().get(&host).is_some_and(|p| !p.connections.is_empty())
+        self.peers().get(&host).is_some_and(|p| p.connections.used().is_some())
     }
 
     /// What happened to frames so far.
@@ -246,7 +245,7 @@ impl Frames {
     /// Drops what leads to an earlier start of `host`; the next frame connects anew. Without this, frames would go to
     /// a node that was killed and started again, and be ignored there, until the connection's idle time is over.
     pub fn forget(&self, host: HostId) {
-        let old = self.peers().get_mut(&host).map(|peer| std::mem::take(&mut peer.connections));
+        let old = self.peers().get_mut(&host).map(|peer| peer.connections.take());
         for connection in old.into_iter().flatten() {
             connection.close(VarInt::from_u32(0), b"");
         }
@@ -267,7 +266,7 @@ impl Frames {
         }
         let connection = {
             let mut peers = self.peers();
-            match peers.get_mut(&to).and_then(|p| p.connections.last().cloned()) {
+            match peers.get(&to).and_then(|p| p.connections.used()) {
                 Some(connection) => connection,
                 None => {
                     let peer = peers.entry(to).or_default();
@@ -303,7 +302,7 @@ impl Frames {
     /// Asks for a connection unless there is one, or one is being made, or one failed just now.
     fn want(&self, host: HostId, peer: &mut Peer) {
         let paused = peer.retry_at.is_some_and(|at| at > Instant::now());
-        if !peer.connections.is_empty() || peer.dialling || paused {
+        if peer.connections.used().is_some() || peer.dialling || paused {
             return;
         }
         peer.dialling = self.0.dials.try_send(host).is_ok();
@@ -379,18 +378,17 @@ impl Frames {
         self.gone(host, &connection);
     }
 
-    /// Makes a connection the one that is used; false if its host is no member. What waited goes first, before
-    /// others can use it.
+    /// Takes a connection into use; false if its host is no member. What waited goes first, before others can
+    /// use it.
     fn enter(&self, host: HostId, connection: &Connection) -> bool {
         let mut peers = self.peers();
         if !self.0.shared.admitted(host) || peers.len() > MEMBERS {
             return false;
         }
         let peer = peers.entry(host).or_default();
-        if peer.connections.len() >= PER_HOST {
-            peer.connections.remove(0).close(VarInt::from_u32(0), b"");
+        if let Some(other) = peer.connections.add(connection.clone()) {
+            other.close(VarInt::from_u32(0), b"");
         }
-        peer.connections.push(connection.clone());
         peer.dialling = false;
         peer.retry_at = None;
         for (tag, frame) in std::mem::take(&mut peer.waiting) {
@@ -417,7 +415,7 @@ impl Frames {
         peers.retain(|host, peer| {
             let stays = self.0.shared.admitted(*host);
             if !stays {
-                for connection in peer.connections.drain(..) {
+                for connection in peer.connections.take() {
                     connection.close(VarInt::from_u32(1), b"");
                 }
             }

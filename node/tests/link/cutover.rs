@@ -82,7 +82,8 @@ fn a_guest_gets_each_frame_once_and_in_order_through_hold_plug_and_tail() {
         forwarding_settled().await;
         hold.drain(|frame| held.push(frame)).unwrap();
         lan.world.b.enter();
-        let past = lan.b.injector(&red, &moving).await.unwrap();
+        let view = TapView::new(there.fd.try_clone().unwrap());
+        let mut past = lan.b.injector(&red, &moving, view).await.unwrap();
         assert_eq!(waiting(&there), [] as [u64; 0], "fresh frames wait behind the plug");
         assert!(!held.is_empty() && held.iter().all(|frame| past.send(frame)));
         old.extend(waiting(&there));
@@ -100,6 +101,38 @@ fn a_guest_gets_each_frame_once_and_in_order_through_hold_plug_and_tail() {
         drop(hold);
         lan.a.set_route(&red, &moving, Where::Local).await.unwrap();
         assert!(lan.a.set_route(&red, &moving, Where::Hold).await.is_err());
+    });
+}
+
+/// More than a tap's queue holds, for a guest that reads slowly.
+#[test]
+fn what_was_held_goes_into_the_tap_as_fast_as_the_guest_reads() {
+    const ALL: u64 = 50_000;
+    run(|world| async move {
+        let lan = lan(world).await;
+        let red = wire("red");
+        let slow = Guest::boot(&lan.world.a, &lan.a, &red, mac(79)).await;
+        lan.a.plug(&red, &mac(79)).await.unwrap();
+        lan.world.a.enter();
+        let view = TapView::new(slow.fd.try_clone().unwrap());
+        let mut past = lan.a.injector(&red, &mac(79), view).await.unwrap();
+        let held: Vec<_> = (0..ALL).map(|n| frame(mac(79), mac(3), &n.to_string())).collect();
+        // Nobody reads: what the kernel refuses is counted.
+        let lost = past.send_all(&held, tokio::time::Instant::now()).await;
+        assert!(lost > 0);
+        assert_eq!(lost + waiting(&slow).len(), held.len());
+
+        let reader = std::thread::spawn(move || {
+            let mut came = Vec::new();
+            while came.last() != Some(&(ALL - 1)) {
+                came.push(slow.hear()?.parse().ok()?);
+            }
+            Some(came)
+        });
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        assert_eq!(past.send_all(&held, deadline).await, 0);
+        let came = tokio::task::spawn_blocking(|| reader.join().unwrap()).await.unwrap();
+        assert_eq!(came, Some((0..ALL).collect::<Vec<u64>>()));
     });
 }
 

@@ -1,5 +1,6 @@
 //! Filters and connections of NICs against the real kernel.
 
+use godwit::link::TapView;
 use godwit_protocol::id::{Mac, VmId};
 use godwit_protocol::wire::filter::Rule;
 
@@ -63,7 +64,8 @@ fn the_first_rule_that_fits_decides_and_arp_always_passes() {
         near.send(mac(1), "no ip again");
         assert_eq!(lan.one.hear().as_deref(), Some("no ip again"));
         // What goes past a plug meets the filter, too.
-        let past = lan.a.injector(&red, &mac(1)).await.unwrap();
+        let view = TapView::new(lan.one.fd.try_clone().unwrap());
+        let mut past = lan.a.injector(&red, &mac(1), view).await.unwrap();
         assert!(past.send(&packet(mac(1), TCP, 50, 80, "held")));
         past.send(&packet(mac(1), UDP, 50, 80, "held and denied"));
         assert_eq!(texts(&lan.one), ["held"]);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use super::{Counts, RELEASE_MS};
+use super::{Counts, LATE_MS, RELEASE_MS, RESUME_MS};
 use crate::id::HostId;
 use crate::time::Time;
 use crate::wire::tail::Item;
@@ -21,7 +21,10 @@ pub enum Output<F> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     Waiting,
-    Running { until: Time },
+    /// The guest runs since then.
+    Running(Time),
+    /// And all senders are released, but the tail has not ended.
+    Late(Time),
     Over,
 }
 
@@ -31,6 +34,10 @@ pub struct Arrival<F> {
     state: State,
     /// The tail, until the guest runs.
     tail: VecDeque<Item<F>>,
+    /// How many items of the tail have come.
+    came: u64,
+    /// There is no stream that brings the tail, since then.
+    broken: Option<Time>,
     /// Senders whose frames wait in the kernel, behind the plug.
     kernel: BTreeSet<HostId>,
     plugged: bool,
@@ -38,10 +45,13 @@ pub struct Arrival<F> {
     fresh: BTreeMap<HostId, VecDeque<F>>,
     marked: BTreeSet<HostId>,
     quiet: bool,
+    /// Of all frames that are here, `outputs` included.
     bytes: usize,
     limit: usize,
     counts: Counts,
     outputs: VecDeque<Output<F>>,
+    /// When what the guest has not taken is given up.
+    last: Option<Time>,
 }
 
 impl<F: AsRef<[u8]>> Arrival<F> {
@@ -51,6 +61,8 @@ impl<F: AsRef<[u8]>> Arrival<F> {
         Self {
             state: State::Waiting,
             tail: VecDeque::new(),
+            came: 0,
+            broken: Some(Time(0)),
             kernel: BTreeSet::new(),
             plugged: true,
             fresh: BTreeMap::new(),
@@ -60,43 +72,77 @@ impl<F: AsRef<[u8]>> Arrival<F> {
             limit,
             counts: Counts::default(),
             outputs: VecDeque::new(),
+            last: None,
         }
     }
 
-    /// The next item of the tail.
-    pub fn tail(&mut self, item: Item<F>) {
-        self.quiet |= matches!(item, Item::Quiet | Item::End);
-        if self.state != State::Waiting {
-            return self.apply(item);
+    /// There is a stream that brings the tail, from the item of the returned number on.
+    pub fn tail_opened(&mut self) -> u64 {
+        self.broken = None;
+        self.came
+    }
+
+    /// It broke off. The next one is waited for, though not for long.
+    pub fn tail_broken(&mut self, now: Time) {
+        self.broken = Some(now);
+    }
+
+    /// Whether there is one.
+    #[must_use]
+    pub fn has_tail(&self) -> bool {
+        self.broken.is_none()
+    }
+
+    /// An item of the tail. One that came before, by a stream that broke, is left out.
+    pub fn tail(&mut self, number: u64, item: Item<F>) {
+        if number == self.came {
+            self.came += 1;
+            self.take(item);
         }
-        if self.bytes + item.len() > self.limit {
-            self.counts.dropped += 1;
+    }
+
+    /// Nothing more is waited for.
+    pub fn tail_lost(&mut self) {
+        self.take(Item::End);
+    }
+
+    fn take(&mut self, item: Item<F>) {
+        self.quiet |= matches!(item, Item::Quiet | Item::End);
+        if let Item::Frame(frame) = &item
+            && !self.admits(frame.as_ref().len())
+        {
             return;
         }
-        self.bytes += item.len();
-        self.counts.held += u64::from(!item.is_empty());
-        self.tail.push_back(item);
-    }
-
-    /// The tail broke off, or there is none: nobody waits for what does not come.
-    pub fn tail_lost(&mut self) {
-        self.tail(Item::End);
+        if self.state == State::Waiting {
+            self.counts.held += u64::from(!item.is_empty());
+            self.tail.push_back(item);
+        } else {
+            self.apply(item);
+        }
     }
 
     /// A frame that a host sent here, not by way of the old host. Of a sender that is released it comes
-    /// back at once as [`Output::Inject`].
+    /// back as [`Output::Inject`].
     pub fn fresh(&mut self, from: HostId, frame: F) {
-        if self.state == State::Over || self.marked.contains(&from) {
-            return self.outputs.push_back(Output::Inject(frame));
-        }
-        let length = frame.as_ref().len();
-        if self.bytes + length > self.limit {
-            self.counts.dropped += 1;
+        if !self.admits(frame.as_ref().len()) {
             return;
         }
-        self.bytes += length;
+        let released = matches!(self.state, State::Late(_) | State::Over);
+        if released || self.marked.contains(&from) {
+            return self.outputs.push_back(Output::Inject(frame));
+        }
         self.counts.held += 1;
         self.fresh.entry(from).or_default().push_back(frame);
+    }
+
+    fn admits(&mut self, length: usize) -> bool {
+        let fits = self.bytes + length <= self.limit;
+        if fits {
+            self.bytes += length;
+        } else {
+            self.counts.dropped += 1;
+        }
+        fits
     }
 
     /// The guest runs here. `kernel`: the hosts whose frames come through this host's kernel, itself
@@ -105,37 +151,32 @@ impl<F: AsRef<[u8]>> Arrival<F> {
         if self.state != State::Waiting {
             return;
         }
-        self.state = State::Running { until: now.plus_ms(RELEASE_MS) };
+        self.state = State::Running(now);
+        self.last = Some(now.plus_ms(LATE_MS));
+        // Whatever was before: from now on somebody waits for it.
+        self.broken = self.broken.map(|_| now);
         self.kernel = kernel.into_iter().collect();
         for item in std::mem::take(&mut self.tail) {
-            self.bytes -= item.len();
             self.apply(item);
         }
         self.unplug_if_free();
     }
 
     fn apply(&mut self, item: Item<F>) {
-        if self.state == State::Over {
-            return;
-        }
         match item {
-            Item::Frame(frame) => self.outputs.push_back(Output::Inject(frame)),
+            Item::Frame(frame) => {
+                self.counts.reordered += u64::from(!matches!(self.state, State::Running(_)));
+                self.outputs.push_back(Output::Inject(frame));
+            }
             Item::Quiet => {}
             Item::Marker(host) => {
                 self.marked.insert(host);
                 let waiting = self.fresh.remove(&host).unwrap_or_default();
-                self.inject(waiting);
+                self.outputs.extend(waiting.into_iter().map(Output::Inject));
                 self.kernel.remove(&host);
                 self.unplug_if_free();
             }
             Item::End => self.finish(),
-        }
-    }
-
-    fn inject(&mut self, frames: VecDeque<F>) {
-        for frame in frames {
-            self.bytes -= frame.as_ref().len();
-            self.outputs.push_back(Output::Inject(frame));
         }
     }
 
@@ -146,33 +187,64 @@ impl<F: AsRef<[u8]>> Arrival<F> {
         }
     }
 
-    fn finish(&mut self) {
-        if self.state == State::Over {
-            return;
-        }
-        self.state = State::Over;
+    /// Lets all senders go on.
+    fn release(&mut self) {
         for (_, waiting) in std::mem::take(&mut self.fresh) {
-            self.inject(waiting);
+            self.outputs.extend(waiting.into_iter().map(Output::Inject));
         }
         self.kernel.clear();
         self.unplug_if_free();
-        self.outputs.push_back(Output::Over);
+    }
+
+    fn finish(&mut self) {
+        if self.state != State::Over {
+            self.state = State::Over;
+            self.release();
+            self.outputs.push_back(Output::Over);
+        }
+    }
+
+    /// Gives up what the guest has not taken.
+    pub fn cut(&mut self) {
+        let before = self.outputs.len();
+        self.outputs.retain(|output| match output {
+            Output::Inject(frame) => {
+                self.bytes -= frame.as_ref().len();
+                false
+            }
+            Output::Unplug | Output::Over => true,
+        });
+        self.counts.dropped += (before - self.outputs.len()) as u64;
     }
 
     /// Releases what has waited for too long.
     pub fn handle_timeout(&mut self, now: Time) {
-        if let State::Running { until } = self.state
-            && now >= until
-        {
+        if self.timeout().is_none_or(|due| now < due) {
+            return;
+        }
+        if let State::Running(since) = self.state {
             self.counts.late = true;
+            self.state = State::Late(since);
+            self.release();
+        }
+        if self.last.is_some_and(|last| now >= last) {
             self.finish();
+            self.cut();
         }
     }
 
     /// When [`Arrival::handle_timeout`] is due.
     #[must_use]
     pub fn timeout(&self) -> Option<Time> {
-        if let State::Running { until } = self.state { Some(until) } else { None }
+        match self.state {
+            State::Waiting => None,
+            State::Running(since) => {
+                let release = since.plus_ms(RELEASE_MS);
+                Some(self.broken.map_or(release, |at| release.min(at.plus_ms(RESUME_MS))))
+            }
+            State::Late(_) => self.last,
+            State::Over => self.last.filter(|_| self.has_output()),
+        }
     }
 
     /// Whether what the guest sent at the old host has left it: what it sends here comes after.
@@ -192,9 +264,20 @@ impl<F: AsRef<[u8]>> Arrival<F> {
         self.bytes
     }
 
-    /// The next thing to do. Call until `None` after every other call.
-    pub fn poll_output(&mut self) -> Option<Output<F>> {
-        self.outputs.pop_front()
+    /// Whether there is something to do.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
+    /// The next thing to do. Call until `None` after every other call. Frames come only if the tap has `room`: what it
+    /// has none for is kept here, and counts.
+    pub fn poll_output(&mut self, room: bool) -> Option<Output<F>> {
+        let output = self.outputs.pop_front_if(|next| room || !matches!(next, Output::Inject(_)));
+        if let Some(Output::Inject(frame)) = &output {
+            self.bytes -= frame.as_ref().len();
+        }
+        output
     }
 
     /// What became of frames so far.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::{Counts, MARKERS_MS, ORPHAN_MS};
+use super::{Counts, LATE_MS, MARKERS_MS, ORPHAN_MS};
 use crate::id::HostId;
 use crate::time::Time;
 use crate::wire::tail::Item;
@@ -28,14 +28,21 @@ enum State {
 pub struct Departure<F> {
     state: State,
     items: VecDeque<Item<F>>,
-    /// How many of `items` are in the tail already, kept in case that the decision is *stay*.
+    /// How many of `items` are in the tail already: kept until the new host has them, and in case that the
+    /// decision is *stay*.
     sent: usize,
+    /// The number of the first of `items`.
+    first: u64,
+    /// How many items the new host has.
+    acknowledged: u64,
     bytes: usize,
     limit: usize,
     marked: BTreeSet<HostId>,
     tail: bool,
     /// The guest stands still: nothing older than what is held can turn up.
     stopped: bool,
+    /// When the tail has to be there.
+    last: Option<Time>,
     counts: Counts,
 }
 
@@ -47,11 +54,14 @@ impl<F: AsRef<[u8]> + Clone> Departure<F> {
             state: State::Holding { until: None },
             items: VecDeque::new(),
             sent: 0,
+            first: 0,
+            acknowledged: 0,
             bytes: 0,
             limit,
             marked: BTreeSet::new(),
             tail: true,
             stopped: false,
+            last: None,
             counts: Counts::default(),
         }
     }
@@ -59,8 +69,7 @@ impl<F: AsRef<[u8]> + Clone> Departure<F> {
     /// A frame came for the NIC.
     pub fn frame(&mut self, frame: F) {
         let length = frame.as_ref().len();
-        let lost = !self.tail && !matches!(self.state, State::Holding { .. });
-        if self.state == State::Closed || lost || self.bytes + length > self.limit {
+        if self.state == State::Closed || !self.tail || self.bytes + length > self.limit {
             self.counts.dropped += 1;
             return;
         }
@@ -102,14 +111,11 @@ impl<F: AsRef<[u8]> + Clone> Departure<F> {
         if !matches!(self.state, State::Holding { .. }) {
             return;
         }
-        for item in self.items.drain(..self.sent) {
-            self.bytes -= item.len();
-        }
-        self.sent = 0;
         let waiting = senders.into_iter().filter(|h| !self.marked.contains(h)).collect();
         self.stopped = true;
         self.state = State::Forwarding { waiting, until: now.plus_ms(MARKERS_MS) };
-        self.drop_without_tail();
+        self.last = Some(now.plus_ms(LATE_MS));
+        self.forget_acknowledged();
     }
 
     /// The copy is gone from this host, and where the guest runs has not been heard.
@@ -119,19 +125,46 @@ impl<F: AsRef<[u8]> + Clone> Departure<F> {
         }
     }
 
-    /// The stream to the new host is lost, or never was.
-    pub fn tail_lost(&mut self) {
-        self.tail = false;
-        self.drop_without_tail();
+    /// A stream to the new host was opened, which has `came` items. False: it cannot go on from there.
+    pub fn resumed(&mut self, came: u64) -> bool {
+        if came < self.first || came > self.first + self.sent as u64 {
+            return false;
+        }
+        // Fewer than before while it is held: the new host was started again.
+        self.acknowledged = came;
+        self.sent = (came - self.first) as usize;
+        self.forget_acknowledged();
+        true
     }
 
-    fn drop_without_tail(&mut self) {
-        if self.tail || matches!(self.state, State::Holding { .. }) {
+    /// The new host has `came` items.
+    pub fn acknowledged(&mut self, came: u64) {
+        let most = self.first + self.sent as u64;
+        self.acknowledged = self.acknowledged.max(came.min(most));
+        self.forget_acknowledged();
+    }
+
+    fn forget_acknowledged(&mut self) {
+        if matches!(self.state, State::Holding { .. }) {
             return;
         }
-        let frames = self.items.drain(..).filter(|i| matches!(i, Item::Frame(_))).count();
+        for item in self.items.drain(..(self.acknowledged - self.first) as usize) {
+            self.bytes -= item.len();
+            self.sent -= 1;
+        }
+        self.first = self.acknowledged;
+    }
+
+    /// Gives up what has waited for too long: the new host is not to be reached.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.last.is_none_or(|last| now < last) || self.is_over() {
+            return;
+        }
+        self.tail = false;
+        // Sent and not acknowledged: they may have come, but nobody says so.
+        let frames = self.items.iter().filter(|i| matches!(i, Item::Frame(_))).count();
         self.counts.dropped += frames as u64;
-        self.bytes = 0;
+        self.forget_all();
         if let State::Forwarding { waiting, .. } = &mut self.state {
             waiting.clear();
         }
@@ -139,17 +172,9 @@ impl<F: AsRef<[u8]> + Clone> Departure<F> {
 
     /// The next item for the tail.
     pub fn next_item(&mut self) -> Option<Item<F>> {
-        if !self.tail || !self.stopped {
-            return None;
-        }
-        if matches!(self.state, State::Holding { .. }) {
-            let item = self.items.get(self.sent)?.clone();
-            self.sent += 1;
-            return Some(item);
-        }
-        let item = self.items.pop_front()?;
-        self.bytes -= item.len();
-        Some(item)
+        let item = self.items.get(self.sent).filter(|_| self.tail && self.stopped)?;
+        self.sent += 1;
+        Some(item.clone())
     }
 
     /// Whether it is time to send this host's own frames to the new host: then do so, give what was
@@ -165,6 +190,7 @@ impl<F: AsRef<[u8]> + Clone> Departure<F> {
         };
         if due {
             self.state = State::Closing;
+            self.last.get_or_insert(now.plus_ms(LATE_MS));
         }
         due
     }
@@ -175,37 +201,38 @@ impl<F: AsRef<[u8]> + Clone> Departure<F> {
             self.state = State::Closed;
             self.stopped = true;
             self.items.push_back(Item::End);
-            self.drop_without_tail();
+            self.forget_acknowledged();
         }
     }
 
     /// Decided: the guest stays. What was held, in its order, for the NIC's own tap.
     pub fn stay(&mut self) -> Vec<F> {
         self.state = State::Closed;
-        self.bytes = 0;
         let frame = |item| if let Item::Frame(frame) = item { Some(frame) } else { None };
-        self.items.drain(..).filter_map(frame).collect()
+        let frames = self.items.drain(..).filter_map(frame).collect();
+        self.forget_all();
+        frames
     }
 
-    /// Whether the tail has carried nothing yet, and nothing is decided: it may be opened anew.
-    #[must_use]
-    pub fn is_unused(&self) -> bool {
-        self.sent == 0 && matches!(self.state, State::Holding { .. })
+    fn forget_all(&mut self) {
+        self.items.clear();
+        (self.bytes, self.sent) = (0, 0);
+        self.first = self.acknowledged;
     }
 
-    /// Whether all was said.
+    /// Whether all was said, and heard.
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.state == State::Closed && (self.items.is_empty() || !self.tail)
     }
 
-    /// When [`Departure::close_due`] is to be asked again.
+    /// When [`Departure::handle_timeout`] is due, and then [`Departure::close_due`] to be asked again.
     #[must_use]
     pub fn timeout(&self) -> Option<Time> {
         match self.state {
             State::Forwarding { until, .. } => Some(until),
             State::Holding { until } => until,
-            State::Closing | State::Closed => None,
+            State::Closing | State::Closed => self.last,
         }
     }
 

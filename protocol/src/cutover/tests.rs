@@ -18,7 +18,7 @@ const HOSTS: usize = 4;
 const RUNS: u64 = 100;
 /// Each sender sends one frame a millisecond for so long.
 const SENDS: u64 = 500;
-const END: u64 = RUNS + RELEASE_MS + ORPHAN_MS;
+const END: u64 = RUNS + LATE_MS + ORPHAN_MS;
 
 fn host(n: usize) -> HostId {
     HostId([n as u8; 32])
@@ -33,13 +33,21 @@ enum Event {
     AtOld(Frame),
     Marker(usize),
     AtNew(usize, Frame),
-    Tail(Item<Frame>),
-    TailLost,
+    /// By which stream, and its number.
+    Tail(u32, u64, Item<Frame>),
+    Acknowledged(u32, u64),
+    /// What is in the stream is lost.
+    Break,
+    Resume,
 }
 
 struct World {
     delay: [[u64; HOSTS]; HOSTS],
     tail_delay: u64,
+    /// Which stream carries the tail, none while it is broken, and the number of its next item.
+    stream: Option<u32>,
+    streams: u32,
+    next: u64,
     /// A sender whose marker is lost.
     mute: Option<usize>,
     old: Departure<Frame>,
@@ -99,25 +107,42 @@ impl World {
             Event::AtOld(frame) => self.old.frame(frame),
             Event::Marker(from) => self.old.marker(host(from)),
             Event::AtNew(from, frame) => self.new.fresh(host(from), frame),
-            Event::Tail(item) => self.new.tail(item),
-            Event::TailLost => {
-                self.old.tail_lost();
-                self.new.tail_lost();
+            Event::Tail(stream, number, item) if self.stream == Some(stream) => {
+                self.new.tail(number, item);
+                self.at(now + self.tail_delay, Event::Acknowledged(stream, number + 1));
+            }
+            Event::Acknowledged(stream, came) if self.stream == Some(stream) => {
+                self.old.acknowledged(came);
+            }
+            Event::Tail(..) | Event::Acknowledged(..) => {}
+            Event::Break => {
+                self.stream = None;
+                self.new.tail_broken(time);
+            }
+            Event::Resume => {
+                self.streams += 1;
+                self.stream = Some(self.streams);
+                self.next = self.new.tail_opened();
+                assert!(self.old.resumed(self.next));
             }
         }
         self.settle(now);
     }
 
     fn settle(&mut self, now: u64) {
+        self.old.handle_timeout(Time(now * 1000));
         if self.old.close_due(Time(now * 1000)) {
             self.flipped[OLD] = true;
             self.old.close();
         }
-        while let Some(item) = self.old.next_item() {
-            self.at(now + self.tail_delay, Event::Tail(item));
+        while let Some(stream) = self.stream
+            && let Some(item) = self.old.next_item()
+        {
+            self.at(now + self.tail_delay, Event::Tail(stream, self.next, item));
+            self.next += 1;
         }
         self.new.handle_timeout(Time(now * 1000));
-        while let Some(output) = self.new.poll_output() {
+        while let Some(output) = self.new.poll_output(true) {
             match output {
                 Output::Inject(frame) => self.guest.push(frame),
                 Output::Unplug => self.guest.extend(self.plug.take().unwrap()),
@@ -130,6 +155,9 @@ impl World {
         let mut world = Self {
             delay,
             tail_delay,
+            stream: None,
+            streams: 0,
+            next: 0,
             mute: None,
             old: Departure::new(1 << 20),
             new: Arrival::new(1 << 20),
@@ -142,6 +170,7 @@ impl World {
         };
         (0..HOSTS).for_each(|from| world.at(0, Event::Emit(from)));
         world.old.stopped(Vec::new(), 0);
+        world.at(0, Event::Resume);
         world.at(RUNS, Event::Runs);
         change(&mut world);
         for now in 0..END {
@@ -161,6 +190,15 @@ impl World {
         let ours = self.guest.iter().filter(|f| usize::from(f[0]) == from);
         ours.map(|f| u16::from_be_bytes([f[1], f[2]])).collect()
     }
+
+    fn brought_everything_in_order(&self) -> Result<(), TestCaseError> {
+        for from in 0..HOSTS {
+            let all: Vec<u16> = (0..self.sent[from]).collect();
+            prop_assert_eq!(self.of(from), all, "sender {}", from);
+        }
+        prop_assert_eq!((self.old.counts().dropped, self.new.counts().dropped), (0, 0));
+        Ok(())
+    }
 }
 
 fn delays() -> impl Strategy<Value = [[u64; HOSTS]; HOSTS]> {
@@ -171,11 +209,7 @@ proptest! {
     #[test]
     fn every_frame_comes_once_and_in_order(delay in delays(), tail in 0_u64..400) {
         let world = World::run(delay, tail, |_| {});
-        for from in 0..HOSTS {
-            let all: Vec<u16> = (0..world.sent[from]).collect();
-            prop_assert_eq!(world.of(from), all, "sender {}", from);
-        }
-        prop_assert_eq!((world.old.counts().dropped, world.new.counts().dropped), (0, 0));
+        world.brought_everything_in_order()?;
         prop_assert!(!world.old.counts().late && !world.new.counts().late);
     }
 
@@ -194,13 +228,42 @@ proptest! {
     }
 
     #[test]
+    fn a_stream_that_breaks_and_is_opened_again_loses_nothing(
+        delay in delays(), tail in 0_u64..200, breaks in 0_u64..SENDS, pause in 1..RESUME_MS / 2,
+    ) {
+        let world = World::run(delay, tail, |w| {
+            for at in [breaks, breaks + pause + 200] {
+                w.at(at, Event::Break);
+                w.at(at + pause, Event::Resume);
+            }
+        });
+        world.brought_everything_in_order()?;
+        prop_assert!(!world.old.counts().late && !world.new.counts().late);
+    }
+
+    #[test]
+    fn a_tail_that_comes_after_the_release_costs_order_at_most(
+        delay in delays(), tail in RELEASE_MS..LATE_MS / 2 - RUNS,
+    ) {
+        let world = World::run(delay, tail, |_| {});
+        for from in 0..HOSTS {
+            let mut came = world.of(from);
+            came.sort_unstable();
+            prop_assert_eq!(came, (0..world.sent[from]).collect::<Vec<_>>());
+        }
+        let counts = world.new.counts();
+        prop_assert!(counts.late && counts.reordered > 0 && counts.dropped == 0);
+    }
+
+    #[test]
     fn a_lost_tail_loses_no_more_than_what_it_carried(
         delay in delays(), tail in 0_u64..400, at in 0_u64..SENDS,
     ) {
-        let world = World::run(delay, tail, |w| w.at(at, Event::TailLost));
+        let world = World::run(delay, tail, |w| w.at(at, Event::Break));
         for from in 0..HOSTS {
-            let came = world.of(from);
-            prop_assert!(came.iter().all(|n| came.iter().filter(|m| *m == n).count() == 1));
+            let mut came = world.of(from);
+            came.sort_unstable();
+            prop_assert!(came.windows(2).all(|pair| pair[0] < pair[1]));
         }
     }
 }
@@ -217,7 +280,7 @@ fn what_stays_gets_all_that_was_held_whether_it_was_sent_or_not() {
     for n in 2..4 {
         old.frame([n, 0, 0]);
     }
-    assert_eq!(old.counts(), Counts { held: 3, dropped: 1, late: false });
+    assert_eq!(old.counts(), Counts { held: 3, dropped: 1, ..Counts::default() });
     assert_eq!(old.stay(), [[0, 0, 0], [1, 0, 0], [2, 0, 0]]);
     old.frame([9, 0, 0]);
     assert!(old.is_over() && old.next_item().is_none());
@@ -228,15 +291,15 @@ fn what_stays_gets_all_that_was_held_whether_it_was_sent_or_not() {
 fn a_new_host_that_never_runs_injects_nothing_and_holds_no_more_than_its_bound() {
     let mut new = Arrival::new(6);
     for n in 0..4 {
-        new.tail(Item::Frame([n, 0, 0]));
+        new.tail(u64::from(n), Item::Frame([n, 0, 0]));
     }
     new.fresh(host(3), [7, 7, 7]);
-    new.tail(Item::End);
+    new.tail(4, Item::End);
     new.handle_timeout(Time(u64::MAX));
-    assert_eq!((new.poll_output(), new.timeout()), (None, None));
-    assert_eq!(new.counts(), Counts { held: 2, dropped: 3, late: false });
+    assert_eq!((new.poll_output(true), new.timeout()), (None, None));
+    assert_eq!(new.counts(), Counts { held: 2, dropped: 3, ..Counts::default() });
     new.runs(Time(0), [host(NEW)]);
-    let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output()).collect();
+    let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(true)).collect();
     let frame = |n| Output::Inject([n, 0, 0]);
     assert_eq!(outputs, [frame(0), frame(1), Output::Unplug, Output::Over]);
 }
@@ -252,5 +315,73 @@ fn an_old_host_that_hears_nothing_ends() {
     old.stopped(Vec::new(), 0);
     old.close();
     assert_eq!(old.next_item(), Some(Item::End));
+    assert!(!old.is_over(), "nobody has heard it");
+    old.acknowledged(1);
     assert!(old.is_over());
+}
+
+#[test]
+fn what_the_tap_has_no_room_for_is_kept_within_the_bound_and_not_for_ever() {
+    let mut new = Arrival::new(9);
+    assert_eq!(new.tail_opened(), 0);
+    new.tail(0, Item::Frame([0; 3]));
+    new.runs(Time(0), [host(NEW)]);
+    new.tail(1, Item::Frame([1; 3]));
+    new.tail(1, Item::Frame([1; 3]));
+    new.tail(2, Item::Marker(host(NEW)));
+    new.fresh(host(NEW), [2; 3]);
+    new.fresh(host(NEW), [3; 3]);
+    assert_eq!((new.counts().dropped, new.bytes_held()), (1, 9));
+    assert_eq!(new.poll_output(false), None);
+    assert_eq!(new.poll_output(true), Some(Output::Inject([0; 3])));
+    new.fresh(host(NEW), [4; 3]);
+    new.tail(3, Item::End);
+    assert_eq!((new.counts().dropped, new.bytes_held()), (1, 9));
+    assert_eq!(new.timeout(), Some(Time(LATE_MS * 1000)));
+    new.handle_timeout(Time(LATE_MS * 1000));
+    let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(false)).collect();
+    assert_eq!(outputs, [Output::Unplug, Output::Over], "the plug is not for ever either");
+    assert_eq!((new.counts().dropped, new.bytes_held()), (4, 0));
+}
+
+#[test]
+fn a_tail_that_broke_holds_others_back_for_a_short_time() {
+    let mut new: Arrival<Frame> = Arrival::new(9);
+    new.tail_opened();
+    new.tail_broken(Time(0));
+    new.runs(Time(5_000_000), [host(NEW)]);
+    assert_eq!(new.timeout(), Some(Time(5_000_000).plus_ms(RESUME_MS)));
+    new.tail_opened();
+    assert_eq!(new.timeout(), Some(Time(5_000_000).plus_ms(RELEASE_MS)));
+    new.tail_broken(Time(6_000_000));
+    new.handle_timeout(Time(6_000_000).plus_ms(RESUME_MS));
+    let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(true)).collect();
+    assert_eq!(outputs, [Output::Unplug]);
+    assert_eq!(new.tail_opened(), 0);
+    new.tail(0, Item::Frame([0; 3]));
+    new.tail(1, Item::End);
+    let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(true)).collect();
+    assert_eq!(outputs, [Output::Inject([0; 3]), Output::Over]);
+    assert_eq!(new.counts(), Counts { reordered: 1, late: true, ..Counts::default() });
+}
+
+#[test]
+fn an_old_host_keeps_what_is_not_acknowledged_and_gives_up_in_the_end() {
+    let mut old: Departure<Frame> = Departure::new(9);
+    old.stopped(Vec::new(), 0);
+    (0..3).for_each(|n| old.frame([n; 3]));
+    while old.next_item().is_some() {}
+    old.acknowledged(2);
+    assert_eq!(old.bytes_held(), 9, "it may stay");
+    old.moved(Time(0), [host(2)]);
+    assert_eq!(old.bytes_held(), 3);
+    assert!(!old.resumed(1) && !old.resumed(4) && old.resumed(2));
+    assert_eq!(old.next_item(), Some(Item::Frame([2; 3])));
+    assert!(old.close_due(Time(MARKERS_MS * 1000)));
+    old.close();
+    assert_eq!(old.timeout(), Some(Time(LATE_MS * 1000)));
+    old.handle_timeout(Time(LATE_MS * 1000));
+    assert!(old.is_over());
+    old.acknowledged(4);
+    assert_eq!((old.counts().dropped, old.bytes_held()), (1, 0));
 }

@@ -1,6 +1,8 @@
 //! What the old host of a NIC sends to the new one: the frames that came to it, in their order.
 //!
-//! Owns the form: `kind u8 | length u16 | bytes`, big-endian, on a stream of its own for each NIC.
+//! Owns the form, big-endian, on a stream of its own for each NIC: `kind u8 | length u16 | bytes`, over and over.
+//! The other way go numbers, `u64`: how many items the new host has. The first is said as soon as the stream is
+//! open, and tells where to go on; the others are acknowledgements.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +11,8 @@ use crate::limits::FRAME_BYTES;
 
 /// Bytes in front of each item.
 pub const HEAD_BYTES: usize = 3;
+/// Most items between two acknowledgements.
+pub const UNACKNOWLEDGED: u64 = 256;
 /// Longest encoded [`Flipped`], bytes.
 pub const FLIPPED_BYTES: usize = 32;
 

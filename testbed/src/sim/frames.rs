@@ -1,7 +1,7 @@
 //! One NIC that moves while others send to its guest: the production code of both ends, in virtual time.
 //!
-//! Owns senders, links that keep their order, the taps, and what goes wrong: a tail that breaks off, markers
-//! that are lost, routes that are told late, holds that are too small, a move that ends with *stay*.
+//! Owns senders, links that keep their order, the taps, and what goes wrong: a tail that breaks off for a time or for good,
+//! markers that are lost, routes that are told late, holds that are too small, a move that ends with *stay*.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -36,7 +36,7 @@ const NEW: usize = 1;
 /// Everyone sends for so long, milliseconds, one frame each.
 const SENDS_MS: u64 = 400;
 /// Then everything must have come through.
-const END_MS: u64 = 16_000;
+const END_MS: u64 = 20_000;
 
 enum Event {
     Emit(usize),
@@ -48,8 +48,11 @@ enum Event {
     AtOld(Frame),
     Marker(usize),
     AtNew(usize, Frame),
-    Tail(Item<Frame>),
-    TailLost,
+    /// By which stream, and its number.
+    Tail(u32, u64, Item<Frame>),
+    Acknowledged(u32, u64),
+    TailBreaks,
+    TailOpens,
 }
 
 struct Nic {
@@ -62,7 +65,11 @@ struct Nic {
     old: Option<Departure<Frame>>,
     new: Arrival<Frame>,
     stays: bool,
-    tail_up: bool,
+    /// The stream of the tail that is open, how many were, and the number of its next item.
+    stream: Option<u32>,
+    streams: u32,
+    next: u64,
+    /// It is not opened again.
     torn: bool,
     flipped: Vec<bool>,
     sent: Vec<u16>,
@@ -106,7 +113,9 @@ impl Nic {
             old: None,
             new: Arrival::new(limit),
             stays,
-            tail_up: true,
+            stream: None,
+            streams: 0,
+            next: 0,
             torn: false,
             flipped: vec![false; hosts],
             sent: vec![0; hosts],
@@ -116,6 +125,7 @@ impl Nic {
             number: 0,
         };
         (0..hosts).for_each(|from| this.at(0, Event::Emit(from)));
+        this.at(0, Event::TailOpens);
         let hold = 20 + world.below(60);
         let stop = hold + 1 + world.below(20);
         let runs = stop + 5 + world.below(200);
@@ -129,7 +139,12 @@ impl Nic {
             }
         }
         if world.chance(0.2) {
-            this.at(stop + world.below(400), Event::TailLost);
+            let breaks = stop + world.below(400);
+            this.at(breaks, Event::TailBreaks);
+            this.torn = world.chance(0.3);
+            if !this.torn {
+                this.at(breaks + 1 + world.below(600), Event::TailOpens);
+            }
         }
         this
     }
@@ -242,20 +257,27 @@ impl Nic {
                 }
             }
             Event::AtNew(from, frame) => self.new.fresh(host(from), frame),
-            Event::Tail(item) if self.tail_up => {
-                if !self.stays {
-                    self.new.tail(item);
+            Event::Tail(stream, number, item) if self.stream == Some(stream) && !self.stays => {
+                self.new.tail(number, item);
+                let heard = Event::Acknowledged(stream, number + 1);
+                self.at(self.now_ms + self.tail_delay, heard);
+            }
+            Event::Acknowledged(stream, came) if self.stream == Some(stream) => {
+                if let Some(old) = &mut self.old {
+                    old.acknowledged(came);
                 }
             }
-            Event::Tail(item) => self.torn |= !item.is_empty(),
-            Event::TailLost => {
-                self.tail_up = false;
-                self.torn = true;
-                if let Some(old) = &mut self.old {
-                    old.tail_lost();
-                }
-                if !self.stays {
-                    self.new.tail_lost();
+            Event::Tail(..) | Event::Acknowledged(..) => {}
+            Event::TailBreaks => {
+                self.stream = None;
+                self.new.tail_broken(now);
+            }
+            Event::TailOpens => {
+                self.streams += 1;
+                self.stream = Some(self.streams);
+                self.next = self.new.tail_opened();
+                if self.old.as_mut().is_some_and(|old| !old.resumed(self.next)) {
+                    self.stream = None;
                 }
             }
         }
@@ -268,17 +290,21 @@ impl Nic {
     fn settle(&mut self) {
         let now = self.now();
         if let Some(old) = &mut self.old {
+            old.handle_timeout(now);
             if old.close_due(now) {
                 self.flipped[OLD] = true;
                 old.close();
             }
-            let items: Vec<_> = core::iter::from_fn(|| old.next_item()).collect();
-            for item in items {
-                self.at(self.now_ms + self.tail_delay, Event::Tail(item));
+            while let Some(stream) = self.stream
+                && let Some(item) = self.old.as_mut().and_then(Departure::next_item)
+            {
+                let number = self.next;
+                self.next += 1;
+                self.at(self.now_ms + self.tail_delay, Event::Tail(stream, number, item));
             }
         }
         self.new.handle_timeout(now);
-        while let Some(output) = self.new.poll_output() {
+        while let Some(output) = self.new.poll_output(true) {
             match output {
                 Output::Inject(frame) => self.got.push(frame),
                 Output::Unplug => self.unplug(),

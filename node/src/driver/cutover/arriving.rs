@@ -4,25 +4,28 @@
 //! under the machine's lock, in the order in which the machine gives them.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use godwit_protocol::cutover::{Arrival, Output};
 use godwit_protocol::id::{CopyId, HostId, Mac, MigrationId, Name};
 use godwit_protocol::limits::CUTOVER_BYTES;
-use godwit_protocol::wire::tail::{self, Item};
-use tokio::io::{AsyncReadExt, BufReader};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use super::super::copies::Copy;
 use super::super::node::Node;
 use super::super::{bulk, wires};
-use super::{Key, instant, report, tail_id};
+use super::{Key, instant, lock, report, tail, tail_id};
 use crate::link::{Injector, Where};
 use crate::net::BulkStream;
 
+/// How long the reader of a tail may take to say that it has all of it.
+const HEARD: Duration = Duration::from_secs(1);
+/// How long a guest that is to leave again may take to read what is still to be put into its tap.
+const READ: Duration = Duration::from_millis(500);
 /// Different broadcasts that are remembered while a NIC comes.
 const GROUPS: usize = 4096;
 
@@ -36,7 +39,6 @@ pub(in super::super) struct Arriving {
     mac: Mac,
     id: MigrationId,
     inside: Mutex<Inside>,
-    attached: AtomicBool,
     quiet: watch::Sender<bool>,
     news: Notify,
     task: Mutex<Option<AbortHandle>>,
@@ -49,17 +51,28 @@ struct Inside {
     groups: BTreeMap<[u8; 32], u32>,
     refused: u64,
     unplug: bool,
+    unplugged: bool,
     over: bool,
 }
 
 impl Inside {
+    /// Does what the machine asks for, as far as the tap has room.
     fn pump(&mut self) {
-        while let Some(output) = self.machine.poll_output() {
-            match output {
-                Output::Inject(frame) => self.inject(&frame),
-                Output::Unplug => self.unplug = true,
-                Output::Over => self.over = true,
+        loop {
+            let room = self.past.as_mut().is_none_or(Injector::has_room);
+            match self.machine.poll_output(room) {
+                Some(Output::Inject(frame)) => self.inject(&frame),
+                Some(Output::Unplug) => (self.unplug, self.unplugged) = (true, true),
+                Some(Output::Over) => self.over = true,
+                None => return,
             }
+        }
+    }
+
+    /// There may be room now.
+    fn look(&mut self) {
+        if let Some(past) = self.past.as_mut().filter(|_| self.unplugged) {
+            past.press();
         }
     }
 
@@ -72,7 +85,7 @@ impl Inside {
             *seen -= 1;
             return;
         }
-        let sent = self.past.as_ref().is_some_and(|past| past.send(frame));
+        let sent = self.past.as_mut().is_some_and(|past| past.send(frame));
         self.refused += u64::from(!sent);
     }
 }
@@ -100,9 +113,9 @@ pub(in super::super) async fn prepare(
                 groups: BTreeMap::new(),
                 refused: 0,
                 unplug: false,
+                unplugged: false,
                 over: false,
             }),
-            attached: AtomicBool::new(false),
             quiet: watch::Sender::new(false),
             news: Notify::new(),
             task: Mutex::default(),
@@ -127,22 +140,27 @@ pub(in super::super) async fn plug(node: &Node, copy: &Copy) {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<BulkStream>) {
-    let mut reading = None;
+    let mut reading: Option<Reading> = None;
+    let mut looks = interval(Injector::LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let due = instant(&node, lock(&nic.inside).machine.timeout());
+        let (due, waits) = {
+            let inside = lock(&nic.inside);
+            (instant(&node, inside.machine.timeout()), inside.machine.has_output())
+        };
         tokio::select! {
-            Some(tail) = tails.recv(), if reading.as_ref().is_none_or(Reading::is_over) => {
-                if tail.peer() == nic.from {
-                    nic.attached.store(true, Ordering::SeqCst);
-                    reading = Some(Reading(tokio::spawn(Arc::clone(&nic).read(tail)).abort_handle()));
+            Some(stream) = tails.recv() => if stream.peer() == nic.from {
+                // The old host has given the other one up. It has to have ended: it may just say so.
+                if let Some(mut other) = reading.take() {
+                    other.0.abort();
+                    let _ = (&mut other.0).await;
                 }
-            }
+                let read = read(Arc::clone(&node), Arc::clone(&nic), stream);
+                reading = Some(Reading(tokio::spawn(read)));
+            },
             () = nic.news.notified() => {}
+            _ = looks.tick(), if waits => nic.with(Inside::look),
             () = tokio::time::sleep_until(due) => {
                 nic.with(|inside| inside.machine.handle_timeout(node.now()));
             }
@@ -152,22 +170,20 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
             (std::mem::take(&mut inside.unplug), inside.over)
         };
         if unplug {
-            nic.unplug(&node).await;
+            super::unplug(&node, &nic.wire, &nic.mac).await;
         }
         if over {
+            if let Some(reading) = &mut reading {
+                // The old host does not let go before.
+                let _ = timeout(HEARD, &mut reading.0).await;
+            }
             return nic.end(&node);
         }
     }
 }
 
 /// The task that reads; it ends with its NIC.
-struct Reading(AbortHandle);
-
-impl Reading {
-    fn is_over(&self) -> bool {
-        self.0.is_finished()
-    }
-}
+struct Reading(JoinHandle<()>);
 
 impl Drop for Reading {
     fn drop(&mut self) {
@@ -175,44 +191,31 @@ impl Drop for Reading {
     }
 }
 
+async fn read(node: Arc<Node>, nic: Arc<Arriving>, stream: BulkStream) {
+    // The machine counts: an item that an earlier stream still brought does not come twice.
+    let came = lock(&nic.inside).machine.tail_opened();
+    let take = |number, item| {
+        nic.with(|inside| inside.machine.tail(number, item));
+        if lock(&nic.inside).machine.is_quiet() {
+            nic.quiet.send_replace(true);
+        }
+    };
+    if let Err(error) = tail::receive(stream, came, take).await {
+        // So it does when the guest stays.
+        tracing::info!(from = %nic.from, %error, "the tail of a NIC broke off");
+        nic.with(|inside| inside.machine.tail_broken(node.now()));
+    }
+    nic.news.notify_one();
+}
+
 impl Arriving {
     fn with(&self, work: impl FnOnce(&mut Inside)) {
         let mut inside = lock(&self.inside);
         work(&mut inside);
         inside.pump();
-        if inside.unplug || inside.over {
+        if inside.unplug || inside.over || inside.machine.has_output() {
             self.news.notify_one();
         }
-    }
-
-    async fn read(self: Arc<Self>, tail: BulkStream) {
-        let mut tail = BufReader::with_capacity(64 << 10, tail);
-        let mut used = false;
-        loop {
-            match read_item(&mut tail).await {
-                Ok(Item::End) => {
-                    self.with(|inside| inside.machine.tail(Item::End));
-                    break;
-                }
-                Ok(item) => self.with(|inside| inside.machine.tail(item)),
-                Err(_) if !used && !self.runs_already() => {
-                    // It is opened again.
-                    return self.attached.store(false, Ordering::SeqCst);
-                }
-                Err(error) => {
-                    // So it does when the guest stays.
-                    tracing::info!(from = %self.from, %error, "the tail of a NIC broke off");
-                    self.with(|inside| inside.machine.tail_lost());
-                    break;
-                }
-            }
-            used = true;
-            if lock(&self.inside).machine.is_quiet() {
-                self.quiet.send_replace(true);
-            }
-        }
-        self.quiet.send_replace(true);
-        self.news.notify_one();
     }
 
     /// Frames for the NIC may come here: its guest runs here. Earlier, one that comes is passed on.
@@ -235,7 +238,7 @@ impl Arriving {
 
     /// Waits for word that the old host is quiet; not at all if none can come.
     pub async fn quiet(&self) {
-        if self.attached.load(Ordering::SeqCst) {
+        if lock(&self.inside).machine.has_tail() {
             // The sender is this NIC's own.
             let _ = self.quiet.subscribe().wait_for(|quiet| *quiet).await;
         }
@@ -247,19 +250,12 @@ impl Arriving {
         if let Err(error) = node.links.plug(&self.wire, &self.mac).await {
             tracing::error!(wire = %self.wire, %error, "frames may overtake older ones");
         }
-        let past = node.links.injector(&self.wire, &self.mac).await;
-        if let Err(error) = &past {
-            tracing::error!(wire = %self.wire, %error, "what the old host held is lost");
-        }
+        let past = super::injector(node, self.copy, &self.wire, &self.mac).await;
         wires::set(node, &self.wire, &self.mac, Where::Local).await;
-        let attached = self.attached.load(Ordering::SeqCst);
         let kernel = node.kernel_senders(self.key.0);
         self.with(|inside| {
-            inside.past = past.ok();
+            inside.past = past;
             inside.machine.runs(node.now(), kernel);
-            if !attached {
-                inside.machine.tail_lost();
-            }
         });
         self.news.notify_one();
     }
@@ -267,12 +263,14 @@ impl Arriving {
     /// Releases everything now.
     pub async fn finish(&self, node: &Node) {
         self.with(|inside| inside.machine.tail_lost());
-        self.unplug(node).await;
-        self.end(node);
-    }
-
-    async fn unplug(&self, node: &Node) {
+        let deadline = Instant::now() + READ;
+        while lock(&self.inside).machine.has_output() && Instant::now() < deadline {
+            sleep(Injector::LOOK).await;
+            self.with(|_| {});
+        }
+        self.with(|inside| inside.machine.cut());
         super::unplug(node, &self.wire, &self.mac).await;
+        self.end(node);
     }
 
     /// Forgets the NIC.
@@ -294,10 +292,12 @@ impl Arriving {
     fn forget(&self, node: &Node) {
         node.receiving().remove(&tail_id(self.id, &self.wire, &self.mac));
         let (ran, mut counts) = {
-            let inside = lock(&self.inside);
+            let mut inside = lock(&self.inside);
+            inside.machine.cut();
             let mut counts = inside.machine.counts();
             counts.dropped += inside.refused;
-            (inside.past.is_some(), counts)
+            // With it goes the hold on the tap.
+            (inside.past.take().is_some(), counts)
         };
         if ran {
             // What the old host held it counts itself.
@@ -308,13 +308,4 @@ impl Arriving {
             task.abort();
         }
     }
-}
-
-async fn read_item(tail: &mut BufReader<BulkStream>) -> std::io::Result<Item<Bytes>> {
-    let mut head = [0; tail::HEAD_BYTES];
-    tail.read_exact(&mut head).await?;
-    let length = tail::length(head).map_err(std::io::Error::other)?;
-    let mut bytes = vec![0; length];
-    tail.read_exact(&mut bytes).await?;
-    tail::item(head, Bytes::from(bytes)).map_err(std::io::Error::other)
 }

@@ -5,33 +5,31 @@
 //! frames and of markers is the order in which they came.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use godwit_protocol::cutover::Departure;
 use godwit_protocol::id::{CopyId, Epoch, HostId, Mac, MigrationId, Name};
 use godwit_protocol::limits::CUTOVER_BYTES;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use super::super::copies::Copy;
 use super::super::node::Node;
-use super::super::wires;
-use super::{Key, instant, report, tail_id};
+use super::super::{flip, wires};
+use super::{Key, instant, lock, report, tail, tail_id};
 use crate::link::{Hold, TapView, Where, forwarding_settled};
 
 /// How long a guest may take to empty its taps before it is stopped all the same. It runs meanwhile, but the
 /// other members of its cluster may stand still already; what it leaves goes along.
 const EMPTY: Duration = Duration::from_millis(500);
-/// How long a frame may take into the stream before the stream counts as lost.
-const WRITE: Duration = Duration::from_secs(30);
 /// Before a stream that broke is opened again.
-const AGAIN: Duration = Duration::from_millis(500);
-/// How long all that is in a tunnel port may take to leave.
-const FENCE: Duration = Duration::from_secs(1);
+const AGAIN: Duration = Duration::from_millis(200);
+/// How long a guest that stays may take to read what was held.
+const READ: Duration = Duration::from_secs(3);
 
 /// One NIC that leaves.
 pub(in super::super) struct Leaving {
@@ -53,10 +51,6 @@ pub(in super::super) struct Leaving {
     /// The machine's time may have changed.
     steps: Notify,
     tasks: Mutex<Vec<JoinHandle<()>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Makes the hold devices of a copy that is to leave, and opens the streams of their tails.
@@ -113,11 +107,9 @@ pub(in super::super) async fn prepare(
 /// Turns the frames of these NICs into their holds, and waits for the guest to take what it has. What it
 /// has not taken in time is in the views that come back.
 pub(super) async fn hold(node: &Arc<Node>, copy: &Copy, nics: Vec<Arc<Leaving>>) -> Rest {
-    let qemu = copy.qemu();
     let mut held = Vec::new();
     for nic in nics {
-        let index = copy.spec.nics.iter().position(|n| n.mac == nic.mac);
-        let view = index.map(|index| qemu.tap(index).map(TapView::new));
+        let view = super::view(copy, &nic.mac);
         // A route that is told again must not find it set and not held.
         let _turn = node.turning.lock().await;
         match node.links.set_route(&nic.wire, &nic.mac, Where::Hold).await {
@@ -132,8 +124,6 @@ pub(super) async fn hold(node: &Arc<Node>, copy: &Copy, nics: Vec<Arc<Leaving>>)
     let deadline = Instant::now() + EMPTY;
     let mut rest = Vec::new();
     for (nic, view) in held {
-        let warn = |error: &_| tracing::warn!(%error, "cannot look into a tap");
-        let view = view.and_then(|view| view.inspect_err(warn).ok());
         let emptied = match &view {
             Some(view) => view.emptied(deadline).await,
             None => true,
@@ -177,6 +167,7 @@ async fn keep(node: Arc<Node>, nic: Arc<Leaving>) {
             () = tokio::time::sleep_until(due) => {}
         }
         nic.drain();
+        lock(&nic.machine).handle_timeout(node.now());
         if lock(&nic.machine).close_due(node.now()) {
             nic.close(&node).await;
         }
@@ -187,18 +178,14 @@ async fn keep(node: Arc<Node>, nic: Arc<Leaving>) {
 }
 
 /// Writes the tail, from the first held frame on: what crosses before the decision need not cross after.
+/// A stream that breaks is opened again, for as long as the machine waits.
 async fn write(node: Arc<Node>, nic: Arc<Leaving>, to: HostId) {
     while let Err(error) = nic.write_tail(&node, to).await {
-        if lock(&nic.machine).is_unused() {
-            // A link that was cut during the transfer: nothing is lost yet.
-            tokio::time::sleep(AGAIN).await;
-            continue;
-        }
         // So it ends when the guest stays; frames that are lost with it are counted.
-        tracing::info!(%to, %error, "the tail of a NIC broke off");
-        lock(&nic.machine).tail_lost();
-        return nic.steps.notify_one();
+        tracing::debug!(%to, %error, "the tail of a NIC broke off");
+        tokio::time::sleep(AGAIN).await;
     }
+    nic.steps.notify_one();
 }
 
 impl Leaving {
@@ -211,42 +198,12 @@ impl Leaving {
         self.closing.load(Ordering::SeqCst)
     }
 
+    /// Until the new host has the end of it.
     async fn write_tail(&self, node: &Node, to: HostId) -> std::io::Result<()> {
-        let stream = node.bulk.connect(to).await.map_err(std::io::Error::other)?;
-        let mut stream = BufWriter::new(stream);
+        let mut stream = node.bulk.connect(to).await.map_err(std::io::Error::other)?;
         stream.write_all(&tail_id(self.id, &self.wire, &self.mac).0).await?;
-        loop {
-            let (item, over) = {
-                let mut machine = lock(&self.machine);
-                (machine.next_item(), machine.is_over())
-            };
-            let work = async {
-                match &item {
-                    Some(item) => {
-                        let (head, bytes) = item.parts().ok_or(std::io::ErrorKind::InvalidData)?;
-                        stream.write_all(&head).await?;
-                        stream.write_all(bytes).await
-                    }
-                    None => stream.flush().await,
-                }
-            };
-            timeout(WRITE, work).await??;
-            if over {
-                timeout(WRITE, stream.shutdown()).await??;
-                self.steps.notify_one();
-                return Ok(());
-            }
-            if item.is_none() {
-                let mut word = [0];
-                tokio::select! {
-                    () = self.items.notified() => {}
-                    // Nothing is ever said the other way: this is the end of the connection.
-                    _ = stream.get_mut().read(&mut word) => {
-                        return Err(std::io::ErrorKind::ConnectionAborted.into());
-                    }
-                }
-            }
-        }
+        stream.flush().await?;
+        tail::send(stream, &self.machine, &self.items).await
     }
 
     /// Gives the machine what is in the device.
@@ -295,9 +252,10 @@ impl Leaving {
     /// Tells the new host that what the guest sent here has left.
     async fn quiet(&self, node: &Node) {
         // Not told in time, it goes on without.
-        let _ = timeout(FENCE, node.links.fence(&self.wire)).await;
-        lock(&self.machine).quiet();
-        self.items.notify_one();
+        if flip::port_left(node, &self.wire).await {
+            lock(&self.machine).quiet();
+            self.items.notify_one();
+        }
     }
 
     /// Everybody else sends to the new host: so does this one now, and the rest of the hold follows.
@@ -321,8 +279,10 @@ impl Leaving {
     /// Decided: the guest stays. What was held goes into its own tap, ahead of what comes now.
     pub async fn stays(&self, node: &Arc<Node>) {
         let (wire, mac) = (&self.wire, &self.mac);
-        let plugged = node.links.plug(wire, mac).await;
-        let past = node.links.injector(wire, mac).await;
+        if let Err(error) = node.links.plug(wire, mac).await {
+            tracing::error!(%wire, %error, "frames may overtake older ones");
+        }
+        let past = super::injector(node, self.copy, wire, mac).await;
         wires::set(node, wire, mac, Where::Local).await;
         forwarding_settled().await;
         let frames = {
@@ -330,13 +290,11 @@ impl Leaving {
             self.drain_into(&mut machine);
             machine.stay()
         };
-        let sent = past.as_ref().ok().map(|p| frames.iter().filter(|f| p.send(f)).count());
+        let lost = match past {
+            Some(mut past) => past.send_all(&frames, Instant::now() + READ).await,
+            None => frames.len(),
+        };
         super::unplug(node, wire, mac).await;
-        let sent = sent.unwrap_or(0);
-        for error in [plugged.err(), past.err()].into_iter().flatten() {
-            tracing::error!(%wire, mac = %mac.colons(), %error, "what was held is late or lost");
-        }
-        let lost = frames.len() - sent;
         node.count_frames(self.id, 0, lost as u64);
         self.end(node);
     }
