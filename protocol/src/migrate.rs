@@ -123,8 +123,8 @@ pub enum Effect {
     CancelTransfer,
     /// `cont` this copy: a decided record names it.
     Cont(CopyId),
-    /// A decided record says that this copy is here and switched off: end its QEMU, if there is one, and keep
-    /// its disks and its description. Answered like `cont`.
+    /// A decided record says that this copy is here, and it is switched off or its guest has ended: end its QEMU, if
+    /// there is one, and keep its disks and its description. Answered like `cont`.
     Rest(CopyId),
     /// End the QEMU of this copy and free what it holds; it will never run again.
     Discard(CopyId),

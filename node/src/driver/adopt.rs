@@ -73,23 +73,14 @@ impl Saved {
         record::governing(self.records(), vm).is_some_and(|r| r.is_off(vm))
     }
 
-    /// Whether there ever was a record of its VM.
-    fn knows(&self, copy: &Copy) -> bool {
-        record::governing(self.records(), copy.vm()).is_some()
+    /// Whether there ever was a record of the VM.
+    fn knows(&self, vm: VmId) -> bool {
+        record::governing(self.records(), vm).is_some()
     }
 
     /// Whether the record that says is not known here yet.
     fn has_missed(&self, vm: VmId) -> bool {
         record::has_missed(self.records(), vm)
-    }
-
-    /// Whether the description of a copy whose QEMU is gone may still be needed: it waits for a decision that needs
-    /// no QEMU, or it is what is left of its VM.
-    fn needs(&self, node: &Node, vm: VmId, copy: CopyId) -> bool {
-        match self.binds(copy) {
-            true => self.is_off(vm),
-            false => self.places(node, vm, copy) || self.has_missed(vm),
-        }
     }
 
     fn records(&self) -> impl Iterator<Item = &Record> + Clone {
@@ -169,15 +160,19 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         }
         core.runs(node.now(), copy.vm(), copy.id, boot::route(node, &copy, epoch));
     }
-    for CopyRecord { copy, spec, .. } in ended {
-        let epoch = core.record_of(spec.id).map(|r| r.epoch).unwrap_or_default();
-        core.announce(node.now(), boot::route_of(node, &spec, copy, epoch));
-        core.ended(node.now(), spec.id, copy);
-    }
+    ended.iter().for_each(|record| is_off(node, &mut core, record));
     for copy in living.values() {
         boot::watch(node, copy);
     }
     Ok(core)
+}
+
+/// A copy that its record places here, and whose guest has ended.
+fn is_off(node: &Node, core: &mut Core, ended: &CopyRecord) {
+    let (vm, copy) = (ended.spec.id, ended.copy);
+    let epoch = core.record_of(vm).map(|r| r.epoch).unwrap_or_default();
+    core.announce(node.now(), boot::route_of(node, &ended.spec, copy, epoch));
+    core.ended(node.now(), vm, copy);
 }
 
 /// Copies whose QEMU lives, and those that a record names all the same.
@@ -187,50 +182,61 @@ async fn find_living(
 ) -> Result<(BTreeMap<CopyId, Arc<Copy>>, Vec<CopyRecord>), DriverError> {
     let (mut living, mut ended) = (BTreeMap::new(), Vec::new());
     for dir in copy_dirs(&node.vm_dir()).map_err(DriverError::of)? {
-        match Qemu::readopt(&dir).await {
+        let record = match Qemu::readopt(&dir).await {
             Ok(Adoption::Alive(qemu)) => {
                 reserve::release(qemu.spec());
                 let (vm, copy) = (qemu.spec().id, qemu.copy());
-                if saved.is_off(vm) && saved.places(node, vm, copy) && !saved.binds(copy) {
-                    // Nobody needs to see its disks any more, which stay.
-                    qemu.quit(QUIT).await.map_err(DriverError::of)?;
-                    ended.push(CopyRecord::read(&dir).map_err(DriverError::of)?);
+                let rests = saved.is_off(vm) && saved.places(node, vm, copy);
+                if !rests || saved.binds(copy) {
+                    let moving = saved.moving.iter().find(|m| m.copy == copy);
+                    let ran = moving.is_none_or(|m| m.role == Role::Source || m.started);
+                    living.insert(copy, Arc::new(Copy::new(qemu, ran)));
                     continue;
                 }
-                let moving = saved.moving.iter().find(|m| m.copy == qemu.copy());
-                let ran = moving.is_none_or(|m| m.role == Role::Source || m.started);
-                living.insert(qemu.copy(), Arc::new(Copy::new(qemu, ran)));
+                // Nobody needs to see its disks any more, which stay.
+                if qemu.quit(QUIT).await.is_err() {
+                    qemu.kill().await.map_err(DriverError::of)?;
+                }
+                CopyRecord::read(&dir)
             }
-            Ok(Adoption::Gone(record)) => {
-                let (vm, copy) = (record.spec.id, record.copy);
-                let bound = saved.binds(copy);
-                if !saved.is_off(vm) {
-                    tracing::warn!(vm = %record.spec.name, %copy, bound, "its QEMU is gone");
-                }
-                reserve::release(&record.spec);
-                let needed = saved.needs(node, vm, copy);
-                let started = saved.moving.iter().any(|m| m.copy == copy && m.started);
-                if !record.ran && !started && !needed {
-                    // Its memory is gone, so it never will run; who has the guest has all that is in them.
-                    discard_images(node, &record);
-                }
-                match needed {
-                    true if bound => {}
-                    true => ended.push(*record),
-                    false => remove(&dir),
-                }
-            }
+            Ok(Adoption::Gone(record)) => Ok(*record),
             Err(error) => {
                 tracing::warn!(dir = %dir.display(), %error, "cannot take the copy up: ending it");
                 kill_copy(&dir).await.map_err(DriverError::of)?;
-                match CopyRecord::read(&dir) {
-                    Ok(record) if saved.is_off(record.spec.id) => ended.push(record),
-                    _ => remove(&dir),
-                }
+                CopyRecord::read(&dir)
             }
+        };
+        match record {
+            Ok(record) => ended.extend(left(node, saved, record, &dir)),
+            Err(_) => remove(&dir),
         }
     }
     Ok((living, ended))
+}
+
+/// What is left of a copy whose QEMU is gone stays while it may be needed. Given back: it is of a VM that is here.
+fn left(node: &Node, saved: &Saved, record: CopyRecord, dir: &Path) -> Option<CopyRecord> {
+    let (vm, copy) = (record.spec.id, record.copy);
+    let bound = saved.binds(copy);
+    if !saved.is_off(vm) {
+        tracing::warn!(vm = %record.spec.name, %copy, bound, "its QEMU is gone");
+    }
+    reserve::release(&record.spec);
+    if bound {
+        return None; // The decision says what becomes of it.
+    }
+    if saved.places(node, vm, copy) {
+        return Some(record);
+    }
+    if saved.has_missed(vm) {
+        return None;
+    }
+    if !record.ran && saved.knows(vm) {
+        // Its memory is gone, so it never will run; who has the guest has all that is in them.
+        discard_images(node, &record);
+    }
+    remove(dir);
+    None
 }
 
 /// A copy that no record names and no move binds never runs again.
@@ -249,7 +255,7 @@ async fn end_superseded(
             copy.qemu().kill().await.map_err(DriverError::of)?;
         }
         remove(&copy.dir);
-        if !saved.knows(copy) {
+        if !saved.knows(copy.vm()) {
             // It was never made a VM: its images are whoever's they were.
             continue;
         }

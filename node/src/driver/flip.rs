@@ -58,6 +58,8 @@ pub(super) fn begin(node: &Node, route: &Route) -> Vec<Turn> {
         let (tag, _) = turn.key();
         let by_tunnel = node.via(tag, turn.old) == Where::Tunnel;
         turn.rest = by_tunnel && node.via(tag, route.host) != Where::Tunnel;
+        // Of an earlier turn nothing is waited for any more.
+        table.behind.remove(&turn.key());
         if turn.rest {
             table.behind.insert(turn.key(), turn.old);
         }
@@ -109,7 +111,11 @@ impl Turn {
             }
             if self.rest {
                 let left = port_left(&node, &self.nic.wire).await;
-                node.table().behind.remove(&self.key());
+                let mut table = node.table();
+                if table.behind.get(&self.key()) == Some(&self.old) {
+                    table.behind.remove(&self.key());
+                }
+                drop(table);
                 if !left {
                     // A marker would not be behind everything: the old host's deadline does without, and the
                     // rest of the port finds the new one.

@@ -70,7 +70,8 @@ pub(super) async fn show_disks(node: &Arc<Node>, vm: VmId) -> Result<Arc<Copy>, 
 }
 
 impl Worker {
-    /// A decided record says that this copy is here and off: nothing of it stays but images and description.
+    /// A decided record says that this copy is here, and it is off or its guest has ended: images and description
+    /// stay, nothing else does.
     pub(super) async fn rest(&mut self, id: CopyId) {
         self.sending = None;
         self.receiving = None;
@@ -90,6 +91,8 @@ impl Worker {
         if let Ok((_, spec)) = kept(&self.node, vm).await {
             tell(&self.node, &spec, id).await;
         }
+        // A guest that ended while it was started: the record does not say so yet.
+        let _ = self.node.with_core(move |core, now| core.ended(now, vm, id)).await;
         self.node.moment(self.id, "its disks are here, and it stays off");
         self.node.happened(self.id, Happened::Running(wall_us())).await;
     }

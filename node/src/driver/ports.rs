@@ -12,7 +12,7 @@ use godwit_protocol::time::Time;
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::route::{Kind, Nic, Route};
 
-use super::node::Node;
+use super::node::{Node, wall_us};
 use super::wires;
 use crate::api::types::{ApiError, WireStatus};
 
@@ -65,12 +65,18 @@ fn route(node: &Node, nic: Nic) -> Result<Route, ApiError> {
     let id = id(&nic);
     let name = format!("port-{}", nic.mac).parse().map_err(ApiError::plain)?;
     let (vm, copy, host) = (VmId(id), CopyId(id), node.me);
-    let (epoch, nics, kind) = (Epoch(1), vec![nic], Kind::Port);
+    let (epoch, nics, kind) = (epoch(), vec![nic], Kind::Port);
     Ok(Route { vm, name, host, copy, epoch, nics, kind, gone: false })
+}
+
+/// Newer than all that was told before this daemon started, of which it may know nothing yet.
+pub(super) fn epoch() -> Epoch {
+    Epoch(wall_us() / 1_000_000)
 }
 
 /// Tells everyone of what is not a VM, as something newer than what was told before.
 pub(super) fn announce(core: &mut Core, now: Time, route: Route) {
-    let epoch = core.routes().get(route.vm).map_or(route.epoch, |known| known.epoch.next());
+    let known = core.routes().get(route.vm).map(|known| known.epoch.next());
+    let epoch = route.epoch.max(known.unwrap_or_default());
     core.announce(now, Route { epoch, ..route });
 }

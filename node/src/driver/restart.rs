@@ -43,6 +43,16 @@ pub(super) struct Started {
     pub background: Background,
 }
 
+/// As many descriptors as this process may have: a large cluster has a stream for each disk, memory and NIC.
+pub(super) fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let hard = Arc::new(Hard::open(&options.state).map_err(DriverError::of)?);
     let saved = Saved::read(&hard)?;

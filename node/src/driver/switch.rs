@@ -107,6 +107,9 @@ impl Table {
                     *nics -= 1;
                 }
                 hosts.retain(|_, nics| *nics > 0);
+                if matches!(old.kind, Kind::Uplink { .. }) {
+                    self.ways_out.entry(wire).or_default().remove(&old.host);
+                }
             }
         }
         for nic in nics.into_iter().filter(|_| here) {
@@ -114,13 +117,8 @@ impl Table {
             self.by_mac.insert((wire, nic.mac), (vm, host));
             *self.groups.entry(wire).or_default().entry(host).or_default() += 1;
         }
-        for wire in tags.into_iter().filter(|_| way_out) {
-            let hosts = self.ways_out.entry(wire).or_default();
-            if here {
-                hosts.insert(host)
-            } else {
-                hosts.remove(&host)
-            };
+        for wire in tags.into_iter().filter(|_| way_out && here) {
+            self.ways_out.entry(wire).or_default().insert(host);
         }
     }
 

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use godwit_protocol::core::Core;
-use godwit_protocol::id::{CopyId, Epoch, HostId, Mac, Name, VmId};
+use godwit_protocol::id::{CopyId, HostId, Mac, Name, VmId};
 use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::route::{Kind, Nic, Route};
@@ -59,7 +59,8 @@ pub(super) async fn disconnect(node: &Arc<Node>, wire: &Name) -> Result<Done, Ap
     let _one = node.rewiring.lock().await;
     let id = VmId(id(node.me, wire));
     let known = node.with_core(move |core, _| core.routes().get(id).cloned()).await?;
-    let Some(route) = known.filter(|route| !route.gone) else {
+    // One that is gone may have been taken away halfway.
+    let Some(route) = known else {
         let hint = "see godwit wire list; ask on the host that has it";
         return Err(ApiError::new(format!("wire {wire} has no uplink on this host"), hint));
     };
@@ -73,6 +74,10 @@ pub(super) async fn disconnect(node: &Arc<Node>, wire: &Name) -> Result<Done, Ap
 
 /// What the last daemon had; the wires' routes are not told yet.
 pub(super) async fn adopt(node: &Arc<Node>, core: &mut Core, kept: Vec<Kept>) {
+    let known = kept.iter().map(|k| (k.wire.clone(), k.interface.clone())).collect();
+    if let Err(error) = node.links.expect_uplinks(known).await {
+        tracing::error!(%error, "what may pass by gateways is not known");
+    }
     for kept in kept {
         wires::adopt(node, &kept.wire).await;
         let set = set(node, &kept).await;
@@ -85,6 +90,9 @@ pub(super) async fn adopt(node: &Arc<Node>, core: &mut Core, kept: Vec<Kept>) {
         }
         if let Err(error) = set {
             tracing::error!(wire = %kept.wire, error = %error.message, "it has no way out here: connect it again");
+            if let Err(error) = node.links.remove_uplink(&kept.wire).await {
+                tracing::error!(wire = %kept.wire, %error, "what is left of it stays");
+            }
         }
     }
 }
@@ -149,9 +157,13 @@ async fn agreed(
 ) -> Result<(Ipv4Addr, u8), ApiError> {
     let (wanted, name) = (wire.clone(), wire.clone());
     let me = node.me;
-    let known = node
-        .with_core(move |core, _| gateway(core.routes().iter().filter(|r| r.host != me), &wanted))
-        .await?;
+    let revoked = node.net.members().into_iter().filter(|m| m.revoked).map(|m| m.host);
+    let revoked: std::collections::BTreeSet<HostId> = revoked.collect();
+    let work = move |core: &mut Core, _| {
+        let others = core.routes().iter().filter(|r| r.host != me && !revoked.contains(&r.host));
+        gateway(others, &wanted)
+    };
+    let known = node.with_core(work).await?;
     let given = given.map(read).transpose()?;
     match (given, known) {
         (Some(given), Some(known)) if given != known => Err(ApiError::new(
@@ -211,7 +223,7 @@ fn route(node: &Node, kept: &Kept) -> Result<Route, ApiError> {
     let (id, mac) = (id(node.me, &kept.wire), own_mac(node.me, &kept.wire));
     let name = format!("uplink-{mac}").parse().map_err(ApiError::plain)?;
     let nics = vec![Nic { wire: kept.wire.clone(), mac }];
-    let (vm, copy, host, epoch) = (VmId(id), CopyId(id), node.me, Epoch(1));
+    let (vm, copy, host, epoch) = (VmId(id), CopyId(id), node.me, ports::epoch());
     let kind = Kind::Uplink { gateway: kept.gateway, prefix: kept.prefix };
     Ok(Route { vm, name, host, copy, epoch, nics, kind, gone: false })
 }

@@ -12,7 +12,7 @@ use super::copies::Copy;
 use super::destination::Receiving;
 use super::node::{Node, wall_us};
 use super::source::Sending;
-use super::{cutover, hold, images, keeping, migrate, wires};
+use super::{cutover, hold, images, keeping, migrate, off, wires};
 use crate::vmm;
 
 /// Effects that may wait at one worker. A migration has few at a time.
@@ -126,6 +126,10 @@ impl Worker {
             let gone = Happened::QemuGone { copy: id, ran: copy.ran() };
             return self.node.happened(self.id, gone).await;
         }
+        if off::is_off(&self.node, self.vm).await {
+            // It left its cluster since, so the move itself does not know it.
+            return self.rest(id).await;
+        }
         cutover::quiet(&self.node, id).await;
         copy.will_run();
         match qemu.cont().await {
@@ -136,11 +140,6 @@ impl Worker {
                     hold::at("running").await;
                 }
                 self.receiving = None;
-                if qemu.exit().is_some() {
-                    // Its end may be heard of later than this.
-                    let gone = Happened::QemuGone { copy: id, ran: true };
-                    return self.node.happened(self.id, gone).await;
-                }
                 self.node.moment_at(self.id, at_us, "resume: the guest runs");
                 self.node.happened(self.id, Happened::Running(at_us)).await;
             }

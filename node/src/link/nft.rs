@@ -35,6 +35,7 @@ const REGISTER: u32 = 1;
 pub(super) enum Expression<'a> {
     /// IPv4 is 2, IPv6 is 10.
     NetworkProtocol(u8),
+    NetworkProtocolNot(u8),
     /// The type of the Ethernet frame.
     EtherProtocol(u16),
     TransportProtocol(u8),
@@ -281,6 +282,7 @@ fn payload(base: u32, offset: u32, length: u32) -> Vec<u8> {
 fn encode(one: &Expression<'_>) -> Vec<u8> {
     match one {
         Expression::NetworkProtocol(number) => meta(15, &[*number]),
+        Expression::NetworkProtocolNot(number) => meta_not(15, &[*number]),
         Expression::EtherProtocol(number) => meta(1, &number.to_be_bytes()),
         Expression::FirstByte(first, last) => {
             [payload(2, 0, 1), compare(5, &[*first]), compare(3, &[*last])].concat()

@@ -38,6 +38,8 @@ const ARP_ASKS: u16 = 1;
 /// Where an ARP packet names its sender: MAC, then IP address.
 const ARP_SENDER: u32 = 8;
 const ICMP: u8 = libc::IPPROTO_ICMP as u8;
+/// As netfilter calls it.
+const IPV4: u8 = 2;
 /// The gateway's port: it hears guests' ARP requests.
 const PORT: PortFlags = PortFlags { groups: true, isolated: false };
 
@@ -93,6 +95,17 @@ impl Links {
         self.kernel.add_address(device, uplink.gateway, uplink.prefix).await
     }
 
+    /// What an earlier run let pass, and nothing else, passes until each is set again: after a restart, ahead of the first
+    /// [`Links::set_uplink`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn expect_uplinks(&self, known: Vec<(Name, String)>) -> Result<(), LinkError> {
+        let mut state = self.state.lock().await;
+        state.uplinks.extend(known);
+        self.pass(&state.uplinks).await
+    }
+
     /// Takes the wire's way out away; one that is not there is no error.
     ///
     /// # Errors
@@ -116,7 +129,9 @@ impl Links {
     async fn check_uplink(&self, gateway: &str, uplink: &Uplink) -> Result<(), LinkError> {
         let interface = &uplink.interface;
         let ours = interface.starts_with(names::PREFIX) || interface == "lo";
-        let device = self.kernel.device(interface).await?.filter(|_| !ours);
+        let device = self.kernel.device(interface).await?;
+        // Rules go by the name, of which a device may have more than one.
+        let device = device.filter(|device| !ours && device.name == *interface);
         let device = device.ok_or_else(|| LinkError::NoInterface(interface.clone()))?;
         if !device.forwards {
             return Err(LinkError::NotForwarding(interface.clone()));
@@ -171,6 +186,14 @@ impl Guard {
             let host = Expression::TransportProtocolNot(ICMP);
             let host = drop(Expression::InputNamed(gateway), host);
             batch.rule(FAMILY_INET, PASSES, "input", &host);
+            for (chain, way) in [
+                ("forward", Expression::InputNamed(gateway)),
+                ("forward", Expression::OutputNamed(gateway)),
+                ("input", Expression::InputNamed(gateway)),
+            ] {
+                let other = drop(way, Expression::NetworkProtocolNot(IPV4));
+                batch.rule(FAMILY_INET, PASSES, chain, &other);
+            }
         }
         self.commit(&batch.finish())
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use super::Core;
 use crate::id::{HostId, Name, VmId};
 use crate::time::Time;
-use crate::wire::record::{Cause, Record, Voter};
+use crate::wire::record::{Cause, Placement, Record, Voter};
 
 /// How often the lead looks at its clusters' voters, milliseconds.
 pub(super) const EVERY_MS: u64 = 1_000;
@@ -84,7 +84,9 @@ impl Core {
 
     fn runs_lone(&self, record: &Record) -> bool {
         let placed = record.placement.first();
-        placed.is_some_and(|p| p.host != self.me.host || self.runs_here(p.vm, record))
+        let sees_to_it =
+            |p: &Placement| p.off || p.host != self.me.host || self.runs_here(p.vm, record);
+        placed.is_some_and(sees_to_it)
     }
 
     fn runs_here(&self, vm: VmId, record: &Record) -> bool {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{Counts, LATE_MS, RELEASE_MS, RESUME_MS};
 use crate::id::HostId;
+use crate::limits::MEMBERS;
 use crate::time::Time;
 use crate::wire::tail::Item;
 
@@ -44,6 +45,8 @@ pub struct Arrival<F> {
     /// Fresh frames of the others.
     fresh: BTreeMap<HostId, VecDeque<F>>,
     marked: BTreeSet<HostId>,
+    /// Senders whose markers wait in the tail.
+    coming: BTreeSet<HostId>,
     quiet: bool,
     /// Of all frames that are here, `outputs` included.
     bytes: usize,
@@ -67,6 +70,7 @@ impl<F: AsRef<[u8]>> Arrival<F> {
             plugged: true,
             fresh: BTreeMap::new(),
             marked: BTreeSet::new(),
+            coming: BTreeSet::new(),
             quiet: false,
             bytes: 0,
             limit,
@@ -112,6 +116,20 @@ impl<F: AsRef<[u8]>> Arrival<F> {
             && !self.admits(frame.as_ref().len())
         {
             return;
+        }
+        let known =
+            |marked: &BTreeSet<HostId>, host| marked.contains(host) || marked.len() >= MEMBERS;
+        match &item {
+            // Said by the flag.
+            Item::Quiet => return,
+            Item::Marker(host) if known(&self.marked, host) => return,
+            Item::Marker(host) if self.state == State::Waiting => {
+                if known(&self.coming, host) {
+                    return;
+                }
+                self.coming.insert(*host);
+            }
+            _ => {}
         }
         if self.state == State::Waiting {
             self.counts.held += u64::from(!item.is_empty());

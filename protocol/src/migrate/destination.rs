@@ -280,7 +280,8 @@ impl Destination {
         self.status.phase = Phase::Lost;
         self.status.cause.clone_from(&cause);
         if let Some(copy) = self.copy {
-            out.push(Action::Effect(Effect::Discard(copy)));
+            // What it has of its disks is the VM's: the record names it.
+            out.push(Action::Effect(Effect::Rest(copy)));
         }
         out.push(Action::Send(self.peer, Body::Lost(cause.clone())));
         let (tell_at, until) = (now.plus_ms(wait::ASK_MS), now.plus_ms(wait::RUNNING_MS));

@@ -400,7 +400,7 @@ impl Source {
                 self.end(Phase::Lost, cause, out);
             }
             State::Resuming { .. } => {
-                out.push(Action::Effect(Effect::Discard(self.copy)));
+                out.push(Action::Effect(Effect::Rest(self.copy)));
                 self.end(Phase::Lost, cause, out);
             }
         }

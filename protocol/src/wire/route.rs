@@ -1,6 +1,6 @@
 //! Routes: which host carries a VM's NICs, at which epoch.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 

@@ -27,7 +27,7 @@ pub enum WireCommand {
         /// Name of the wire
         wire: Name,
         /// The NIC's address, if the VM has more than one that is free
-        #[arg(long, requires = "vm")]
+        #[arg(long, conflicts_with = "uplink")]
         mac: Option<String>,
         /// Join the wire to the outside by this interface of this host, instead
         #[arg(long, value_name = "IF")]
@@ -45,7 +45,7 @@ pub enum WireCommand {
         /// Name of the wire
         wire: Name,
         /// The NIC's address, if the VM has more than one there
-        #[arg(long, requires = "vm")]
+        #[arg(long, conflicts_with = "uplink")]
         mac: Option<String>,
         /// Take away the uplink that the wire has on this host, instead
         #[arg(long)]

@@ -13,7 +13,7 @@ use godwit_protocol::id::{CopyId, HostId, Mac, MigrationId, Name};
 use godwit_protocol::limits::CUTOVER_BYTES;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::super::copies::Copy;
 use super::super::node::Node;
@@ -141,7 +141,7 @@ pub(in super::super) async fn plug(node: &Node, copy: &Copy) {
 }
 
 async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<BulkStream>) {
-    let mut reading: Option<Reading> = None;
+    let (mut reading, mut heard): (Option<Reading>, Option<Instant>) = (None, None);
     let mut looks = interval(Injector::LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -160,7 +160,7 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
                 reading = Some(Reading(tokio::spawn(read)));
             },
             () = nic.news.notified() => {}
-            _ = looks.tick(), if waits => nic.with(Inside::look),
+            _ = looks.tick(), if waits || heard.is_some() => nic.with(Inside::look),
             () = tokio::time::sleep_until(due) => {
                 nic.with(|inside| inside.machine.handle_timeout(node.now()));
             }
@@ -173,11 +173,13 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
             super::unplug(&node, &nic.wire, &nic.mac).await;
         }
         if over {
-            if let Some(reading) = &mut reading {
-                // The old host does not let go before.
-                let _ = timeout(HEARD, &mut reading.0).await;
+            // The old host does not let go before it is heard.
+            let until = *heard.get_or_insert_with(|| Instant::now() + HEARD);
+            let told =
+                reading.as_ref().is_none_or(|r| r.0.is_finished()) || Instant::now() >= until;
+            if told && nic.end_if_empty(&node) {
+                return;
             }
-            return nic.end(&node);
         }
     }
 }
@@ -273,10 +275,22 @@ impl Arriving {
         self.end(node);
     }
 
+    /// Forgets the NIC, unless something waits for room in its tap: what comes meanwhile is behind that.
+    fn end_if_empty(&self, node: &Node) -> bool {
+        self.end_if(node, |inside| !inside.machine.has_output())
+    }
+
     /// Forgets the NIC.
     pub fn end(&self, node: &Node) {
+        self.end_if(node, |_| true);
+    }
+
+    fn end_if(&self, node: &Node, may: impl FnOnce(&Inside) -> bool) -> bool {
         let removed = {
             let mut table = node.cutovers.lock();
+            if !may(&lock(&self.inside)) {
+                return false;
+            }
             let same = |a: &Arc<Self>| std::ptr::eq(Arc::as_ptr(a), self);
             table
                 .arriving
@@ -287,6 +301,7 @@ impl Arriving {
         if removed.is_some() {
             self.forget(node);
         }
+        true
     }
 
     fn forget(&self, node: &Node) {

@@ -148,8 +148,10 @@ impl Rest {
             }
             lock(&nic.machine).stopped(frames, lost);
             nic.items.notify_one();
-            let node = Arc::clone(node);
-            tokio::spawn(async move { nic.quiet(&node).await });
+            let (node, leaving) = (Arc::clone(node), Arc::clone(&nic));
+            let quiet = tokio::spawn(async move { leaving.quiet(&node).await });
+            // It ends with the NIC, whose device nothing else may hold.
+            lock(&nic.tasks).push(quiet);
         }
     }
 }
