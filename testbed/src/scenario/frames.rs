@@ -137,6 +137,12 @@ impl World {
         let config = ProbeConfig { target, rate_pps: FAST, size: 64 };
         let station = self.stations.first().context("no station")?;
         let prober = Prober::start(Some(station.ns()), &config)?;
+        let end = Instant::now() + SOON;
+        // Nobody answers its first one, behind which the others wait for a second.
+        while prober.sent() < u64::from(FAST) {
+            ensure!(Instant::now() < end, "the prober does not get to its rate");
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let done = self.moves();
         let sent = prober.stop(Duration::ZERO).sent;
         done?;

@@ -128,10 +128,11 @@ pub(super) fn ours(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
     let swarm = Swarm::up(&case.lab(), |_| {})?;
     let guests = boot(case, files, &swarm)?;
     let station = swarm.station(ASKED, 1)?;
+    let ram_bytes = u64::from(MEMORY_MIB) << 20;
+    // Takes seconds of the processors that the guests have: before anybody listens to them.
+    let (content, vm) = inspect(&swarm, &guests)?;
     let probers = talk(&station, &guests)?;
     std::thread::sleep(SETTLE);
-    let ram_bytes = u64::from(MEMORY_MIB) << 20;
-    let (content, vm) = inspect(&swarm, &guests)?;
     let nodes = swarm.nodes().iter().filter_map(|n| n.pid()).collect();
     let sampler = Sampler::start(&swarm.lab, nodes)?;
     let before = swarm.lab.wan()?.stats()?;
@@ -156,6 +157,7 @@ pub(super) fn ours(case: &Case, files: &GuestFiles) -> Result<(Run, Vm)> {
         prober.wait_unique(prober.snapshot().unique + 100, Duration::from_secs(30));
         seen.push(prober.stop(Duration::from_secs(1)));
     }
+    println!("{}", serde_json::json!(seen));
     let verified = verify(case, &swarm, &guests)?;
     drop(station);
     let (pages_verified, pages_corrupt) = sum(&verified);
