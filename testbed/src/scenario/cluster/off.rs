@@ -110,16 +110,15 @@ fn disks(world: &World, host: &str) -> Result<Vec<DiskImage>> {
 
 /// It is off on that host by everyone's word, no QEMU of it is there, and its disks read as those that its guest left.
 fn rests(world: &World, host: &str, left: &[DiskImage]) -> Result<Vec<DiskImage>> {
-    ensure!(
-        off_at(&world.swarm)?.as_deref() == Some(host),
-        "the record says {:?}",
-        off_at(&world.swarm)?
-    );
+    world.swarm.wait("the record says where it is", OFF, |swarm| {
+        Ok(off_at(swarm)?.as_deref() == Some(host))
+    })?;
     world.swarm.wait("its QEMUs have ended", OFF, |_| {
         Ok(world.copies(MEMBER).iter().all(|qemu| !qemu.alive()))
     })?;
     let ran = world.copies(MEMBER).iter().filter(|qemu| !qemu.ran().is_empty()).count();
     ensure!(ran == 1, "its guest ran in {ran} QEMUs");
+    world.swarm.wait("its host shows its disks", OFF, |_| Ok(disks(world, host).is_ok()))?;
     let here = disks(world, host)?;
     for (old, new) in left.iter().zip(&here) {
         ensure!(old.path == new.path || images::reads_as(old, new)?, "{old:?} and {new:?} differ");
@@ -162,8 +161,12 @@ fn there(world: &mut World) -> Result<Value> {
     let plan = world.swarm.ask("h4", &["migrate", CLUSTER, "--to", "h4", "--dry-run"])?;
     ensure!(plan["fits"] == true && plan["placement"][1]["to"] == "h4", "{plan}");
     let figures = moved(world, "h4", &[])?;
+    // Nobody waits for that where it was asked for.
+    world.swarm.wait("its old images are set aside", OFF, |_| {
+        let left = left_of(&before)?;
+        Ok(left.iter().zip(&before).all(|(old, was)| old.path != was.path))
+    })?;
     let left = left_of(&before)?;
-    ensure!(left.iter().zip(&before).all(|(a, b)| a.path != b.path), "not set aside: {left:?}");
     rests(world, "h4", &left)?;
     ensure!(world.runs_on("a").as_deref() == Some("h4"), "a runs on {:?}", world.runs_on("a"));
     Ok(figures)
