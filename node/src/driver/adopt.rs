@@ -21,9 +21,9 @@ use serde::de::DeserializeOwned;
 
 use super::copies::Copy;
 use super::node::{DriverError, Node, random, wall_us};
-use super::{boot, catalog, images, keeping, mirrors, nics, ports, uplinks, wires};
+use super::{boot, catalog, images, keeping, mirrors, nics, off, ports, uplinks, wires};
 use crate::store::Hard;
-use crate::vmm::{Adoption, CopyRecord, Qemu, copy_dirs, image, kill_copy, reserve};
+use crate::vmm::{Adoption, CopyRecord, Qemu, copy_dirs, kill_copy, reserve};
 
 /// How long a superseded QEMU may take to leave.
 const QUIT: Duration = Duration::from_secs(5);
@@ -169,10 +169,8 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
 
 /// A copy that its record places here, and whose guest has ended.
 fn is_off(node: &Node, core: &mut Core, ended: &CopyRecord) {
-    let (vm, copy) = (ended.spec.id, ended.copy);
-    let epoch = core.record_of(vm).map(|r| r.epoch).unwrap_or_default();
-    core.announce(node.now(), boot::route_of(node, &ended.spec, copy, epoch));
-    core.ended(node.now(), vm, copy);
+    off::announce(node, core, &ended.spec, ended.copy);
+    core.ended(node.now(), ended.spec.id, ended.copy);
 }
 
 /// Copies whose QEMU lives, and those that a record names all the same.
@@ -233,7 +231,7 @@ fn left(node: &Node, saved: &Saved, record: CopyRecord, dir: &Path) -> Option<Co
     }
     if !record.ran && saved.knows(vm) {
         // Its memory is gone, so it never will run; who has the guest has all that is in them.
-        discard_images(node, &record);
+        keeping::discard(node, &record.spec, copy);
     }
     remove(dir);
     None
@@ -271,12 +269,6 @@ async fn end_superseded(
     }
     living.retain(|_, c| !superseded(c));
     Ok(())
-}
-
-fn discard_images(node: &Node, record: &CopyRecord) {
-    if let Err(error) = image::remove(&record.spec, &node.options.image_dir, record.copy) {
-        tracing::warn!(copy = %record.copy, %error, "an image that is of no use stays");
-    }
 }
 
 fn remove(dir: &Path) {

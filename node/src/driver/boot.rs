@@ -10,15 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protocol::id::{CopyId, Epoch, Mac, VmId};
-use godwit_protocol::wire::route::{Kind, Nic, Route};
+use godwit_protocol::wire::route::{Kind, Route};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::copies::Copy;
+use super::copies::{Copy, wired};
 use super::node::{Input, Node, random};
 use super::{images, off, wires, worker};
 use crate::api::types::{ApiError, Console, Done, VmInfo};
-use crate::vmm::resolved::ResolvedNic;
 use crate::vmm::{
     GuestMemory, Mode, Qemu, Resolution, ResolvedDisk, ResolvedSpec, StartParams, VmSpec,
     probe::MemoryBudget,
@@ -57,7 +56,7 @@ pub(super) async fn start_copy(
             if mode == Mode::Still {
                 return Err(error); // The description in it is all that is known of the VM.
             }
-            let _ = tokio::fs::remove_dir_all(node.vm_dir().join(id.to_string())).await;
+            let _ = tokio::fs::remove_dir_all(node.dir_of(id)).await;
             return Err(error);
         }
     };
@@ -79,7 +78,7 @@ pub(super) async fn start_qemu(
     let params = StartParams {
         spec: spec.clone(),
         copy: id,
-        dir: node.vm_dir().join(id.to_string()),
+        dir: node.dir_of(id),
         memory,
         taps,
         mode,
@@ -162,14 +161,13 @@ pub(super) fn route(node: &Node, copy: &Copy, epoch: Epoch) -> Route {
 
 /// The same, of a copy that need not run.
 pub(super) fn route_of(node: &Node, spec: &ResolvedSpec, copy: CopyId, epoch: Epoch) -> Route {
-    let wired = |nic: &ResolvedNic| Some(Nic { wire: nic.wire.clone()?, mac: nic.mac });
     Route {
         vm: spec.id,
         name: spec.name.clone(),
         host: node.me,
         copy,
         epoch,
-        nics: spec.nics.iter().filter_map(wired).collect(),
+        nics: wired(&spec.nics),
         kind: Kind::Vm,
         gone: false,
     }

@@ -60,9 +60,7 @@ pub(super) async fn heard(node: &Arc<Node>, route: &Route) {
     let key = [KEYS, &route.vm.0].concat();
     match codec::encode(route, CONTROL_MESSAGE_BYTES) {
         Ok(value) => {
-            let hard = Arc::clone(&node.hard);
-            let put = move || hard.put_many(&[(&key, Some(value.as_slice()))]);
-            if !matches!(tokio::task::spawn_blocking(put).await, Ok(Ok(()))) {
+            if node.keep(key, Some(value)).await.is_err() {
                 tracing::error!(wire = %route.name, "not kept: after a restart it is heard of again");
             }
         }

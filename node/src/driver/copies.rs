@@ -58,8 +58,7 @@ impl Copy {
 
     /// Those of its NICs that are on a wire.
     pub fn wired(&self) -> Vec<Nic> {
-        let nics = self.nics().into_iter();
-        nics.filter_map(|nic| Some(Nic { wire: nic.wire?, mac: nic.mac })).collect()
+        wired(&lock(&self.nics))
     }
 
     /// The spec with its NICs as they are by now.
@@ -79,6 +78,12 @@ impl Copy {
     pub fn will_run(&self) {
         self.ran.store(true, Ordering::SeqCst);
     }
+}
+
+/// Those of these NICs that are on a wire.
+pub(super) fn wired(nics: &[ResolvedNic]) -> Vec<Nic> {
+    let wired = |nic: &ResolvedNic| Some(Nic { wire: nic.wire.clone()?, mac: nic.mac });
+    nics.iter().filter_map(wired).collect()
 }
 
 /// Guests' memory on this host, in the table or not: what is being kept takes room until it is.

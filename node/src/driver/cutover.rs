@@ -14,7 +14,7 @@ mod leaving;
 mod tail;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,7 +27,7 @@ use godwit_protocol::wire::route::Route;
 use godwit_protocol::wire::tail::{FLIPPED_BYTES, Flipped};
 use tokio::time::Instant;
 
-use super::copies::Copy;
+use super::copies::{Copy, lock};
 use super::node::Node;
 use crate::link::{Injector, LinkError, TapView};
 
@@ -102,10 +102,6 @@ impl Cutovers {
     pub fn flooded(&self, tag: u32, frame: &[u8]) {
         self.lock().arriving.range(wire(tag)).for_each(|(_, a)| a.flooded(frame));
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All NICs of a wire.

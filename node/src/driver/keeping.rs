@@ -16,7 +16,7 @@ use super::bulk;
 use super::copies::{Copy, lock};
 use super::node::Node;
 use crate::store::images::{Keep, Kind};
-use crate::vmm::{ResolvedDisk, image, image_path, reserve};
+use crate::vmm::{ResolvedDisk, ResolvedSpec, image, image_path, reserve};
 
 /// Of which VMs something is being kept.
 #[derive(Default)]
@@ -78,10 +78,7 @@ pub(super) fn disks(node: &Node, copy: &Copy, whole: bool) {
     let full = copy.spec.moving().any(owned) && reserve::room(dir).is_ok_and(|room| room == 0);
     if full && !whole {
         tracing::warn!(path = %dir.display(), "removed, not kept: its file system is nearly full");
-        if let Err(error) = image::remove(&copy.spec, dir, copy.id) {
-            tracing::warn!(%error, "an image that is of no use stays");
-        }
-        return;
+        return discard(node, &copy.spec, copy.id);
     }
     for disk in copy.spec.moving() {
         let keep = Keep { vm: copy.vm(), owned: owned(disk), in_vain: !whole };
@@ -95,6 +92,13 @@ pub(super) fn disks(node: &Node, copy: &Copy, whole: bool) {
     }
     if whole {
         forget_older(node, copy);
+    }
+}
+
+/// Removes images that were made here for a copy. Blocks.
+pub(super) fn discard(node: &Node, spec: &ResolvedSpec, copy: CopyId) {
+    if let Err(error) = image::remove(spec, &node.options.image_dir, copy) {
+        tracing::warn!(%copy, %error, "an image that is of no use stays");
     }
 }
 

@@ -35,9 +35,7 @@ pub(super) fn was_drained(hard: &Hard) -> Result<bool, DriverError> {
 
 /// `godwit drain`.
 pub(super) async fn drain(node: &Arc<Node>, undo: bool) -> Result<Drained, ApiError> {
-    let (hard, value) = (Arc::clone(&node.hard), (!undo).then_some(&[1_u8][..]));
-    let written = tokio::task::spawn_blocking(move || hard.put_many(&[(KEY, value)])).await;
-    written.map_err(ApiError::plain)?.map_err(ApiError::plain)?;
+    node.keep(KEY.to_vec(), (!undo).then(|| vec![1])).await?;
     node.draining.store(!undo, Ordering::SeqCst);
     let me = node.me;
     let until = Instant::now() + if undo { Duration::ZERO } else { MOVED };

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use godwit_protocol::core::Core;
-use godwit_protocol::id::{HostId, MigrationId, Name};
+use godwit_protocol::id::{CopyId, HostId, MigrationId, Name};
 use godwit_protocol::migrate::Happened;
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::migrate::Status;
@@ -71,7 +71,7 @@ pub(super) enum Input {
     /// Something happened to a migration.
     Happened(MigrationId, Box<Happened>),
     /// The QEMU of a copy ended.
-    Gone(godwit_protocol::id::CopyId),
+    Gone(CopyId),
 }
 
 /// Shared by all tasks of the driver.
@@ -152,6 +152,19 @@ impl Node {
     /// Where copies live.
     pub fn vm_dir(&self) -> PathBuf {
         self.options.state.join("vm")
+    }
+
+    /// Where a copy of this host has its description, its sockets and its logs.
+    pub fn dir_of(&self, copy: CopyId) -> PathBuf {
+        self.vm_dir().join(copy.to_string())
+    }
+
+    /// Keeps a value in the hard state, or takes it out; durable when this returns.
+    pub async fn keep(&self, key: Vec<u8>, value: Option<Vec<u8>>) -> Result<(), ApiError> {
+        let hard = Arc::clone(&self.hard);
+        let put = move || hard.put_many(&[(key.as_slice(), value.as_deref())]);
+        let kept = tokio::task::spawn_blocking(put).await;
+        kept.map_err(ApiError::plain)?.map_err(ApiError::plain)
     }
 
     /// The table of migrations that wait for bulk connections.

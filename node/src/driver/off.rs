@@ -4,7 +4,6 @@
 //! places here) and the QEMU that shows its disks while it moves. Invariant: that QEMU never gets `cont`, and
 //! whatever becomes of a move, images and description stay at the host that the record names.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use godwit_protocol::core::Core;
@@ -18,13 +17,6 @@ use super::node::{Node, wall_us};
 use super::worker::{self, Worker};
 use super::{boot, images};
 use crate::vmm::{self, CopyRecord, Mode, ResolvedSpec};
-
-impl Node {
-    /// Where the description of a copy of this host is kept.
-    fn dir_of(&self, copy: CopyId) -> PathBuf {
-        self.vm_dir().join(copy.to_string())
-    }
-}
 
 /// What a record says of a VM whose guest has ended on this host, read from its directory. Blocks, shortly.
 pub(super) fn read(
@@ -88,30 +80,26 @@ impl Worker {
         if !matches!(written, Ok(Ok(()))) {
             tracing::error!(%vm, ?written, "not written down: its disks are here");
         }
-        if let Ok((_, spec)) = kept(&self.node, vm).await {
-            tell(&self.node, &spec, id).await;
+        let (node, kept) = (Arc::clone(&self.node), kept(&self.node, vm).await);
+        let tell = move |core: &mut Core, now| {
+            if let Ok((_, spec)) = &kept {
+                announce(&node, core, spec, id);
+            }
+            // A guest that ended while it was started: the record does not say so yet.
+            core.ended(now, vm, id);
+        };
+        if let Err(error) = self.node.with_core(tell).await {
+            tracing::error!(%vm, %error, "where it is was not told");
         }
-        // A guest that ended while it was started: the record does not say so yet.
-        let _ = self.node.with_core(move |core, now| core.ended(now, vm, id)).await;
         self.node.moment(self.id, "its disks are here, and it stays off");
         self.node.happened(self.id, Happened::Running(wall_us())).await;
     }
 }
 
 /// Others find it here.
-async fn tell(node: &Arc<Node>, spec: &ResolvedSpec, id: CopyId) {
-    let vm = spec.id;
-    let told = {
-        let (node_, spec) = (Arc::clone(node), spec.clone());
-        node.with_core(move |core, now| {
-            let epoch = core.record_of(vm).map(|r| r.epoch).unwrap_or_default();
-            core.announce(now, boot::route_of(&node_, &spec, id, epoch));
-        })
-        .await
-    };
-    if let Err(error) = told {
-        tracing::error!(%vm, %error, "where it is was not told");
-    }
+pub(super) fn announce(node: &Node, core: &mut Core, spec: &ResolvedSpec, copy: CopyId) {
+    let epoch = core.record_of(spec.id).map(|r| r.epoch).unwrap_or_default();
+    core.announce(node.now(), boot::route_of(node, spec, copy, epoch));
 }
 
 /// The VM was removed: its description goes, its images are whoever's they were. Their paths.

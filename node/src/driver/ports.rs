@@ -50,11 +50,8 @@ pub(super) async fn adopt(node: &Node, core: &mut Core, ports: Vec<Nic>) {
 }
 
 async fn keep(node: &Arc<Node>, nic: Nic, gone: bool) -> Result<(), ApiError> {
-    let (hard, key) = (Arc::clone(&node.hard), [KEYS, &id(&nic)].concat());
     let value = codec::encode(&nic, CONTROL_MESSAGE_BYTES).map_err(ApiError::plain)?;
-    let put = move || hard.put_many(&[(&key, Some(value.as_slice()).filter(|_| !gone))]);
-    let kept = tokio::task::spawn_blocking(put).await;
-    kept.map_err(ApiError::plain)?.map_err(ApiError::plain)
+    node.keep([KEYS, &id(&nic)].concat(), Some(value).filter(|_| !gone)).await
 }
 
 fn id(nic: &Nic) -> [u8; 16] {

@@ -203,10 +203,7 @@ async fn set(node: &Arc<Node>, kept: &Kept) -> Result<(), ApiError> {
 }
 
 async fn put(node: &Arc<Node>, wire: &Name, value: Option<Vec<u8>>) -> Result<(), ApiError> {
-    let (hard, key) = (Arc::clone(&node.hard), [KEYS, wire.as_str().as_bytes()].concat());
-    let put = move || hard.put_many(&[(&key, value.as_deref())]);
-    let kept = tokio::task::spawn_blocking(put).await;
-    kept.map_err(ApiError::plain)?.map_err(ApiError::plain)
+    node.keep([KEYS, wire.as_str().as_bytes()].concat(), value).await
 }
 
 fn id(host: HostId, wire: &Name) -> [u8; 16] {

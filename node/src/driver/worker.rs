@@ -126,11 +126,12 @@ impl Worker {
             let gone = Happened::QemuGone { copy: id, ran: copy.ran() };
             return self.node.happened(self.id, gone).await;
         }
-        if off::is_off(&self.node, self.vm).await {
+        let quiet = cutover::quiet(&self.node, id);
+        let (off, ()) = tokio::join!(off::is_off(&self.node, self.vm), quiet);
+        if off {
             // It left its cluster since, so the move itself does not know it.
             return self.rest(id).await;
         }
-        cutover::quiet(&self.node, id).await;
         copy.will_run();
         match qemu.cont().await {
             Ok(at) => {

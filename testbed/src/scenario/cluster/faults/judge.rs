@@ -74,7 +74,7 @@ pub fn judge(case: &Case, world: &World, facts: &Facts) -> Value {
         check(left.len() >= 10, format!("{vm}: only {} frames left it", left.len()));
         let Some(host) = &facts.runs_on[at] else {
             // Its QEMU was killed when it had run: before or after that was told.
-            check(case.may_lose(), format!("{vm} runs nowhere"));
+            check(moved && case.may_lose(), format!("{vm} runs nowhere"));
             continue;
         };
         sides.push(host == to);
