@@ -299,7 +299,7 @@ fn in_words(record: &Record) -> String {
     };
     match &record.cause {
         Cause::Create => "made".into(),
-        Cause::Move => "moved".into(),
+        Cause::Move(_) => "moved".into(),
         Cause::Stay(why) => format!("stayed: {why}"),
         Cause::Voters => "its voters changed".into(),
         Cause::Wires(vm) => match record.placement_of(*vm) {
@@ -316,7 +316,7 @@ fn in_words(record: &Record) -> String {
         Cause::Joined(_) => "joining a cluster".into(),
         Cause::Left(_) => "left a cluster".into(),
         Cause::Force(why) => format!("forced: {why}"),
-        Cause::Off(vm) => match record.placement_of(*vm) {
+        Cause::Off(release) => match record.placement_of(release.vm) {
             Some(placed) => format!("{} is off", placed.name),
             None => "a VM is off".into(),
         },

@@ -5,7 +5,7 @@
 use super::{Core, Local, voters};
 use crate::id::{CopyId, Epoch, HostId, VmId};
 use crate::time::Time;
-use crate::wire::record::{Cause, Record};
+use crate::wire::record::{Cause, Record, Release};
 use crate::wire::route::Route;
 
 impl Core {
@@ -84,7 +84,8 @@ impl Core {
             if busy || next.is_closed() || self.epochs.attempting(next.cluster).is_some() {
                 continue;
             }
-            (next.epoch, next.cause) = (next.epoch.next(), Cause::Off(vm));
+            next.epoch = next.epoch.next();
+            next.cause = Cause::Off(Release { vm, copy, epoch: next.epoch });
             next.placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| p.off = true);
             // Refused only if another change is under way: looked at again.
             let _ = self.epochs.propose(now, next, now.plus_ms(voters::PROPOSE_MS));

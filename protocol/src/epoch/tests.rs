@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::id::{CopyId, StoreId};
-use crate::wire::record::Placement;
+use crate::wire::record::{Placement, Release};
 
 const VM: VmId = VmId([9; 16]);
 
@@ -37,6 +37,14 @@ fn record(epoch: u64, voters: &[u8], at: u8, copy: u8, cause: Cause) -> Record {
     }
 }
 
+/// The copies of `base` are released, and the VM goes to `at`.
+fn moved(base: &Record, voters: &[u8], at: u8, copy: u8) -> Record {
+    let epoch = base.epoch.next();
+    let released = |p: &Placement| Release { vm: p.vm, copy: p.copy, epoch };
+    let cause = Cause::Move(base.placement.iter().map(released).collect());
+    record(epoch.0, voters, at, copy, cause)
+}
+
 fn stay(base: &Record) -> Record {
     let cause = Cause::Stay("gave up".into());
     Record { epoch: base.epoch.next(), cause, ..base.clone() }
@@ -49,7 +57,7 @@ fn is_accept(message: &Message) -> bool {
 #[test]
 fn one_voter_moves_to_the_other_host() {
     let mut net = Net::quiet(2);
-    net.create(&[0]);
+    let base = net.create(&[0]);
     // The destination learns the base from the voter, prepares, and then knows its copy.
     net.act(1, |e, now| e.query(now, VM, host(0)));
     net.run(200);
@@ -57,7 +65,7 @@ fn one_voter_moves_to_the_other_host() {
     net.act(1, |e, now| e.prepare(now, VM, deadline)).unwrap().unwrap();
     net.run(200);
     assert!(net.nodes[1].as_ref().unwrap().is_prepared(VM));
-    let moved = record(2, &[1], 1, 1, Cause::Move);
+    let moved = moved(&base, &[1], 1, 1);
     let start = net.now;
     net.act(1, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
     while net.newest(1).is_some_and(|r| r.epoch == Epoch(1)) {
@@ -71,7 +79,7 @@ fn one_voter_moves_to_the_other_host() {
     net.act(0, |e, now| e.resolve(now, next.clone())).unwrap().unwrap();
     net.run(500);
     assert_eq!(net.newest(1), Some(&next));
-    let old = record(2, &[0], 0, 7, Cause::Move);
+    let old = self::moved(&base, &[0], 0, 7);
     let refused = net.act(0, |e, now| e.propose(now, old, deadline)).unwrap();
     assert_eq!(
         refused,
@@ -86,7 +94,7 @@ fn three_voters_decide_with_one_down_and_not_with_two() {
     let mut net = Net::quiet(4);
     let base = net.create(&[0, 1, 2]);
     net.crash(2, 60_000);
-    let moved = record(2, &[1, 2, 3], 3, 3, Cause::Move);
+    let moved = moved(&base, &[1, 2, 3], 3, 3);
     let deadline = net.now.plus_ms(5000);
     net.act(1, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
     net.run(1000);
@@ -111,12 +119,31 @@ fn three_voters_decide_with_one_down_and_not_with_two() {
 }
 
 #[test]
+fn voters_do_not_accept_that_a_copy_goes_which_is_not_released() {
+    let mut net = Net::quiet(4);
+    let base = net.create(&[0, 1, 2]);
+    let mut record = moved(&base, &[0, 1, 2], 3, 3);
+    let ballot = Ballot { round: 9, by: voter(3) };
+    let mut accepted = |record: &Record| {
+        let body = Body::Accept { ballot, record: record.clone() };
+        let message = Message { cluster: VM, epoch: Epoch(2), body };
+        net.act(1, |e, now| e.handle(now, host(3), message));
+        net.run(200);
+        net.stores[1].1[&VM].accepted().is_some()
+    };
+    let released = std::mem::replace(&mut record.cause, Cause::Move(Vec::new()));
+    assert!(!accepted(&record));
+    record.cause = released;
+    assert!(accepted(&record));
+}
+
+#[test]
 fn a_delayed_and_doubled_accept_loses_against_a_resolved_stay() {
     let mut net = Net::quiet(4);
     let base = net.create(&[0, 1, 2]);
     net.act(3, |e, now| e.learned(now, base.clone()));
     net.hold = is_accept;
-    let moved = record(2, &[0, 1, 2], 3, 3, Cause::Move);
+    let moved = moved(&base, &[0, 1, 2], 3, 3);
     let deadline = net.now.plus_ms(1000);
     net.act(3, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
     net.run(2000);
@@ -139,7 +166,7 @@ fn a_clean_read_of_the_old_epoch_is_no_ground_to_resume() {
     let base = net.create(&[0, 1, 2]);
     net.act(3, |e, now| e.learned(now, base.clone()));
     net.hold = is_accept;
-    let moved = record(2, &[0, 1, 2], 3, 3, Cause::Move);
+    let moved = moved(&base, &[0, 1, 2], 3, 3);
     let deadline = net.now.plus_ms(1000);
     net.act(3, |e, now| e.propose(now, moved.clone(), deadline)).unwrap().unwrap();
     net.run(2000);
@@ -166,7 +193,7 @@ fn of_several_accepted_records_the_highest_ballot_is_adopted() {
     let mut net = Net::quiet(4);
     let base = net.create(&[0, 1, 2]);
     // What two lost proposers left behind: the later one had a majority, so it is decided.
-    let (lost, won) = (record(2, &[0], 0, 4, Cause::Move), record(2, &[1], 1, 5, Cause::Move));
+    let (lost, won) = (moved(&base, &[0], 0, 4), moved(&base, &[1], 1, 5));
     for (i, round, value) in [(0, 1, &lost), (1, 2, &won), (2, 2, &won)] {
         let mut hard = Hard::new(base.clone());
         let ballot = Ballot { round, by: voter(3) };
@@ -289,7 +316,7 @@ fn storm(seed: u64) -> (Net, u64) {
         let (i, what, set) = (net.below(5) as u8, net.below(8), net.below(5) as usize);
         let Some(base) = net.newest(i).cloned() else { continue };
         let deadline = net.now.plus_ms(500 + net.below(4000));
-        let moved = record(base.epoch.0 + 1, sets[set], i, copy, Cause::Move);
+        let moved = moved(&base, sets[set], i, copy);
         net.act(i, |e, now| match what {
             0 | 1 => drop(e.prepare(now, VM, deadline)),
             2..=4 => drop(e.propose(now, moved, deadline)),

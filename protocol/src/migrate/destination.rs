@@ -14,7 +14,7 @@ use super::{Action, Effect, Happened, Migration, Moving, Role, clip};
 use crate::id::{CopyId, HostId, VmId};
 use crate::time::Time;
 use crate::wire::migrate::{Body, Led, Phase, Seat, Status};
-use crate::wire::record::{Cause, Record, Voter};
+use crate::wire::record::{Cause, Record, Release, Voter};
 
 /// Where the destination stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,7 +23,8 @@ enum State {
     Checking(Silence),
     /// Pages arrive.
     Receiving(Silence),
-    /// Bound: loaded, proposed; until a decision or the deadline. A cluster's member tells so again.
+    /// Bound: loaded, and proposed once the source has released its copy; until a decision or the deadline. It is told, or
+    /// asked about, again.
     Loaded { until: Time, tell_at: Time, qemu: Qemu },
     /// Decided for this copy; `cont` when its QEMU is there, and again if that is not answered.
     Starting { qemu: Qemu, again_at: Time },
@@ -79,7 +80,9 @@ pub struct Destination {
     proposer: Option<Seat>,
     /// If it is this one: all members that move, and those that are loaded.
     team: Vec<Seat>,
-    loaded: BTreeMap<VmId, CopyId>,
+    loaded: BTreeMap<VmId, (CopyId, Release)>,
+    /// The word of its source: nothing is proposed without.
+    release: Option<Release>,
     proposed: bool,
 }
 
@@ -111,7 +114,7 @@ impl Destination {
         led: Option<Led>,
     ) -> Self {
         let (proposer, team, loaded) = (None, Vec::new(), BTreeMap::new());
-        let (rebuilds, proposed) = (0, false);
+        let (rebuilds, release, proposed) = (0, None, false);
         Self {
             me,
             status,
@@ -124,6 +127,7 @@ impl Destination {
             proposer,
             team,
             loaded,
+            release,
             proposed,
         }
     }
@@ -185,15 +189,13 @@ impl Destination {
         }
         self.copy = Some(copy);
         let until = now.plus_ms(wait::DECISION_MS);
-        let tell_at = self.led.map_or(Time(u64::MAX), |_| now.plus_ms(wait::ASK_MS));
+        let tell_at = now.plus_ms(wait::ASK_MS);
         self.state = State::Loaded { until, tell_at, qemu: Qemu::There };
         self.status.phase = Phase::Deciding;
         out.push(Action::Persist(self.moving(copy, false)));
         out.push(Action::Report);
         out.push(Action::Send(self.peer, Body::Loaded(copy)));
-        self.loaded.insert(self.status.vm, copy);
         self.tell_loaded(copy, out);
-        self.propose(out);
     }
 
     fn on_decided(&mut self, now: Time, record: &Record, out: &mut Vec<Action>) {
@@ -302,6 +304,7 @@ impl Destination {
         match (body, &self.state) {
             (Body::PrepareBallot(_), State::Receiving(_)) => out.push(Action::PrepareBallot),
             (Body::Proposer(seat), _) => self.on_proposer(seat, out),
+            (Body::Stopped(release), _) => self.on_released(release, out),
             (Body::Cancel(cause), State::Checking(_) | State::Receiving(_)) => {
                 self.give_up(cause, out);
             }

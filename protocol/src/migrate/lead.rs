@@ -281,7 +281,7 @@ impl Lead {
         }
         let cause = match &record.cause {
             Cause::Stay(why) => why.clone(),
-            Cause::Move => String::new(),
+            Cause::Move(_) => String::new(),
             other => format!("another change of the record was decided first: {other:?}"),
         };
         match self.state {

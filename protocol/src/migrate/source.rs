@@ -17,7 +17,7 @@ use super::{Action, Effect, Happened, Migration, Moving, Progress, Role, clip};
 use crate::id::{CopyId, HostId};
 use crate::time::Time;
 use crate::wire::migrate::{Body, Led, Options, Phase, Status};
-use crate::wire::record::{Cause, Record};
+use crate::wire::record::{Cause, Record, Release};
 
 /// The source's end of one migration.
 #[derive(Debug, Clone)]
@@ -280,7 +280,10 @@ impl Source {
             out.push(Action::Effect(Effect::Discard(self.copy)));
             self.end(Phase::Lost, "the record names another copy since".into(), out);
         } else {
-            self.status.to = Some(placed.host);
+            // A later record tells where the VM went from there: who moved it was the one that loaded it.
+            if record.epoch == self.record.epoch.next() {
+                self.status.to = Some(placed.host);
+            }
             self.peer = placed.host;
             self.status.phase = Phase::Starting;
             self.state = State::Starting {
@@ -338,11 +341,10 @@ impl Source {
                 self.refusals.push(clip(cause));
                 self.ask_next(now, out);
             }
-            // The question back is the answer: this end is still at it.
             (
                 Body::Where,
                 State::Preparing { .. } | State::Transfer { .. } | State::Stopped { .. },
-            ) => out.push(Action::Send(self.peer, Body::Where)),
+            ) => out.push(Action::Send(self.peer, self.at_it())),
             (Body::Where, State::Resuming { .. }) => {
                 out.push(Action::Send(self.peer, Body::Cancel(self.status.cause.clone())));
             }
@@ -377,6 +379,13 @@ impl Source {
             }
             _ => {}
         }
+    }
+
+    /// This end is still at it: the question back, or that the guest stands still, bound.
+    fn at_it(&self) -> Body {
+        let still = self.stopped_us.filter(|_| matches!(self.state, State::Stopped { .. }));
+        let (vm, copy, epoch) = (self.status.vm, self.copy, self.record.epoch.next());
+        still.map_or(Body::Where, |_| Body::Stopped(Release { vm, copy, epoch }))
     }
 
     fn on_failure(&mut self, cause: String, out: &mut Vec<Action>) {
@@ -429,6 +438,9 @@ impl Migration for Source {
             Happened::Progress(p) => self.on_progress(now, p, out),
             Happened::Stopped(at_us) => {
                 self.stopped_us = Some(at_us);
+                if matches!(self.state, State::Stopped { .. }) {
+                    out.push(Action::Send(self.peer, self.at_it()));
+                }
                 out.push(Action::Report);
                 self.tell_lead(out);
             }

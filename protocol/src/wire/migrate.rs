@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::record::Record;
+use super::record::{Record, Release};
 use crate::id::{CopyId, Epoch, HostId, MigrationId, Name, VmId};
 
 /// Where a migration should end.
@@ -169,8 +169,10 @@ pub enum Body {
     Stop(Seat),
     /// To a member's destination: the destination of that member proposes.
     Proposer(Seat),
-    /// A bound destination to the one that proposes: this member is loaded, too.
-    LoadedToo(VmId, CopyId),
+    /// Source to destination: the guest stands still. The destination proposes with this word.
+    Stopped(Release),
+    /// A bound destination to the one that proposes: this member is loaded, too, and was released.
+    LoadedToo(CopyId, Release),
     /// To a member: nothing is known of the cluster's migration.
     NoLead,
 }

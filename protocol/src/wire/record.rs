@@ -28,13 +28,25 @@ pub struct Placement {
     pub off: bool,
 }
 
+/// The word of a copy's host that it stands still, on disk and in fact, and that only the record of that epoch
+/// says what becomes of it (R3 in `docs/protocol.md`). Worth nothing in any other epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Release {
+    /// The VM.
+    pub vm: VmId,
+    /// Its copy on that host.
+    pub copy: CopyId,
+    /// The epoch that decides.
+    pub epoch: Epoch,
+}
+
 /// Why a record was proposed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
     /// First record of a cluster: of a lone VM, or of a cluster without members.
     Create,
-    /// Copies moved, all in this one record.
-    Move,
+    /// Copies moved, all in this one record: with the word of each host that gave one up.
+    Move(Vec<Release>),
     /// A move was given up: the old placement, one epoch later. With the cause in words.
     Stay(String),
     /// The voters changed.
@@ -68,8 +80,8 @@ pub enum Cause {
     Left(VmId),
     /// A majority of the voters was lost for ever and the operator wrote this record. With why.
     Force(String),
-    /// The QEMU of that member ended by itself: it is switched off, where it was.
-    Off(VmId),
+    /// The QEMU of that member ended by itself, by the word of its host: it is switched off, where it was.
+    Off(Release),
 }
 
 /// The decided state of a cluster. Its number is its epoch.
@@ -177,6 +189,7 @@ impl Record {
             Cause::Release { members, .. } | Cause::Dissolve(members) => {
                 members.len() <= CLUSTER_VMS
             }
+            Cause::Move(releases) => releases.len() <= CLUSTER_VMS,
             _ => true,
         };
         (1..=VOTERS).contains(&self.voters.len())
@@ -205,8 +218,8 @@ impl Record {
             Cause::Joined(cluster) => {
                 placed && number && departed && base.is_lone() && *cluster != base.cluster
             }
-            Cause::Move => number && departed && self.moves(base),
-            Cause::Off(vm) => number && departed && self.turns_off(base, *vm),
+            Cause::Move(releases) => number && departed && self.moves(base, releases),
+            Cause::Off(release) => number && departed && self.turns_off(base, release),
             Cause::Delete => number && departed && self.placement.is_empty() && base.is_lone(),
             Cause::Add { vm, above } => self.adds(base, *vm, *above),
             Cause::Release { members, .. } => number && self.releases(base, members),
@@ -218,17 +231,27 @@ impl Record {
         same && open && fits && self.is_well_formed()
     }
 
-    /// The same members, in the same order, wherever.
-    fn moves(&self, base: &Self) -> bool {
+    /// The same members, in the same order, wherever; every copy that is dropped was released.
+    fn moves(&self, base: &Self, releases: &[Release]) -> bool {
         let members = |r: &Self| r.placement.iter().map(|p| (p.vm, p.off)).collect::<Vec<_>>();
+        let pairs = base.placement.iter().zip(&self.placement);
+        let dropped = pairs.filter(|(old, new)| (old.host, old.copy) != (new.host, new.copy));
         members(self) == members(base)
+            && dropped.into_iter().all(|(old, _)| releases.contains(&self.release_of(old)))
     }
 
-    /// That member was on and is off; nothing else is another.
-    fn turns_off(&self, base: &Self, vm: VmId) -> bool {
+    /// That member was on and is off, released; nothing else is another.
+    fn turns_off(&self, base: &Self, release: &Release) -> bool {
         let mut placement = base.placement.clone();
-        placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| p.off = true);
-        self.placement == placement && placement != base.placement
+        placement.iter_mut().filter(|p| p.vm == release.vm).for_each(|p| p.off = true);
+        let released =
+            base.placement_of(release.vm).is_some_and(|p| self.release_of(p) == *release);
+        self.placement == placement && placement != base.placement && released
+    }
+
+    /// What the host of `placed` has to have said before a record of this epoch may drop it.
+    fn release_of(&self, placed: &Placement) -> Release {
+        Release { vm: placed.vm, copy: placed.copy, epoch: self.epoch }
     }
 
     fn adds(&self, base: &Self, vm: VmId, above: Epoch) -> bool {

@@ -90,7 +90,7 @@ impl Coverage {
     /// A record was decided.
     pub fn decided(&mut self, record: &Record) {
         match record.cause {
-            Cause::Move => self.committed += 1,
+            Cause::Move(_) => self.committed += 1,
             Cause::Stay(_) => self.aborted += 1,
             _ => {}
         }

@@ -4,7 +4,7 @@ use godwit_protocol::id::CopyId;
 use godwit_protocol::wire::control::Control;
 use godwit_protocol::wire::epoch::Body as Vote;
 use godwit_protocol::wire::migrate::{Body, Message, Phase};
-use godwit_protocol::wire::record::Cause;
+use godwit_protocol::wire::record::{Cause, Release};
 
 use godwit_testbed::sim::faults::Faults;
 use godwit_testbed::sim::qemu::Qemu;
@@ -38,7 +38,7 @@ fn phase(world: &World, i: usize) -> Phase {
 
 fn is_move_accept(message: &Control) -> bool {
     let Control::Epoch(message) = message else { return false };
-    matches!(&message.body, Vote::Accept { record, .. } if record.cause == Cause::Move)
+    matches!(&message.body, Vote::Accept { record, .. } if matches!(record.cause, Cause::Move(_)))
 }
 
 fn is_accept(message: &Control) -> bool {
@@ -108,7 +108,7 @@ fn an_accept_that_reached_a_voter_is_adopted_by_the_resolving_source() {
     world.hold = |_| false;
     assert!(world.run_until(60_000, |w| w.decided.len() == 2));
     settle(&mut world);
-    let moved = world.decided.values().last().unwrap().cause == Cause::Move;
+    let moved = matches!(world.decided.values().last().unwrap().cause, Cause::Move(_));
     assert_eq!(world.running(VM).unwrap().1, if moved { 3 } else { 0 });
 }
 
@@ -266,11 +266,14 @@ fn members_that_take_no_part_change_nothing() {
     assert!(world.run_until(60_000, |w| is(w, 1, Qemu::Loading)));
     world.run(60);
     let base = world.decided.values().next().unwrap().clone();
+    let (copy, epoch) = (base.placement[0].copy, base.epoch.next());
+    let release = Release { vm: VM, copy, epoch };
     let bodies = [
         Body::Ready,
         Body::Refused("x".into()),
         Body::PrepareBallot(Vec::new()),
-        Body::LoadedToo(VM, CopyId([77; 16])),
+        Body::Stopped(release),
+        Body::LoadedToo(CopyId([77; 16]), release),
         Body::NoLead,
         Body::BallotReady,
         Body::Cancel("x".into()),

@@ -237,7 +237,10 @@ fn a_guest_that_ended_by_itself_is_off_once_it_can_be_decided() {
     world.cut.clear();
     assert!(world.run_until(60_000, |w| w.decided.len() == 2));
     let newest = world.decided.values().next_back().unwrap();
-    assert!(newest.cause == Cause::Off(vm(2)) && newest.places(vm(2), host(at), copy));
+    assert!(
+        matches!(newest.cause, Cause::Off(r) if r.vm == vm(2))
+            && newest.places(vm(2), host(at), copy)
+    );
     assert!(newest.is_off(vm(2)) && !newest.is_off(vm(1)));
 }
 

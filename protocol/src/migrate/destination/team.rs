@@ -3,7 +3,7 @@
 //! Owns the proposal: one record that names the new copy of every member that moves, made when each of
 //! them is loaded and bound. A lone VM's destination is a team of one.
 
-use super::{Action, Body, Cause, CopyId, Destination, HostId, Record, Seat, State};
+use super::{Action, Body, Cause, CopyId, Destination, HostId, Record, Release, Seat, State};
 use crate::wire::migrate::of_member;
 
 /// Whether it is the lead, or another destination, that says this.
@@ -25,10 +25,11 @@ impl Destination {
                 self.team = team;
                 out.push(Action::PrepareBallot);
             }
-            (Body::LoadedToo(vm, copy), _)
-                if vm != self.status.vm && self.team.iter().any(|s| s.vm == vm && s.to == from) =>
+            (Body::LoadedToo(copy, release), _)
+                if release.vm != self.status.vm
+                    && self.team.iter().any(|s| s.vm == release.vm && s.to == from) =>
             {
-                self.loaded.insert(vm, copy);
+                self.loaded.insert(release.vm, (copy, release));
                 self.propose(out);
             }
             _ => {}
@@ -43,14 +44,30 @@ impl Destination {
         }
     }
 
-    /// A member tells the lead, and the destination that proposes if it knows it.
-    pub(super) fn tell_loaded(&self, copy: CopyId, out: &mut Vec<Action>) {
-        let (Some(led), vm) = (self.led, self.status.vm) else { return };
-        if let Some(seat) = self.proposer.filter(|s| s.vm != vm) {
-            let id = of_member(led.id, seat.vm);
-            out.push(Action::Tell(seat.to, id, seat.vm, Body::LoadedToo(vm, copy)));
+    /// The source says that its guest stands still.
+    pub(super) fn on_released(&mut self, release: Release, out: &mut Vec<Action>) {
+        let new = self.release.replace(release).is_none();
+        if let (true, State::Loaded { .. }, Some(copy)) = (new, &self.state, self.copy) {
+            self.tell_loaded(copy, out);
         }
-        out.push(Action::Tell(led.host, led.id, vm, Body::Loaded(copy)));
+    }
+
+    /// Loaded: a member tells the lead, and the destination that proposes if it knows it. Whoever lacks the
+    /// source's word asks for it first.
+    pub(super) fn tell_loaded(&mut self, copy: CopyId, out: &mut Vec<Action>) {
+        let Some(release) = self.release else {
+            return out.push(Action::Send(self.peer, Body::Where));
+        };
+        let vm = self.status.vm;
+        self.loaded.insert(vm, (copy, release));
+        if let Some(led) = self.led {
+            if let Some(seat) = self.proposer.filter(|s| s.vm != vm) {
+                let id = of_member(led.id, seat.vm);
+                out.push(Action::Tell(seat.to, id, seat.vm, Body::LoadedToo(copy, release)));
+            }
+            out.push(Action::Tell(led.host, led.id, vm, Body::Loaded(copy)));
+        }
+        self.propose(out);
     }
 
     /// Proposes the next epoch, once, when all whom it names are loaded.
@@ -69,12 +86,12 @@ impl Destination {
     fn proposal(&self) -> Record {
         let mut record = self.record.clone();
         record.epoch = record.epoch.next();
-        record.cause = Cause::Move;
-        let own = self.loaded.get(&self.status.vm).copied();
+        record.cause = Cause::Move(self.loaded.values().map(|(_, release)| *release).collect());
+        let own = self.loaded.get(&self.status.vm).map(|(copy, _)| *copy);
         for placed in &mut record.placement {
             let seat = self.team.iter().find(|s| s.vm == placed.vm);
             match (seat, self.loaded.get(&placed.vm)) {
-                (Some(seat), Some(copy)) => (placed.host, placed.copy) = (seat.to, *copy),
+                (Some(seat), Some((copy, _))) => (placed.host, placed.copy) = (seat.to, *copy),
                 (None, _) if placed.vm == self.status.vm => {
                     placed.host = self.me.host;
                     placed.copy = own.unwrap_or(placed.copy);

@@ -96,7 +96,8 @@ fn nothing_follows_a_closed_record_but_a_vm_on_its_way() {
     let lone = Record { cluster: vm(2), cause: Cause::Left(C), ..base };
     let joined = Record { epoch: Epoch(6), cause: Cause::Joined(C), ..lone.clone() };
     assert!(joined.may_follow(&lone));
-    for cause in [Cause::Move, Cause::Delete, Cause::Add { vm: vm(3), above: Epoch(1) }] {
+    for cause in [Cause::Move(Vec::new()), Cause::Delete, Cause::Add { vm: vm(3), above: Epoch(1) }]
+    {
         let next = Record { epoch: Epoch(7), cause, ..joined.clone() };
         assert!(!next.may_follow(&joined));
     }
@@ -105,19 +106,51 @@ fn nothing_follows_a_closed_record_but_a_vm_on_its_way() {
 #[test]
 fn a_member_goes_off_alone_and_moves_as_it_is() {
     let base = cluster(5, &[2, 3], &[]);
-    let mut off = Record { epoch: Epoch(6), cause: Cause::Off(vm(3)), ..base.clone() };
+    let release = |epoch| Release { vm: vm(3), copy: CopyId([3; 16]), epoch: Epoch(epoch) };
+    let mut off = Record { epoch: Epoch(6), cause: Cause::Off(release(6)), ..base.clone() };
     assert!(!off.may_follow(&base), "it is on");
     off.placement[1].off = true;
     assert!(off.may_follow(&base) && off.is_off(vm(3)) && !off.is_off(vm(2)));
     assert!(!off.names(vm(3), HostId([3; 32]), CopyId([3; 16])));
-    let twice = Record { epoch: Epoch(7), ..off.clone() };
+    let twice = Record { epoch: Epoch(7), cause: Cause::Off(release(7)), ..off.clone() };
     assert!(!twice.may_follow(&off), "it is off already");
     let mut other = off.clone();
     other.placement[0].off = true;
     assert!(!other.may_follow(&base), "not that one");
-    let mut moved = Record { epoch: Epoch(7), cause: Cause::Move, ..off.clone() };
+    let cause = Cause::Move(vec![release(7)]);
+    let mut moved = Record { epoch: Epoch(7), cause, ..off.clone() };
     (moved.placement[1].host, moved.placement[1].copy) = (HostId([4; 32]), CopyId([8; 16]));
     assert!(moved.may_follow(&off) && moved.places(vm(3), HostId([4; 32]), CopyId([8; 16])));
     moved.placement[1].off = false;
     assert!(!moved.may_follow(&off), "a move switches nothing on");
+}
+
+#[test]
+fn no_record_drops_a_copy_that_its_host_has_not_released() {
+    let base = cluster(5, &[2, 3], &[]);
+    let release =
+        |i: u8, copy, epoch| Release { vm: vm(i), copy: CopyId([copy; 16]), epoch: Epoch(epoch) };
+    let mut moved = Record { epoch: Epoch(6), ..base.clone() };
+    for (placed, copy) in moved.placement.iter_mut().zip([8, 9]) {
+        (placed.host, placed.copy) = (HostId([4; 32]), CopyId([copy; 16]));
+    }
+    let mut with = |releases: &[Release]| {
+        moved.cause = Cause::Move(releases.to_vec());
+        moved.may_follow(&base)
+    };
+    let both = [release(2, 2, 6), release(3, 3, 6)];
+    assert!(with(&both));
+    assert!(!with(&[]) && !with(&both[..1]), "one of them may still run");
+    assert!(!with(&[both[0], release(3, 3, 5)]), "the word of an epoch that was decided otherwise");
+    assert!(!with(&[both[0], release(3, 9, 6)]), "another copy");
+    // In place counts, too: another copy on the same host.
+    moved.placement[0] = base.placement[0].clone();
+    moved.placement[1].host = base.placement[1].host;
+    moved.cause = Cause::Move(Vec::new());
+    assert!(!moved.may_follow(&base));
+    moved.cause = Cause::Move(vec![both[1]]);
+    assert!(moved.may_follow(&base), "who stays need not release");
+    let mut off = Record { epoch: Epoch(6), cause: Cause::Off(release(3, 9, 6)), ..base.clone() };
+    off.placement[1].off = true;
+    assert!(!off.may_follow(&base), "another copy ended");
 }

@@ -66,7 +66,9 @@ fn truthful(world: &World, i: usize, s: &Status) -> Result<(), String> {
     match s.phase {
         Phase::Moved => {
             let next = world.decided.get(&(s.cluster, s.epoch_before.next()));
-            ensure(next.is_some_and(|r| r.cause == Cause::Move), || format!("not decided: {s:?}"))?;
+            ensure(next.is_some_and(|r| matches!(r.cause, Cause::Move(_))), || {
+                format!("not decided: {s:?}")
+            })?;
             let to = |vm| next.and_then(|r| r.placement_of(vm)).map(|p| p.host);
             let so = if s.vm == CLUSTER {
                 s.members.iter().all(|m| m.to.is_none() || to(m.vm) == m.to)
