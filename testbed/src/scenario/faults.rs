@@ -3,6 +3,7 @@
 //! Owns the matrix and the report. Invariant: what is judged was seen from outside the nodes (the events of every QEMU,
 //! the taps, the guest's own check); of the nodes' words only the shown outcome is, and it must agree.
 
+pub(super) mod act;
 pub(super) mod case;
 mod checks;
 pub(super) mod follow;

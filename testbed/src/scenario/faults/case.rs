@@ -3,14 +3,12 @@
 //! Owns the order of steps and the proof that the fault landed. What must hold afterwards is `super::checks`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use super::act::{self, Point, READY, SLOW, UNDER_WAY_PPM, merge, now_us, ran_at, until};
 use super::checks::{self, Facts};
 use super::follow::{Follow, Pace};
 use super::world::{REQUESTER, World};
@@ -18,25 +16,14 @@ use crate::guest::GuestControl;
 use crate::lab::qemus::SeenQemu;
 use crate::scenario::swarm::run;
 
-/// How long the WAN stays cut.
-const CUT: Duration = Duration::from_secs(5);
-/// Bytes per second of a move that shall still be in its transfer when it is hit.
-const SLOW: u64 = 3_000_000;
 /// Bytes per second that are read of each disk in a move that shall still copy them when it is hit.
 const SLOW_DISK: u64 = 50_000_000;
-/// Share of the work that is done then, parts per million.
-const UNDER_WAY_PPM: u32 = 100_000;
-/// The same for a cut, after which none of it may cross again.
+/// Share of the work that is done when the WAN is cut, after which none of it may cross again, parts per million.
 const HALF_WAY_PPM: u32 = 500_000;
 /// How long a move may take to its phase.
 const REACH: Duration = Duration::from_secs(60);
-/// How long a killed process may take to be gone.
-const GONE: Duration = Duration::from_secs(5);
 /// How long a source that came back may take to be decided for while the destination stands still.
 const BACK: Duration = Duration::from_secs(40);
-/// How long a node may take to be ready again.
-const READY: Duration = Duration::from_secs(30);
-
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -121,7 +108,7 @@ struct Scene {
     follow: Follow,
     started: Instant,
     started_us: u64,
-    point: PathBuf,
+    point: Point,
 }
 
 impl Case {
@@ -166,14 +153,12 @@ impl Case {
         world.clear_holds()?;
         let held = if self.phase == Phase::Mirrored { &source } else { &destination };
         let hold = world.hold_dir(held)?;
-        let point = match self.fault {
-            Fault::LateAccept { .. } => hold.join("late-accept"),
-            _ => hold.join(self.phase.name()),
-        };
+        let mut point = Point::of(&hold, self.phase);
         if let Fault::LateAccept { ms } = self.fault {
-            fs::write(&point, ms.to_string())?;
-        } else if !self.phase.moves_on() {
-            fs::write(&point, "")?;
+            point.path = hold.join("late-accept");
+            fs::write(&point.path, ms.to_string())?;
+        } else {
+            point.hold()?;
         }
         let pace = match self.phase {
             Phase::Transfer => Pace { link: SLOW, disk: 0 },
@@ -218,7 +203,7 @@ impl Case {
 
     /// Brings the move to its phase and does the fault there. Answers with the proof.
     fn strike(&self, world: &mut World, scene: &Scene) -> Result<Value> {
-        let reached = scene.point.with_extension("reached");
+        let reached = scene.point.word();
         let done = match (self.fault, self.phase) {
             (Fault::WanCut, Phase::Transfer) => HALF_WAY_PPM,
             _ => UNDER_WAY_PPM,
@@ -270,9 +255,7 @@ impl Case {
             copies.iter().filter(here).flat_map(SeenQemu::ran).collect::<Vec<_>>()
         };
         let (source, destination) = (on(&scene.source), on(&scene.destination));
-        let covers = |ran: &[(u64, Option<u64>)]| {
-            ran.iter().any(|(from, to)| *from <= at_us && to.is_none_or(|to| to > at_us))
-        };
+        let covers = |ran: &[(u64, Option<u64>)]| ran_at(ran, at_us);
         let ran = destination.iter().any(|(from, _)| (scene.started_us..=at_us).contains(from));
         let fits = match self.phase {
             Phase::Transfer | Phase::Disk => covers(&source) && !ran,
@@ -296,71 +279,36 @@ impl Case {
         match self.fault {
             Fault::DestinationQemu => {
                 let qemu = world.copy_on(&scene.vm, &scene.destination)?;
-                kill(Pid::from_raw(qemu.pid), Signal::SIGKILL).context("kill -9 of QEMU")?;
-                let gone = |world: &World| {
-                    let all = world.copies(&scene.vm);
-                    all.iter().any(|q| q.pid == qemu.pid && !q.alive())
-                };
-                until(GONE, || gone(world)).context("QEMU lives on")?;
-                let at_us = now_us();
-                self.still_held(scene)?;
-                release(&scene.point)?;
-                Ok(json!({ "at_us": at_us, "killed_pid": qemu.pid, "gone_after": true }))
+                let here = |q: &SeenQemu| q.pid == qemu.pid && !q.alive();
+                act::kill_qemu(&qemu, &scene.point, || world.copies(&scene.vm).iter().any(here))
             }
             Fault::DestinationNode => self.kill_node(world, scene, &scene.destination),
             Fault::SourceNode => self.kill_node(world, scene, &scene.source),
             Fault::RequestingNode => self.kill_node(world, scene, REQUESTER),
-            Fault::WanCut => {
-                let wan = world.swarm.lab.wan()?;
-                wan.cut()?;
-                let (before, at_us) = (wan.stats()?, now_us());
-                self.still_held(scene)?;
-                release(&scene.point)?;
-                // The fault's own length.
-                std::thread::sleep(CUT);
-                let during = wan.stats()?.since(&before);
-                wan.restore()?;
-                let passed = during.forward.delivered_packets + during.backward.delivered_packets;
-                let offered = during.forward.offered_packets + during.backward.offered_packets;
-                ensure!(passed == 0 && offered > 0, "the cut let {passed} of {offered} pass");
-                Ok(json!({ "at_us": at_us, "packets_offered": offered, "packets_passed": passed }))
-            }
+            Fault::WanCut => act::cut_wan(&world.swarm, &scene.point),
             Fault::LateAccept { .. } => bail!("not done to a point"),
         }
     }
 
     fn kill_node(&self, world: &mut World, scene: &Scene, host: &str) -> Result<Value> {
-        let node = world.swarm.node_mut(host)?;
-        let alive = node.exit_status()?.is_none();
-        let pid = node.pid().filter(|_| alive).context("the node did not run")?;
-        node.kill9()?;
-        let gone = !Path::new(&format!("/proc/{pid}")).exists();
-        ensure!(gone, "the node lives on");
-        let at_us = now_us();
-        self.still_held(scene)?;
+        let done = act::kill_node(&mut world.swarm, host, &scene.point)?;
         if self.back_first {
-            node.start_ready(READY)?;
+            world.swarm.node_mut(host)?.start_ready(READY)?;
             // It may decide with the other voter while the destination stands still; the destination's word comes later.
             let decided = || world.copy_on(&scene.vm, &scene.source).is_ok_and(|q| q.runs());
             until(BACK, decided).context("the source did not run again")?;
-            release(&scene.point)?;
+            scene.point.release()?;
         } else {
             // Gone before a node that starts again could see it.
-            release(&scene.point)?;
-            node.start_ready(READY)?;
+            scene.point.release()?;
+            world.swarm.node_mut(host)?.start_ready(READY)?;
         }
-        Ok(json!({ "at_us": at_us, "killed_pid": pid, "gone_after": true }))
-    }
-
-    /// The point is held to this moment: what was done so far was done in the phase.
-    fn still_held(&self, scene: &Scene) -> Result<()> {
-        ensure!(self.phase.moves_on() || scene.point.exists(), "the point is not held");
-        Ok(())
+        Ok(done)
     }
 
     /// Nothing to strike: the proposer's node does it. Shown by its word of each message.
     fn late(&self, scene: &Scene) -> Result<Value> {
-        let word = scene.point.with_extension("reached");
+        let word = scene.point.word();
         let sent = || fs::metadata(&word).map_or(0, |m| m.len());
         until(Duration::from_secs(85), || sent() >= 2).context("no accept left late")?;
         Ok(json!({ "late_accepts_sent": sent() }))
@@ -401,34 +349,4 @@ fn verify(mut control: GuestControl) -> Result<crate::guest::wire::Verified> {
         control.wait_ready(Duration::from_secs(30)).await?;
         control.verify().await
     })
-}
-
-pub(crate) fn release(point: &Path) -> Result<()> {
-    match fs::remove_file(point) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
-        _ => Ok(()),
-    }
-}
-
-pub(crate) fn until(deadline: Duration, mut done: impl FnMut() -> bool) -> Result<()> {
-    let end = Instant::now() + deadline;
-    while !done() {
-        ensure!(Instant::now() < end, "not within {deadline:?}");
-        // What another process does gives no event here; a deadline bounds this.
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
-pub(crate) fn now_us() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |d| d.as_micros() as u64)
-}
-
-/// `more`'s members added to `object`.
-pub(crate) fn merge(mut object: Value, more: Value) -> Value {
-    if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
-        object.extend(more);
-    }
-    object
 }

@@ -3,36 +3,25 @@
 //! Owns the order of steps and the proof that the fault landed: which guests ran at that moment, by the events of their
 //! QEMUs. What must hold afterwards is `super::judge`'s.
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::judge::{self, Facts};
 use crate::lab::qemus::SeenQemu;
 use crate::scenario::cluster::world::{CLUSTER, World};
-use crate::scenario::faults::case::{Phase, merge, now_us, release, until};
+use crate::scenario::faults::act::{
+    self, Point, READY, SLOW, UNDER_WAY_PPM, merge, now_us, ran_at, until,
+};
+use crate::scenario::faults::case::Phase;
 use crate::scenario::faults::follow::{Follow, Heard, Pace};
 use crate::scenario::faults::world::{REQUESTER, copy_on, ended, hold_dir, host_of};
 
-/// How long the WAN stays cut.
-const CUT: Duration = Duration::from_secs(5);
-/// Bytes per second of a move that shall still be in its transfer when it is hit.
-const SLOW: u64 = 3_000_000;
-/// Share of the work that is done then, parts per million.
-const UNDER_WAY_PPM: u32 = 100_000;
 /// How long a move may take to its step.
 const REACH: Duration = Duration::from_secs(90);
 /// How often a move is begun that ends before its step is reached.
 const TRIES: u32 = 3;
-/// How long a killed process may take to be gone.
-const GONE: Duration = Duration::from_secs(5);
-/// How long a node may take to be ready again.
-const READY: Duration = Duration::from_secs(30);
-
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -95,7 +84,7 @@ struct Scene {
     follow: Follow,
     started: Instant,
     started_us: u64,
-    point: PathBuf,
+    point: Point,
 }
 
 impl Case {
@@ -138,7 +127,7 @@ impl Case {
             // A machine that is too busy to stop all in time: they stayed, and nothing was hit.
             ensure!(tries < TRIES, "the step was not reached: {heard:?}");
             tries += 1;
-            release(&scene.point)?;
+            scene.point.release()?;
             world.settled()?;
         };
         let landed = self.strike(world, &scene, &heard)?;
@@ -158,10 +147,8 @@ impl Case {
         let to: Vec<String> =
             if there { ["h4", "h5"] } else { ["h1", "h2"] }.map(Into::into).into();
         let held = usize::from(self.fault != Fault::Proposer);
-        let point = hold_dir(&world.swarm, &to[held])?.join(self.phase.name());
-        if !self.phase.moves_on() {
-            std::fs::write(&point, "")?;
-        }
+        let point = Point::of(&hold_dir(&world.swarm, &to[held])?, self.phase);
+        point.hold()?;
         // What the destinations still have from an earlier move makes this one short.
         let link = if self.phase.moves_on() { SLOW } else { 0 };
         if self.phase.moves_on() {
@@ -177,7 +164,7 @@ impl Case {
 
     /// Brings the move to its step; or it is over without.
     fn reach(&self, scene: &Scene) -> Result<Heard> {
-        let reached = scene.point.with_extension("reached");
+        let reached = scene.point.word();
         let heard = scene.follow.wait(REACH, |heard| {
             let there = match self.phase.moves_on() {
                 true => {
@@ -205,9 +192,7 @@ impl Case {
             let here = |q: &&SeenQemu| host_of(&world.swarm, q).as_deref() == Some(host);
             copies.iter().filter(here).flat_map(SeenQemu::ran).collect::<Vec<_>>()
         };
-        let covers = |ran: &[(u64, Option<u64>)]| {
-            ran.iter().any(|(from, to)| *from <= at_us && to.is_none_or(|to| to > at_us))
-        };
+        let covers = |ran: &[(u64, Option<u64>)]| ran_at(ran, at_us);
         for member in 0..world.guests.len() {
             let source = ran(member, &scene.from[member]);
             let destination = ran(member, &scene.to[member]);
@@ -228,10 +213,10 @@ impl Case {
 
     fn act(&self, world: &mut World, scene: &Scene) -> Result<Value> {
         match self.fault {
-            Fault::Lead => self.kill_node(world, scene, &scene.from[0]),
-            Fault::Source => self.kill_node(world, scene, &scene.from[1]),
-            Fault::Proposer => self.kill_node(world, scene, &scene.to[0]),
-            Fault::Destination => self.kill_node(world, scene, &scene.to[1]),
+            Fault::Lead => kill_node(world, scene, &scene.from[0]),
+            Fault::Source => kill_node(world, scene, &scene.from[1]),
+            Fault::Proposer => kill_node(world, scene, &scene.to[0]),
+            Fault::Destination => kill_node(world, scene, &scene.to[1]),
             Fault::Voter => {
                 let shown = world.cluster(REQUESTER)?;
                 let voters: Vec<String> = shown["voters"]
@@ -244,55 +229,17 @@ impl Case {
                 let apart = voters.iter().find(|host| !moves(host));
                 let voter = apart.or_else(|| voters.iter().find(|host| **host != scene.from[0]));
                 let voter = voter.context("the lead is the only voter")?.clone();
-                let done = self.kill_node(world, scene, &voter)?;
+                let done = kill_node(world, scene, &voter)?;
                 Ok(merge(done, json!({ "voters": voters, "killed": voter })))
             }
             Fault::DestinationQemu => {
                 let vm = world.guests[scene.held].name.clone();
                 let qemu = copy_on(&world.swarm, &world.qemus, &vm, &scene.to[scene.held])?;
-                let at_us = now_us();
-                kill(Pid::from_raw(qemu.pid), Signal::SIGKILL).context("kill -9 of QEMU")?;
-                let gone = || world.copies(&vm).iter().any(|q| q.pid == qemu.pid && !q.alive());
-                until(GONE, gone).context("QEMU lives on")?;
-                self.still_held(scene)?;
-                release(&scene.point)?;
-                Ok(json!({ "at_us": at_us, "killed_pid": qemu.pid }))
+                let here = |q: &SeenQemu| q.pid == qemu.pid && !q.alive();
+                act::kill_qemu(&qemu, &scene.point, || world.copies(&vm).iter().any(here))
             }
-            Fault::WanCut => {
-                let wan = world.swarm.lab.wan()?;
-                wan.cut()?;
-                let (before, at_us) = (wan.stats()?, now_us());
-                self.still_held(scene)?;
-                release(&scene.point)?;
-                // The fault's own length.
-                std::thread::sleep(CUT);
-                let during = wan.stats()?.since(&before);
-                wan.restore()?;
-                let passed = during.forward.delivered_packets + during.backward.delivered_packets;
-                ensure!(passed == 0, "the cut let {passed} pass");
-                Ok(json!({ "at_us": at_us }))
-            }
+            Fault::WanCut => act::cut_wan(&world.swarm, &scene.point),
         }
-    }
-
-    fn kill_node(&self, world: &mut World, scene: &Scene, host: &str) -> Result<Value> {
-        let node = world.swarm.node_mut(host)?;
-        let alive = node.exit_status()?.is_none();
-        let pid = node.pid().filter(|_| alive).context("the node did not run")?;
-        node.kill9()?;
-        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "the node lives on");
-        let at_us = now_us();
-        self.still_held(scene)?;
-        // Gone before a node that starts again could see it.
-        release(&scene.point)?;
-        node.start_ready(READY)?;
-        Ok(json!({ "at_us": at_us, "killed_pid": pid }))
-    }
-
-    /// The point is held to this moment: what was done so far was done in the step.
-    fn still_held(&self, scene: &Scene) -> Result<()> {
-        ensure!(self.phase.moves_on() || scene.point.exists(), "the point is not held");
-        Ok(())
     }
 
     /// Waits for the end as shown where it was asked for, then for what must come true soon after.
@@ -323,4 +270,12 @@ impl Case {
         let (started_us, ended_us) = (scene.started_us, now_us());
         Ok(Facts { from, to, started_us, ended_us, ended_ms, shown, runs_on, verified })
     }
+}
+
+fn kill_node(world: &mut World, scene: &Scene, host: &str) -> Result<Value> {
+    let done = act::kill_node(&mut world.swarm, host, &scene.point)?;
+    // Gone before a node that starts again could see it.
+    scene.point.release()?;
+    world.swarm.node_mut(host)?.start_ready(READY)?;
+    Ok(done)
 }
