@@ -12,6 +12,7 @@ use godwit_testbed::lab::wan::LinkParams;
 use godwit_testbed::lab::{self, Lab, LabConfig};
 use godwit_testbed::scenario::{self, demo};
 use godwit_testbed::sim::campaign;
+use godwit_testbed::sim::explore::{Bounds, Explorer, Flaw, contested};
 
 #[derive(Parser)]
 #[command(name = "godwit-lab", version, about = "Lab, scenarios and benchmarks of godwit")]
@@ -70,6 +71,24 @@ enum Command {
         /// Tell everything that happens in it
         #[arg(long, requires = "seed")]
         log: bool,
+        /// Write the report to this file, too
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Try every order of events of one decision: three voters, of whom two contest it
+    Explore {
+        /// How many nodes die and start again, anywhere
+        #[arg(long, default_value_t = 1)]
+        crashes: u8,
+        /// How many timers ring
+        #[arg(long, default_value_t = 0)]
+        timers: u8,
+        /// How many messages come twice
+        #[arg(long, default_value_t = 0)]
+        doubles: u8,
+        /// The search is cut off at so many states (it fails)
+        #[arg(long, default_value_t = 100_000_000)]
+        most: usize,
         /// Write the report to this file, too
         #[arg(long)]
         json: Option<PathBuf>,
@@ -223,6 +242,12 @@ fn run(command: Command) -> anyhow::Result<bool> {
             };
             show(&report, json.as_deref())?;
             Ok(report["passed"] == true)
+        }
+        Command::Explore { crashes, timers, doubles, most, json } => {
+            let bounds = Bounds { crashes, timers, doubles };
+            let found = Explorer::new(contested(bounds, Flaw::None), most).run();
+            show(&serde_json::to_value(&found)?, json.as_deref())?;
+            Ok(found.breach.is_none() && !found.truncated)
         }
         Command::Bench { what } => measure(what).map(|()| true),
         Command::Hold { labid } => {

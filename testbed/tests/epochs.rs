@@ -3,10 +3,7 @@
 //! The search finds each of two flaws within like bounds, so that it is known to look where they are.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use godwit_protocol::id::Epoch;
-use godwit_protocol::wire::record::{Cause, Record, Release};
-use godwit_testbed::sim::explore::{Bounds, Explorer, Flaw, Found, Small, record, stay};
-use godwit_testbed::sim::world::VM;
+use godwit_testbed::sim::explore::{Bounds, Explorer, Flaw, Found, Small, contested};
 
 /// More states than any of these worlds has.
 const MOST: usize = 3_000_000;
@@ -15,16 +12,6 @@ fn explore(small: Small) -> Found {
     let found = Explorer::new(small, MOST).run();
     eprintln!("{found:?}");
     found
-}
-
-/// Three voters. Node 0 holds a loaded copy and wants it named, node 1 had the guest and gives up.
-fn contested(bounds: Bounds, flaw: Flaw) -> Small {
-    let base = record(1, &[0, 1, 2], 1, Cause::Create);
-    let (copy, epoch) = (base.placement[0].copy, Epoch(2));
-    let released = Cause::Move(vec![Release { vm: VM, copy, epoch }]);
-    let moved = record(2, &[0, 1, 2], 0, released);
-    let wants = vec![(0, moved), (1, stay(&base, "gave up"))];
-    Small { nodes: 3, base, wants, bounds, flaw }
 }
 
 /// The same three voters; only the destination proposes. Should it die, it gives up when it is back.

@@ -13,10 +13,14 @@ use godwit_protocol::epoch::{Epochs, Hard, Output};
 use godwit_protocol::id::{CopyId, Epoch, VmId};
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::epoch::{Body, Message};
-use godwit_protocol::wire::record::{Cause, Record};
+use godwit_protocol::wire::record::{Cause, Record, Release};
+use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::world::{self, VM, index, placed, voter};
+
+/// A search says how far it is each time that it has seen so many states.
+const TELL: usize = 1_000_000;
 
 /// How much goes wrong at most on one path.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -56,8 +60,7 @@ pub struct Small {
 }
 
 /// The record of a VM on a host, decided by these voters.
-#[must_use]
-pub fn record(epoch: u64, voters: &[usize], at: usize, cause: Cause) -> Record {
+fn record(epoch: u64, voters: &[usize], at: usize, cause: Cause) -> Record {
     let place = placed(VM, at, CopyId([at as u8 + 1; 16]));
     Record {
         cluster: VM,
@@ -71,13 +74,23 @@ pub fn record(epoch: u64, voters: &[usize], at: usize, cause: Cause) -> Record {
 }
 
 /// The same, one epoch later: somebody gave up.
-#[must_use]
-pub fn stay(base: &Record, why: &str) -> Record {
+fn stay(base: &Record, why: &str) -> Record {
     Record { epoch: base.epoch.next(), cause: Cause::Stay(why.into()), ..base.clone() }
 }
 
+/// Three voters. Node 0 holds a loaded copy and wants it named, node 1 had the guest and gives up.
+#[must_use]
+pub fn contested(bounds: Bounds, flaw: Flaw) -> Small {
+    let base = record(1, &[0, 1, 2], 1, Cause::Create);
+    let (copy, epoch) = (base.placement[0].copy, base.epoch.next());
+    let released = Cause::Move(vec![Release { vm: VM, copy, epoch }]);
+    let moved = record(epoch.0, &[0, 1, 2], 0, released);
+    let wants = vec![(0, moved), (1, stay(&base, "gave up"))];
+    Small { nodes: 3, base, wants, bounds, flaw }
+}
+
 /// What a search found.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Found {
     /// Distinct states.
     pub states: usize,
@@ -173,6 +186,9 @@ impl Explorer {
                 continue;
             }
             self.found.states += 1;
+            if self.found.states.is_multiple_of(TELL) {
+                eprintln!("{} states", self.found.states);
+            }
             self.judge(&state);
             if self.found.breach.is_some() {
                 break;
