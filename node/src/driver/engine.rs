@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::node::{DriverError, Input, Node, RunOptions};
 use super::worker::Worker;
-use super::{asks, cutover, hold, restart, uplinks, wires};
+use super::{asks, cutover, hold, off, on, restart, uplinks, wires};
 use crate::net::NetEvent;
 
 /// Things that happened and wait for the core.
@@ -201,6 +201,8 @@ impl Engine {
                 self.node.decided.notify_waiters();
                 tracing::info!(vm = %record.name, epoch = %record.epoch, cause = ?record.cause, "decided");
             }
+            Command::Boot(vm, copy) => on::boot(&self.node, vm, copy),
+            Command::Removed(_, copy) => off::forget(&self.node, copy),
             Command::Undecided(vm, epoch) => {
                 tracing::warn!(%vm, %epoch, "not decided in time: unknown");
             }

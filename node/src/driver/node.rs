@@ -105,6 +105,7 @@ pub(super) struct Node {
     pub rewiring: tokio::sync::Mutex<()>,
     /// A record was decided.
     pub decided: tokio::sync::Notify,
+    pub starts: super::on::Starts,
     pub cutovers: super::cutover::Cutovers,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,
     pub dialled: super::bulk::Dialled,

@@ -82,8 +82,8 @@ impl Worker {
         }
         let (node, kept) = (Arc::clone(&self.node), kept(&self.node, vm).await);
         let tell = move |core: &mut Core, now| {
-            if let Ok((_, spec)) = &kept {
-                announce(&node, core, spec, id);
+            if let Ok((copy, spec)) = &kept {
+                announce(&node, core, spec, *copy);
             }
             // A guest that ended while it was started: the record does not say so yet.
             core.ended(now, vm, id);
@@ -102,12 +102,19 @@ pub(super) fn announce(node: &Node, core: &mut Core, spec: &ResolvedSpec, copy: 
     core.announce(node.now(), boot::route_of(node, spec, copy, epoch));
 }
 
-/// The VM was removed: its description goes, its images are whoever's they were. Their paths.
-pub(super) async fn forget(node: &Node, id: CopyId, spec: &ResolvedSpec) -> Vec<String> {
-    node.images.detach_disks(id);
-    let dir = node.dir_of(id);
-    if let Err(error) = tokio::fs::remove_dir_all(&dir).await {
-        tracing::warn!(dir = %dir.display(), %error, "its directory stays");
-    }
-    spec.moving().map(|d| d.path.display().to_string()).collect()
+/// The VM was removed: its description goes, its images are whoever's they were.
+pub(super) fn forget(node: &Arc<Node>, id: CopyId) {
+    let node = Arc::clone(node);
+    let work = move || {
+        node.images.detach_disks(id);
+        let dir = node.dir_of(id);
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(dir = %dir.display(), %error, "its directory stays");
+            }
+            _ => {}
+        }
+    };
+    // Not waited for: a daemon that starts removes it, too.
+    tokio::task::spawn_blocking(work);
 }

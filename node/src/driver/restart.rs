@@ -90,6 +90,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         turning: tokio::sync::Mutex::default(),
         rewiring: tokio::sync::Mutex::default(),
         decided: tokio::sync::Notify::new(),
+        starts: super::on::Starts::default(),
         cutovers: super::cutover::Cutovers::default(),
         memory_limit: options.memory_limit.map_or_else(host_memory, Ok)?,
         caps,

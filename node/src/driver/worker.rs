@@ -13,7 +13,7 @@ use super::destination::Receiving;
 use super::node::{Node, wall_us};
 use super::source::Sending;
 use super::{cutover, hold, images, keeping, migrate, off, wires};
-use crate::vmm;
+use crate::vmm::{self, CopyRecord};
 
 /// Effects that may wait at one worker. A migration has few at a time.
 const EFFECTS: usize = 32;
@@ -88,7 +88,7 @@ impl Worker {
             Effect::Discard(copy) => {
                 self.sending = None;
                 self.receiving = None;
-                retire(&self.node, copy).await;
+                retire(&self.node, self.vm, copy).await;
             }
             Effect::DropReceived => {
                 if let Some(receiving) = self.receiving.take() {
@@ -96,7 +96,7 @@ impl Worker {
                     self.node.moment(self.id, "what was received is of no use now");
                     let copy = receiving.copy;
                     drop(receiving);
-                    retire(&self.node, copy).await;
+                    retire(&self.node, self.vm, copy).await;
                 }
             }
             Effect::Rebuild(copy) => {
@@ -182,15 +182,31 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
 
 /// Ends a copy that has moved away or was received in vain. Its disks and its memory stay for a time,
 /// as content: what comes back need not cross again.
-async fn retire(node: &Arc<Node>, id: CopyId) {
+async fn retire(node: &Arc<Node>, vm: VmId, id: CopyId) {
     // Before others can hear that it is gone and try again.
-    let mark = node.copies.get(id).map(|copy| node.keeping.begin(copy.vm()));
-    let Some(copy) = discard(node, id).await else { return };
-    let node = Arc::clone(node);
+    let mark = node.keeping.begin(vm);
+    let copy = end(node, id).await;
+    let (node, here) = (Arc::clone(node), off::kept(node, vm).await);
     // Not waited for: nobody needs it before the next migration of this VM.
     tokio::task::spawn_blocking(move || {
-        keeping::disks(&node, &copy, copy.ran());
-        keeping::memory(&node, &copy, copy.ran());
+        let dir = node.dir_of(id);
+        // One whose QEMU went before this daemon started is on the disk alone.
+        let record = CopyRecord::read(&dir).ok();
+        let ran = copy.as_ref().map(|copy| copy.ran());
+        let whole = ran.or(record.as_ref().map(|r| r.ran)).unwrap_or_default();
+        if let Err(error) = std::fs::remove_dir_all(&dir)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(copy = %id, %error, "its directory stays");
+        }
+        let spared = keeping::spared(here, id);
+        let spec = copy.as_ref().map(|copy| &copy.spec).or(record.as_ref().map(|r| &r.spec));
+        if let Some(spec) = spec {
+            keeping::disks(&node, &keeping::Left { copy: id, spec, whole, spared });
+        }
+        if let Some(copy) = &copy {
+            keeping::memory(&node, copy, whole);
+        }
         drop(mark);
     });
 }

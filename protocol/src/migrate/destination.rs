@@ -81,6 +81,7 @@ pub struct Destination {
     team: Vec<Seat>,
     loaded: BTreeMap<VmId, CopyId>,
     proposed: bool,
+    off: bool,
 }
 
 impl Destination {
@@ -111,7 +112,7 @@ impl Destination {
         led: Option<Led>,
     ) -> Self {
         let (proposer, team, loaded) = (None, Vec::new(), BTreeMap::new());
-        let (rebuilds, proposed) = (0, false);
+        let (rebuilds, proposed, off) = (0, false, record.is_off(status.vm));
         Self {
             me,
             status,
@@ -125,6 +126,7 @@ impl Destination {
             team,
             loaded,
             proposed,
+            off,
         }
     }
 
@@ -204,7 +206,11 @@ impl Destination {
             (State::Loaded { qemu, .. }, Some(copy)) => {
                 self.status.epoch_after = Some(record.epoch);
                 if record.places(self.status.vm, self.me.host, copy) {
-                    let qemu = *qemu;
+                    let mut qemu = *qemu;
+                    if record.is_off(self.status.vm) {
+                        // Also what the record before did not know: it left its cluster since.
+                        (self.off, qemu) = (true, Qemu::There);
+                    }
                     let again_at = now.plus_ms(wait::CONT_AGAIN_MS);
                     self.state = State::Starting { qemu, again_at };
                     self.status.phase = Phase::Starting;
@@ -234,7 +240,7 @@ impl Destination {
 
     /// The VM is switched off: what was received is its disks, whole and flushed, and no QEMU is needed.
     fn is_off(&self) -> bool {
-        self.record.is_off(self.status.vm)
+        self.off
     }
 
     /// What begins when the record is decided.

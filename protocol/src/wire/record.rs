@@ -70,6 +70,8 @@ pub enum Cause {
     Force(String),
     /// The QEMU of that member ended by itself: it is switched off, where it was.
     Off(VmId),
+    /// That member is switched on again, where it was: as a new copy, which starts from its images.
+    On(VmId),
 }
 
 /// The decided state of a cluster. Its number is its epoch.
@@ -207,6 +209,7 @@ impl Record {
             }
             Cause::Move => number && departed && self.moves(base),
             Cause::Off(vm) => number && departed && self.turns_off(base, *vm),
+            Cause::On(vm) => number && departed && self.turns_on(base, *vm),
             Cause::Delete => number && departed && self.placement.is_empty() && base.is_lone(),
             Cause::Add { vm, above } => self.adds(base, *vm, *above),
             Cause::Release { members, .. } => number && self.releases(base, members),
@@ -229,6 +232,17 @@ impl Record {
         let mut placement = base.placement.clone();
         placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| p.off = true);
         self.placement == placement && placement != base.placement
+    }
+
+    /// That member was off and is on as another copy; nothing else is another.
+    fn turns_on(&self, base: &Self, vm: VmId) -> bool {
+        let copies = (self.placement_of(vm), base.placement_of(vm));
+        let (Some(new), Some(old)) = copies else { return false };
+        let mut placement = base.placement.clone();
+        placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| {
+            (p.copy, p.off) = (new.copy, false);
+        });
+        self.placement == placement && old.off && old.copy != new.copy
     }
 
     fn adds(&self, base: &Self, vm: VmId, above: Epoch) -> bool {
