@@ -177,6 +177,8 @@ pub struct Core {
     minted: BTreeMap<VmId, Minted>,
     /// VMs to be removed, with what is here of them, until the record says so.
     removing: BTreeMap<VmId, CopyId>,
+    /// Clusters of which members move elsewhere, until when that counts.
+    led: BTreeMap<VmId, Time>,
     moves: BTreeMap<MigrationId, Move>,
     statuses: BTreeMap<MigrationId, Status>,
     /// The statuses' ids, the longest known first.
@@ -215,6 +217,7 @@ impl Core {
             ended: BTreeMap::new(),
             minted: BTreeMap::new(),
             removing: BTreeMap::new(),
+            led: BTreeMap::new(),
             moves: BTreeMap::new(),
             order: config.statuses.iter().map(|s| s.id).collect(),
             statuses: config.statuses.into_iter().map(|s| (s.id, s)).collect(),
@@ -293,6 +296,7 @@ impl Core {
         }
         if now >= self.voters_at {
             self.voters_at = now.plus_ms(voters::EVERY_MS);
+            self.led.retain(|_, until| now < *until);
             self.finish_joins(now);
             self.turn_off(now);
             self.finish_removals(now);

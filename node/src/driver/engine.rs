@@ -15,7 +15,7 @@ use godwit_protocol::wire::control::Control;
 use tokio::sync::mpsc;
 
 use super::node::{DriverError, Input, Node, RunOptions};
-use super::worker::Worker;
+use super::worker::{Todo, Worker};
 use super::{asks, cutover, hold, off, on, restart, uplinks, wires};
 use crate::net::NetEvent;
 
@@ -26,7 +26,7 @@ pub(super) const INPUTS: usize = 1024;
 struct Engine {
     node: Arc<Node>,
     core: Core,
-    workers: BTreeMap<MigrationId, mpsc::Sender<Effect>>,
+    workers: BTreeMap<MigrationId, mpsc::Sender<Todo>>,
 }
 
 pub(super) async fn run(options: RunOptions) -> Result<(), DriverError> {
@@ -225,10 +225,12 @@ impl Engine {
 
     async fn effect(&mut self, id: MigrationId, vm: godwit_protocol::id::VmId, effect: Effect) {
         let node = &self.node;
+        // From now on: the next move of this VM may begin before the worker comes to it.
+        let rests = matches!(effect, Effect::Rest(_)).then(|| node.resting.begin(vm));
         let worker = self.workers.entry(id).or_insert_with(|| Worker::spawn(node, id, vm));
         // The queue is longer than any migration's effects; the worker never waits for the engine
         // with a full queue of its own.
-        if worker.try_send(effect).is_err() {
+        if worker.try_send((effect, rests)).is_err() {
             tracing::error!(%id, "a migration's worker is stuck: effect dropped");
         }
     }

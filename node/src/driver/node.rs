@@ -89,6 +89,8 @@ pub(super) struct Node {
     pub corpus: Arc<Corpus>,
     pub images: Arc<Images>,
     pub keeping: Arc<super::keeping::Keeping>,
+    /// VMs of which a copy is about to be let rest.
+    pub resting: Arc<super::keeping::Keeping>,
     pub chunk_key: [u8; 32],
     pub copies: Copies,
     pub asks: Asks,

@@ -5,6 +5,7 @@
 //! whatever becomes of a move, images and description stay at the host that the record names.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use godwit_protocol::core::Core;
 use godwit_protocol::id::{CopyId, VmId};
@@ -15,8 +16,11 @@ use super::copies::Copy;
 use super::destination::BLOB;
 use super::node::{Node, wall_us};
 use super::worker::{self, Worker};
-use super::{boot, images};
+use super::{boot, hold, images};
 use crate::vmm::{self, CopyRecord, Mode, ResolvedSpec};
+
+/// How long the end of a VM's last move may be waited for.
+const RESTS: Duration = Duration::from_secs(20);
 
 /// What a record says of a VM whose guest has ended on this host, read from its directory. Blocks, shortly.
 pub(super) fn read(
@@ -54,6 +58,12 @@ pub(super) async fn show_disks(node: &Arc<Node>, vm: VmId) -> Result<Arc<Copy>, 
     if !is_off(node, vm).await {
         return Err("the VM does not run here".into());
     }
+    // The QEMU of an earlier move, which is about to be ended, has the disks open.
+    let resting = Arc::clone(&node.resting);
+    let rests = move || resting.wait(vm, Instant::now() + RESTS);
+    if !tokio::task::spawn_blocking(rests).await.map_err(|e| e.to_string())? {
+        return Err("its last move is not over here yet: ask again".into());
+    }
     let (id, spec) = kept(node, vm).await?;
     let copy = boot::start_copy(node, &spec, id, Mode::Still).await.map_err(|e| e.to_string())?;
     // Its guest did: what this copy has is the whole VM, whatever becomes of this QEMU.
@@ -67,6 +77,7 @@ impl Worker {
     pub(super) async fn rest(&mut self, id: CopyId) {
         self.sending = None;
         self.receiving = None;
+        hold::at("rest").await;
         if let Some(copy) = worker::end(&self.node, id).await {
             images::attach(&self.node, &copy);
             // Of a machine that was never started.

@@ -65,7 +65,8 @@ pub(super) async fn begin(node: &Arc<Node>, vm: VmId, begun: bool) -> Result<Ans
     if let Some(cause) = failed.remove(&vm).filter(|_| begun) {
         return Err(cause);
     }
-    let look = move |core: &mut Core, _| (core.is_on(vm), core.may_turn_on(vm), core.minted(vm));
+    let look =
+        move |core: &mut Core, now| (core.is_on(vm), core.may_turn_on(now, vm), core.minted(vm));
     let (on, may, minted) = node.with_core(look).await.map_err(|e| e.to_string())?;
     if on {
         return Ok(Answer::Done);

@@ -99,6 +99,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         corpus,
         images,
         keeping: Arc::default(),
+        resting: Arc::default(),
         chunk_key,
         copies: Copies::default(),
         asks: Asks::default(),

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::copies::Copy;
 use super::destination::Receiving;
+use super::keeping::Mark;
 use super::node::{Node, wall_us};
 use super::source::Sending;
 use super::{cutover, hold, images, keeping, migrate, off, wires};
@@ -19,6 +20,9 @@ use crate::vmm::{self, CopyRecord};
 const EFFECTS: usize = 32;
 /// How long a QEMU may take to leave before it is killed.
 const QUIT: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// What a worker has to do; while it is about to let a copy rest, with the mark of that.
+pub(super) type Todo = (Effect, Option<Mark>);
 
 pub(super) struct Worker {
     pub node: Arc<Node>,
@@ -30,12 +34,13 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Starts one; it ends when the sender is dropped and everything asked of it is done.
-    pub fn spawn(node: &Arc<Node>, id: MigrationId, vm: VmId) -> mpsc::Sender<Effect> {
+    pub fn spawn(node: &Arc<Node>, id: MigrationId, vm: VmId) -> mpsc::Sender<Todo> {
         let (effects, mut todo) = mpsc::channel(EFFECTS);
         let mut worker = Self { node: Arc::clone(node), id, vm, sending: None, receiving: None };
         tokio::spawn(async move {
-            while let Some(effect) = todo.recv().await {
+            while let Some((effect, rests)) = todo.recv().await {
                 worker.perform(effect).await;
+                drop(rests);
             }
         });
         effects

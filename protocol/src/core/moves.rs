@@ -122,7 +122,7 @@ impl Core {
                 Ok(()) => return,
                 Err(cause) => Body::Refused(cause),
             },
-            Body::Order { .. } | Body::How { .. } | Body::Stand(_) => {
+            Body::Order { .. } | Body::How { .. } | Body::Stand(_) | Body::Moves => {
                 return self.said_of_cluster(now, from, Message { id, vm, base, body });
             }
             Body::Where => self.stands(from, id, vm, base),

@@ -37,7 +37,9 @@ impl Core {
                 }
                 continue;
             };
-            if next.is_off(vm) || self.removing.contains_key(&vm) || !self.may_change(&next) {
+            // A decree would end what other members are at.
+            let busy = self.is_led(now, next.cluster) || !self.may_change(&next);
+            if next.is_off(vm) || self.removing.contains_key(&vm) || busy {
                 continue;
             }
             (next.epoch, next.cause) = (next.epoch.next(), Cause::Off(vm));
@@ -59,7 +61,7 @@ impl Core {
     /// # Errors
     /// See [`Core::may_turn_on`]; nothing changed.
     pub fn turn_on(&mut self, now: Time, vm: VmId, copy: CopyId) -> Result<(), String> {
-        let mut next = self.may_turn_on(vm)?;
+        let mut next = self.may_turn_on(now, vm)?;
         (next.epoch, next.cause) = (next.epoch.next(), Cause::On(vm));
         next.placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| {
             (p.copy, p.off) = (copy, false);
@@ -75,7 +77,7 @@ impl Core {
     ///
     /// # Errors
     /// One line for the user; what passes by itself ends in *ask again*.
-    pub fn may_turn_on(&self, vm: VmId) -> Result<Record, String> {
+    pub fn may_turn_on(&self, now: Time, vm: VmId) -> Result<Record, String> {
         let record = self.record_of(vm).ok_or("no record of the VM is known here")?;
         let placed = record.placement_of(vm).filter(|p| p.host == self.me.host);
         let placed = placed.ok_or("it is not on this host any more: ask again")?;
@@ -86,9 +88,10 @@ impl Core {
         if self.is_booting(vm) {
             return Err(format!("{name} is being started: ask again"));
         }
-        if self.is_moving(vm) || self.is_cluster_moving(record.cluster) {
+        if self.is_moving(vm) || self.is_led(now, record.cluster) {
+            let which = if record.is_lone() { name } else { &record.name };
             let wait = "wait for it (godwit migrations), or abort it first";
-            return Err(format!("{name} moves: {wait}"));
+            return Err(format!("{which} moves: {wait}"));
         }
         if !placed.off {
             return Err(format!("no record says yet that {name} is off: ask again"));

@@ -177,6 +177,11 @@ impl Lead {
             State::Gathering { .. } | State::Settling { .. } => wait::LEAD_MS,
         };
         self.say_at = now.plus_ms(again);
+        for stays in
+            self.record.placement.iter().filter(|p| self.members.iter().all(|m| m.vm != p.vm))
+        {
+            out.push(self.tell(stays.host, stays.vm, Body::Moves));
+        }
         let stopping =
             matches!(&self.state, State::Stopping { stopped_by, .. } if now < *stopped_by);
         let gathering = matches!(self.state, State::Gathering { .. });

@@ -173,6 +173,8 @@ pub enum Body {
     LoadedToo(VmId, CopyId),
     /// To a member: nothing is known of the cluster's migration.
     NoLead,
+    /// A cluster's lead to the host of a member that stays: others move.
+    Moves,
 }
 
 /// How a migration ended, or how far it is.

@@ -29,8 +29,8 @@ impl World {
         let newest = governing(self.decided.values(), vm).and_then(|r| r.placement_of(vm).cloned());
         let Some(placed) = newest.filter(|p| p.off) else { return true };
         let i = index(placed.host);
-        let look = |core: &mut godwit_protocol::core::Core, _| {
-            core.may_turn_on(vm).ok().map(|record| (record, core.minted(vm)))
+        let look = |core: &mut godwit_protocol::core::Core, now| {
+            core.may_turn_on(now, vm).ok().map(|record| (record, core.minted(vm)))
         };
         let Some((record, minted)) = self.act(i, look).flatten() else { return false };
         // What this host knows may be old; it starts from what it has itself.

@@ -73,16 +73,21 @@ fn a_start_is_refused_while_it_moves_runs_or_is_removed() {
     let mut world = one_is_off(1, Faults::quiet());
     assert!(world.ask_cluster(1, &[(vm(2), 2)]));
     let no = world.run_until(20_000, |w| w.core(1).is_moving(vm(2)));
-    assert!(no && world.core(1).may_turn_on(vm(2)).unwrap_err().contains("moves: wait for it"));
+    let now = world.now;
+    assert!(
+        no && world.core(1).may_turn_on(now, vm(2)).unwrap_err().contains("moves: wait for it")
+    );
     settle(&mut world);
-    assert!(world.core(1).may_turn_on(vm(2)).unwrap_err().contains("not on this host"));
-    let left = copy(&world);
+    let now = world.now;
+    assert!(world.core(1).may_turn_on(now, vm(2)).unwrap_err().contains("not on this host"));
+    let (left, now) = (copy(&world), world.now);
     world.act(3, |core, now| core.remove(now, vm(2), left)).unwrap().unwrap();
-    assert!(world.core(3).may_turn_on(vm(2)).unwrap_err().contains("removed"));
+    assert!(world.core(3).may_turn_on(now, vm(2)).unwrap_err().contains("removed"));
     let mut world = one_is_off(1, Faults::quiet());
     assert!(world.turn_on(vm(2)));
     assert!(world.run_until(5000, |w| runs_at(w) == Some(1)));
-    assert!(world.core(1).is_on(vm(2)) && world.core(1).may_turn_on(vm(2)).is_err());
+    let now = world.now;
+    assert!(world.core(1).is_on(vm(2)) && world.core(1).may_turn_on(now, vm(2)).is_err());
 }
 
 /// Its host dies before each of its steps in turn: it is booted once, or not decided.
@@ -251,4 +256,24 @@ fn a_bound_destination_that_left_its_cluster_does_not_wait_for_ever() {
     assert!(!world.nodes[4].is_bound());
     assert!(world.core(4).statuses().all(|s| s.phase.is_end()));
     assert_eq!(status(&world, 0, 1).unwrap().phase, Phase::Lost);
+}
+
+/// What ends where it stays does not end what the others are at: its record says so afterwards.
+#[test]
+fn a_member_that_stays_and_ends_lets_the_others_move() {
+    let mut world = World::empty(5, 1, Faults::quiet());
+    world.add_cluster(10, &[0, 1, 2], &[0, 1, 2]);
+    world.boot();
+    assert!(world.ask_cluster(1, &[(vm(0), 2), (vm(1), 3)]));
+    assert!(world.run_until(20_000, |w| w.nodes[0].sending.len() + w.nodes[1].sending.len() == 2));
+    let (gone, at) = world.running(vm(2)).unwrap();
+    world.off.insert(vm(2));
+    world.may_lose.insert(vm(2));
+    world.kill(gone);
+    world.act(at, |core, now| core.ended(now, vm(2), gone));
+    assert!(world.run_until(60_000, |w| newest(w, 2).is_off(vm(2))));
+    assert_eq!(status(&world, 0, 1).unwrap().phase, Phase::Moved);
+    settle(&mut world);
+    let at = |k| world.running(vm(k)).unwrap().1;
+    assert_eq!((at(0), at(1)), (3, 4));
 }

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use godwit_protocol::wire::migrate::Phase;
 use serde_json::{Value, json};
 
 use super::world::{CLUSTER, World};
@@ -185,9 +186,19 @@ fn aborted(world: &mut World) -> Result<Value> {
     let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
     let follow = Follow::placed(&state, CLUSTER, "", &[(MEMBER, "h1")], SLOW)?;
     follow.wait(MOVE, |heard| heard.done_ppm > 50_000)?;
+    // Asked again at once, while its host has not come to the end of the first: that is not the end of the second.
+    let rest = hold_dir(&world.swarm, "h4")?.join("rest");
+    std::fs::write(&rest, b"")?;
     world.swarm.ask("h2", &["abort", &follow.id.to_string()])?;
     let shown = ended(&world.swarm, &follow, MOVE)?;
     ensure!(shown["phase"] == "stayed", "{shown}");
+    let again = Follow::placed(&state, CLUSTER, "", &[(MEMBER, "h1")], SLOW)?;
+    again.wait(MOVE, |heard| heard.phase == Some(Phase::Transfer) || heard.over)?;
+    std::fs::remove_file(&rest)?;
+    again.wait(MOVE, |heard| heard.done_ppm > 50_000 || heard.over)?;
+    world.swarm.ask("h2", &["abort", &again.id.to_string()])?;
+    let shown = ended(&world.swarm, &again, MOVE)?;
+    ensure!(shown["cause"] == "aborted on request", "{shown}");
     ensure!(rests(world, "h4", &before)? == before, "other images");
     Ok(json!({ "cause": shown["cause"] }))
 }
