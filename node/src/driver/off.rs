@@ -53,16 +53,21 @@ pub(super) async fn is_off(node: &Arc<Node>, vm: VmId) -> bool {
     node.with_core(off).await.unwrap_or(false)
 }
 
+/// Waits until no QEMU that an earlier move needed to show the disks of a VM is about to be ended.
+pub(super) async fn settled(node: &Arc<Node>, vm: VmId) -> Result<(), String> {
+    let resting = Arc::clone(&node.resting);
+    let rests = move || resting.wait(vm, Instant::now() + RESTS);
+    match tokio::task::spawn_blocking(rests).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("its last move is not over here yet: ask again".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Starts the QEMU that shows the disks of a VM that is off.
 pub(super) async fn show_disks(node: &Arc<Node>, vm: VmId) -> Result<Arc<Copy>, String> {
     if !is_off(node, vm).await {
         return Err("the VM does not run here".into());
-    }
-    // The QEMU of an earlier move, which is about to be ended, has the disks open.
-    let resting = Arc::clone(&node.resting);
-    let rests = move || resting.wait(vm, Instant::now() + RESTS);
-    if !tokio::task::spawn_blocking(rests).await.map_err(|e| e.to_string())? {
-        return Err("its last move is not over here yet: ask again".into());
     }
     let (id, spec) = kept(node, vm).await?;
     let copy = boot::start_copy(node, &spec, id, Mode::Still).await.map_err(|e| e.to_string())?;

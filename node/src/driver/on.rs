@@ -102,6 +102,7 @@ pub(super) fn boot(node: &Arc<Node>, vm: VmId, id: CopyId) {
 
 async fn run(node: &Arc<Node>, vm: VmId, id: CopyId) -> Result<(), ApiError> {
     hold::at("named").await;
+    off::settled(node, vm).await.map_err(ApiError::plain)?;
     let dir = node.dir_of(id);
     let record = tokio::task::spawn_blocking(move || CopyRecord::read(&dir)).await;
     let record = record.map_err(ApiError::plain)?.map_err(ApiError::plain)?;

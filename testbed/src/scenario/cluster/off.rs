@@ -196,8 +196,9 @@ fn aborted(world: &mut World) -> Result<Value> {
     again.wait(MOVE, |heard| heard.phase == Some(Phase::Transfer) || heard.over)?;
     std::fs::remove_file(&rest)?;
     again.wait(MOVE, |heard| heard.done_ppm > 50_000 || heard.over)?;
-    world.swarm.ask("h2", &["abort", &again.id.to_string()])?;
+    let aborted = world.swarm.ask("h2", &["abort", &again.id.to_string()]);
     let shown = ended(&world.swarm, &again, MOVE)?;
+    ensure!(aborted.is_ok(), "{aborted:?}: {shown}");
     ensure!(shown["cause"] == "aborted on request", "{shown}");
     ensure!(rests(world, "h4", &before)? == before, "other images");
     Ok(json!({ "cause": shown["cause"] }))
