@@ -32,6 +32,7 @@ mod mirrors;
 mod nics;
 mod node;
 mod off;
+mod on;
 mod place;
 mod ports;
 mod restart;

@@ -14,6 +14,7 @@ mod clusters;
 mod leads;
 mod moves;
 mod places;
+mod power;
 mod voters;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -33,6 +34,7 @@ use crate::wire::control::Control;
 use crate::wire::migrate::Status;
 use crate::wire::record::{Cause, Placement, Record, Voter};
 use crate::wire::route::Route;
+use power::Minted;
 
 /// What a node is when its core starts.
 #[derive(Debug)]
@@ -73,6 +75,11 @@ pub enum Command {
     },
     /// A record was learned as decided.
     Decided(Record),
+    /// A decided record names this copy of the VM, which was minted here ([`Core::turn_on`]) and never ran: start it
+    /// from its images. Answered with [`Core::runs`] or [`Core::ended`].
+    Boot(VmId, CopyId),
+    /// A VM is removed of which this host has what that copy left ([`Core::remove`]).
+    Removed(VmId, CopyId),
     /// A proposal of [`Core::propose`] came to nothing in time: unknown, ask again.
     Undecided(VmId, Epoch),
     /// A migration's status changed.
@@ -164,8 +171,14 @@ pub struct Core {
     clusters: BTreeMap<VmId, VmId>,
     /// Copies that this host runs (not those that wait).
     local: BTreeMap<VmId, Local>,
-    /// VMs whose QEMUs ended here by themselves, until the record says so.
+    /// Copies whose QEMUs ended here by themselves, as long as a record places them here.
     ended: BTreeMap<VmId, CopyId>,
+    /// Copies that were minted here to be booted, until they run.
+    minted: BTreeMap<VmId, Minted>,
+    /// VMs to be removed, with what is here of them, until the record says so.
+    removing: BTreeMap<VmId, CopyId>,
+    /// Clusters of which members move elsewhere, until when that counts.
+    led: BTreeMap<VmId, Time>,
     moves: BTreeMap<MigrationId, Move>,
     statuses: BTreeMap<MigrationId, Status>,
     /// The statuses' ids, the longest known first.
@@ -202,6 +215,9 @@ impl Core {
             clusters: BTreeMap::new(),
             local: BTreeMap::new(),
             ended: BTreeMap::new(),
+            minted: BTreeMap::new(),
+            removing: BTreeMap::new(),
+            led: BTreeMap::new(),
             moves: BTreeMap::new(),
             order: config.statuses.iter().map(|s| s.id).collect(),
             statuses: config.statuses.into_iter().map(|s| (s.id, s)).collect(),
@@ -280,8 +296,10 @@ impl Core {
         }
         if now >= self.voters_at {
             self.voters_at = now.plus_ms(voters::EVERY_MS);
+            self.led.retain(|_, until| now < *until);
             self.finish_joins(now);
             self.turn_off(now);
+            self.finish_removals(now);
             self.look_after_voters(now);
         }
         self.drain(now);
@@ -364,27 +382,6 @@ impl Core {
         Ok(())
     }
 
-    /// Proposes the end of a VM: it will run nowhere, and leaves the cluster that it belongs to.
-    ///
-    /// # Errors
-    /// One line for the user; nothing changed.
-    pub fn delete(&mut self, now: Time, vm: VmId) -> Result<(), String> {
-        let record = self.record_of(vm).cloned().ok_or("no record of the VM is known here")?;
-        if !record.is_lone() {
-            return self.release(now, record.cluster, &[vm], true);
-        }
-        let record = Record {
-            epoch: record.epoch.next(),
-            placement: Vec::new(),
-            cause: Cause::Delete,
-            ..record
-        };
-        let until = now.plus_ms(voters::PROPOSE_MS);
-        self.epochs.propose(now, record, until).map_err(|e| e.to_string())?;
-        self.drain(now);
-        Ok(())
-    }
-
     /// Tells a member which voter this host is.
     fn tell_voter(&mut self, host: HostId) {
         let (voter, leaving) = (self.me, self.leaving);
@@ -433,6 +430,8 @@ impl Core {
                     _ => {}
                 }
                 self.tell_moves(now, &record);
+                self.boot_named();
+                self.end_removals();
             }
             Output::BallotReady { cluster, adopted: false, .. } => {
                 self.tell_ballot(now, cluster);

@@ -170,6 +170,7 @@ fn request(command: &Command) -> Result<Request, ApiError> {
             VmCommand::Run { spec } => read_spec(spec)?,
             VmCommand::List => Request::VmList {},
             VmCommand::Show { vm } => Request::VmShow { vm: vm.clone() },
+            VmCommand::Start { vm } => Request::VmStart { vm: vm.clone() },
             VmCommand::Stop { vm, kill } => Request::VmStop { vm: vm.clone(), kill: *kill },
             VmCommand::Console { vm } => Request::VmConsole { vm: vm.clone() },
         },

@@ -41,6 +41,11 @@ pub enum Request {
         /// Name or id.
         vm: String,
     },
+    /// Start a VM that is off, on its host. Answer: [`Done`], once it runs.
+    VmStart {
+        /// Name or id.
+        vm: String,
+    },
     /// Stop and remove a VM. Answer: [`Done`].
     VmStop {
         /// Name or id.
@@ -236,6 +241,7 @@ impl Request {
             }
             Self::ImageAdd { .. } => Duration::from_secs(3600),
             Self::VmRun { .. }
+            | Self::VmStart { .. }
             | Self::VmStop { .. }
             | Self::ClusterCreate { .. }
             | Self::ClusterAdd { .. }

@@ -102,7 +102,10 @@ fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, Drive
 pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, DriverError> {
     catalog::adopt(node, &saved.wires);
     saved.statuses.iter().for_each(|status| node.timelines.restore(status));
-    let (mut living, ended) = find_living(node, &saved).await?;
+    let (mut living, left) = find_living(node, &saved).await?;
+    let rests = |r: &CopyRecord| saved.is_off(r.spec.id) && saved.places(node, r.spec.id, r.copy);
+    let (minted, ended): (Vec<_>, Vec<_>) =
+        left.into_iter().partition(|r| r.is_prepared() && !rests(r));
     end_superseded(node, &saved, &mut living).await?;
     for copy in living.values() {
         node.copies.insert(Arc::clone(copy));
@@ -161,6 +164,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         core.runs(node.now(), copy.vm(), copy.id, boot::route(node, &copy, epoch));
     }
     ended.iter().for_each(|record| is_off(node, &mut core, record));
+    minted.iter().for_each(|r| core.was_minted(node.now(), r.spec.id, r.copy));
     for copy in living.values() {
         boot::watch(node, copy);
     }
@@ -169,8 +173,14 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
 
 /// A copy that its record places here, and whose guest has ended.
 fn is_off(node: &Node, core: &mut Core, ended: &CopyRecord) {
-    off::announce(node, core, &ended.spec, ended.copy);
-    core.ended(node.now(), ended.spec.id, ended.copy);
+    let (vm, copy) = (ended.spec.id, ended.copy);
+    off::announce(node, core, &ended.spec, copy);
+    core.ended(node.now(), vm, copy);
+    if ended.removed
+        && let Err(error) = core.remove(node.now(), vm, copy)
+    {
+        tracing::error!(%vm, error, "it is not removed");
+    }
 }
 
 /// Copies whose QEMU lives, and those that a record names all the same.
@@ -223,13 +233,17 @@ fn left(node: &Node, saved: &Saved, record: CopyRecord, dir: &Path) -> Option<Co
     if bound {
         return None; // The decision says what becomes of it.
     }
-    if saved.places(node, vm, copy) {
+    // A copy that was minted to switch it on may come to be named.
+    let minted = record.is_prepared() && saved.is_off(vm);
+    let here = record::governing(saved.records(), vm);
+    let here = here.map_or(Err(String::new()), |r| off::read(node, &r, vm));
+    if saved.places(node, vm, copy) || (minted && here.is_ok()) {
         return Some(record);
     }
     if saved.has_missed(vm) {
-        return None;
+        return record.is_prepared().then_some(record);
     }
-    if !record.ran && saved.knows(vm) {
+    if !record.ran && saved.knows(vm) && keeping::spared(here, copy).is_empty() {
         // Its memory is gone, so it never will run; who has the guest has all that is in them.
         keeping::discard(node, &record.spec, copy);
     }
@@ -259,10 +273,14 @@ async fn end_superseded(
         }
         // The next thing that is heard may be that the source tries again: that waits for the mark.
         let mark = node.keeping.begin(copy.vm());
+        let here = record::governing(saved.records(), copy.vm());
+        let here = here.map_or(Err(String::new()), |r| off::read(node, &r, copy.vm()));
+        let spared = keeping::spared(here, copy.id);
         let (node, copy) = (Arc::clone(node), Arc::clone(copy));
         // Not waited for: this host's votes are.
         tokio::task::spawn_blocking(move || {
-            keeping::disks(&node, &copy, ran);
+            let left = keeping::Left { copy: copy.id, spec: &copy.spec, whole: ran, spared };
+            keeping::disks(&node, &left);
             keeping::memory(&node, &copy, ran);
             drop(mark);
         });

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::node::{self, DriverError, Node};
-use super::{boot, catalog, clusters, group, leave, migrate, nics, ports, uplinks, wires};
+use super::{boot, catalog, clusters, group, leave, migrate, nics, on, ports, uplinks, wires};
 use crate::api::server::Listener;
 use crate::api::types::{
     ApiError, Done, Event, HostInfo, ImageInfo, NodeStatus, Request, RouteInfo, Token,
@@ -72,6 +72,7 @@ async fn answer(
         Request::VmRun { spec_toml, .. } => value(boot::run(node, &spec_toml).await?),
         Request::VmList {} => value(boot::list(node).await?),
         Request::VmShow { vm } => value(boot::show(node, &vm).await?),
+        Request::VmStart { vm } => value(on::start(node, &vm).await?),
         Request::VmStop { vm, kill } => value(boot::stop(node, &vm, kill).await?),
         Request::VmConsole { vm } => value(boot::console(node, &vm).await?),
         Request::Migrate { dry_run: true, .. } => {

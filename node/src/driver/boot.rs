@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use godwit_protocol::core::Core;
 use godwit_protocol::id::{CopyId, Epoch, Mac, VmId};
 use godwit_protocol::wire::route::{Kind, Route};
 use serde_json::json;
@@ -19,7 +20,7 @@ use super::node::{Input, Node, random};
 use super::{images, off, wires, worker};
 use crate::api::types::{ApiError, Console, Done, VmInfo};
 use crate::vmm::{
-    GuestMemory, Mode, Qemu, Resolution, ResolvedDisk, ResolvedSpec, StartParams, VmSpec,
+    self, GuestMemory, Mode, Qemu, Resolution, ResolvedDisk, ResolvedSpec, StartParams, VmSpec,
     probe::MemoryBudget,
 };
 
@@ -53,7 +54,7 @@ pub(super) async fn start_copy(
         Ok(qemu) => qemu,
         Err(error) => {
             node.copies.remove(id);
-            if mode == Mode::Still {
+            if mode.keeps_directory() {
                 return Err(error); // The description in it is all that is known of the VM.
             }
             let _ = tokio::fs::remove_dir_all(node.dir_of(id)).await;
@@ -147,6 +148,11 @@ async fn start_guest(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError>
     node.with_core(move |core, now| core.create(now, vm, name, id))
         .await?
         .map_err(ApiError::plain)?;
+    let_run(node, copy).await
+}
+
+/// A decided record names this copy, which never ran.
+pub(super) async fn let_run(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError> {
     copy.will_run();
     copy.qemu().cont().await.map_err(ApiError::plain)?;
     wires::runs_here(node, copy).await;
@@ -218,8 +224,10 @@ pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<VmInfo>, ApiError> {
 
 async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
     let vm = route.vm;
-    let (record, moving) =
-        node.with_core(move |core, _| (core.record_of(vm).cloned(), core.is_moving(vm))).await?;
+    let look = move |core: &mut Core, _| {
+        (core.record_of(vm).cloned(), core.is_moving(vm), core.is_removing(vm))
+    };
+    let (record, moving, removing) = node.with_core(look).await?;
     let mut info = VmInfo {
         name: route.name,
         vm,
@@ -237,8 +245,8 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
     if let Some(record) = record {
         let voters: Vec<_> = record.voters.iter().map(|v| node.host_name(v.host)).collect();
         info.detail.insert("voters".into(), json!(voters));
-        if record.is_off(vm) && !moving {
-            info.state = "off".into();
+        if (record.is_off(vm) || removing) && !moving {
+            info.state = if removing { "removing" } else { "off" }.into();
         }
         if !record.is_lone() {
             info.detail.insert("cluster".into(), json!(record.name));
@@ -273,7 +281,7 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
             info.detail.insert("serial1".into(), json!(serial1));
         }
     }
-    if info.state == "off"
+    if matches!(info.state.as_str(), "off" | "removing")
         && let Ok((_, spec)) = off::kept(node, vm).await
     {
         info.memory_bytes = spec.memory;
@@ -306,43 +314,32 @@ pub(super) async fn console(node: &Arc<Node>, vm: &str) -> Result<Console, ApiEr
     Ok(Console { socket: local(node, vm).await?.qemu().console() })
 }
 
-/// Proposes the end of a VM until a record says it: that of a cluster may be changing.
-async fn end_record(node: &Arc<Node>, vm: VmId) -> Result<(), ApiError> {
-    let until = Instant::now() + ENDED;
-    loop {
-        let left = node
-            .with_core(move |core, now| match core.record_of(vm) {
-                Some(record) if record.placement_of(vm).is_some() => Some(core.delete(now, vm)),
-                _ => None,
-            })
-            .await?;
-        match left {
-            None => return Ok(()),
-            Some(Err(cause)) if Instant::now() >= until => return Err(ApiError::plain(cause)),
-            // It is proposed, and not decided for want of voters.
-            Some(Ok(())) if Instant::now() >= until => {
-                let hint = "its guest has ended; see godwit hosts for who is away, then ask again";
-                return Err(ApiError::new("no majority has agreed to its end yet", hint));
-            }
-            Some(_) => tokio::time::sleep(LOOK).await,
-        }
-    }
-}
-
 /// `godwit vm stop`: the guest ends, then its record. A VM whose QEMU has ended by itself has only that.
 pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done, ApiError> {
     let route = find_vm(node, vm).await?;
     let id = route.vm;
-    if node.copies.running(id).is_none() && route.host == node.me {
-        let kept = off::kept(node, id).await;
-        end_record(node, id).await?;
-        let disks = match kept {
-            Ok((copy, spec)) => off::forget(node, copy, &spec).await,
-            Err(_) => Vec::new(),
-        };
-        return Ok(Done { done: format!("{vm}, which ran no more, is removed{}", stay(&disks)) });
-    }
-    let copy = local(node, vm).await?;
+    let (copy, disks, how) = match node.copies.running(id) {
+        None if route.host == node.me => match off::kept(node, id).await {
+            Ok((copy, spec)) => (copy, paths(&spec), "is removed"),
+            Err(_) => (route.copy, Vec::new(), "is removed"),
+        },
+        _ => {
+            let copy = local(node, vm).await?;
+            end_guest(node, vm, &copy, kill).await?;
+            (copy.id, paths(&copy.spec), "is stopped and removed")
+        }
+    };
+    remove(node, vm, id, copy).await?;
+    Ok(Done { done: format!("{vm} {how}{}", stay(&disks)) })
+}
+
+async fn end_guest(
+    node: &Arc<Node>,
+    vm: &str,
+    copy: &Arc<Copy>,
+    kill: bool,
+) -> Result<(), ApiError> {
+    let id = copy.vm();
     if node.with_core(move |core, _| core.is_moving(id)).await? {
         return Err(ApiError::new(
             format!("{vm} is moving"),
@@ -359,11 +356,50 @@ pub(super) async fn stop(node: &Arc<Node>, vm: &str, kill: bool) -> Result<Done,
             ));
         }
     }
-    worker::discard(node, copy.id).await;
-    node.images.detach_disks(copy.id);
-    end_record(node, id).await?;
-    let disks: Vec<_> = copy.spec.moving().map(|d| d.path.display().to_string()).collect();
-    Ok(Done { done: format!("{vm} is stopped and removed{}", stay(&disks)) })
+    worker::end(node, copy.id).await;
+    Ok(())
+}
+
+/// Has a VM whose guest has ended removed, and waits until a record says it. That goes on without who asked, and over
+/// restarts: what describes it stays until then.
+async fn remove(node: &Arc<Node>, vm: &str, id: VmId, copy: CopyId) -> Result<(), ApiError> {
+    node.with_core(move |core, _| core.may_remove(id)).await?.map_err(ApiError::plain)?;
+    let dir = node.dir_of(copy);
+    let marked = tokio::task::spawn_blocking(move || vmm::record::removed(&dir)).await;
+    if let Ok(Err(error)) = marked {
+        tracing::warn!(%vm, %error, "not written down: it is to be removed");
+    }
+    let asked = node.with_core(move |core, now| core.remove(now, id, copy)).await?;
+    asked.map_err(ApiError::plain)?;
+    let until = Instant::now() + ENDED;
+    let look = move |core: &mut Core, _| {
+        let record = core.record_of(id).filter(|r| r.placement_of(id).is_some()).cloned();
+        (record, core.is_removing(id))
+    };
+    while let (Some(record), removing) = node.with_core(look).await? {
+        if !removing {
+            return Err(ApiError::new(
+                format!("{vm} was started meanwhile"),
+                "see godwit vm show; it can be stopped again",
+            ));
+        }
+        if Instant::now() >= until {
+            let voters: Vec<_> = record.voters.iter().map(|v| node.host_name(v.host)).collect();
+            return Err(ApiError::new(
+                format!(
+                    "{vm} has ended, but no majority of its voters ({}) has agreed to its removal",
+                    voters.join(", ")
+                ),
+                "it goes as soon as they do, nothing is to be done here; see godwit hosts for who is away",
+            ));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+fn paths(spec: &ResolvedSpec) -> Vec<String> {
+    spec.moving().map(|d| d.path.display().to_string()).collect()
 }
 
 /// What a VM leaves to the operator, in words.

@@ -87,7 +87,7 @@ pub(super) fn lead(record: &Record) -> Option<HostId> {
 }
 
 /// Whether a refusal passes by itself.
-fn passes(cause: &str) -> bool {
+pub(super) fn passes(cause: &str) -> bool {
     cause.ends_with("ask again")
 }
 
@@ -316,6 +316,10 @@ fn in_words(record: &Record) -> String {
         Cause::Joined(_) => "joining a cluster".into(),
         Cause::Left(_) => "left a cluster".into(),
         Cause::Force(why) => format!("forced: {why}"),
+        Cause::On(vm) => match record.placement_of(*vm) {
+            Some(placed) => format!("{} was switched on", placed.name),
+            None => "a VM was switched on".into(),
+        },
         Cause::Off(release) => match record.placement_of(release.vm) {
             Some(placed) => format!("{} is off", placed.name),
             None => "a VM is off".into(),

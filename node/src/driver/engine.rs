@@ -15,8 +15,8 @@ use godwit_protocol::wire::control::Control;
 use tokio::sync::mpsc;
 
 use super::node::{DriverError, Input, Node, RunOptions};
-use super::worker::Worker;
-use super::{asks, cutover, hold, restart, uplinks, wires};
+use super::worker::{Todo, Worker};
+use super::{asks, cutover, hold, off, on, restart, uplinks, wires};
 use crate::net::NetEvent;
 
 /// Things that happened and wait for the core.
@@ -26,7 +26,7 @@ pub(super) const INPUTS: usize = 1024;
 struct Engine {
     node: Arc<Node>,
     core: Core,
-    workers: BTreeMap<MigrationId, mpsc::Sender<Effect>>,
+    workers: BTreeMap<MigrationId, mpsc::Sender<Todo>>,
 }
 
 pub(super) async fn run(options: RunOptions) -> Result<(), DriverError> {
@@ -201,6 +201,8 @@ impl Engine {
                 self.node.decided.notify_waiters();
                 tracing::info!(vm = %record.name, epoch = %record.epoch, cause = ?record.cause, "decided");
             }
+            Command::Boot(vm, copy) => on::boot(&self.node, vm, copy),
+            Command::Removed(_, copy) => off::forget(&self.node, copy),
             Command::Undecided(vm, epoch) => {
                 tracing::warn!(%vm, %epoch, "not decided in time: unknown");
             }
@@ -223,10 +225,12 @@ impl Engine {
 
     async fn effect(&mut self, id: MigrationId, vm: godwit_protocol::id::VmId, effect: Effect) {
         let node = &self.node;
+        // From now on: the next move of this VM may begin before the worker comes to it.
+        let rests = matches!(effect, Effect::Rest(_)).then(|| node.resting.begin(vm));
         let worker = self.workers.entry(id).or_insert_with(|| Worker::spawn(node, id, vm));
         // The queue is longer than any migration's effects; the worker never waits for the engine
         // with a full queue of its own.
-        if worker.try_send(effect).is_err() {
+        if worker.try_send((effect, rests)).is_err() {
             tracing::error!(%id, "a migration's worker is stuck: effect dropped");
         }
     }

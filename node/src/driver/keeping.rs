@@ -4,7 +4,7 @@
 //! VMs of which something is being written. Invariant: nothing waits for a mark without a limit, and no VM
 //! waits for another's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -16,7 +16,7 @@ use super::bulk;
 use super::copies::{Copy, lock};
 use super::node::Node;
 use crate::store::images::{Keep, Kind};
-use crate::vmm::{ResolvedDisk, ResolvedSpec, image, image_path, reserve};
+use crate::vmm::{ResolvedDisk, ResolvedSpec, image, image_path, is_image_of, reserve};
 
 /// Of which VMs something is being kept.
 #[derive(Default)]
@@ -67,22 +67,42 @@ impl Keeping {
     }
 }
 
-/// Keeps the disks of a copy that has moved away, or was received in vain. Its QEMU has ended. Blocks.
-///
-/// `whole`: the guest ran in it; what an earlier copy of the VM left is of no more use then.
-pub(super) fn disks(node: &Node, copy: &Copy, whole: bool) {
-    node.images.detach_disks(copy.id);
+/// What a copy has that is not needed any more: it has moved away, or was received in vain, and its QEMU has ended.
+pub(super) struct Left<'a> {
+    pub copy: CopyId,
+    pub spec: &'a ResolvedSpec,
+    /// Its guest ran in it; what an earlier copy of the VM left is of no more use then.
+    pub whole: bool,
+    /// Images that another copy of the VM has by now: it was switched on here as that one.
+    pub spared: BTreeSet<PathBuf>,
+}
+
+/// The images of a VM that is here, if it is here as another copy.
+pub(super) fn spared(
+    here: Result<(CopyId, ResolvedSpec), String>,
+    copy: CopyId,
+) -> BTreeSet<PathBuf> {
+    let other = here.ok().filter(|(here, _)| *here != copy).into_iter();
+    other.flat_map(|(_, spec)| spec.disks.into_iter().map(|disk| disk.path)).collect()
+}
+
+/// Keeps the disks of such a copy. Blocks.
+pub(super) fn disks(node: &Node, left: &Left) {
+    let Left { copy, spec, whole, spared } = left;
+    let (copy, vm) = (*copy, spec.id);
+    node.images.detach_disks(copy);
     let dir = node.options.image_dir.as_path();
     // Another file may lie there too: the operator's, or one that a stopped VM left to them.
-    let owned = |disk: &ResolvedDisk| disk.path == image_path(dir, copy.vm(), copy.id, disk);
-    let full = copy.spec.moving().any(owned) && reserve::room(dir).is_ok_and(|room| room == 0);
+    let owned = |disk: &ResolvedDisk| is_image_of(dir, vm, disk);
+    let full = spec.moving().any(owned) && reserve::room(dir).is_ok_and(|room| room == 0);
     if full && !whole {
         tracing::warn!(path = %dir.display(), "removed, not kept: its file system is nearly full");
-        return discard(node, &copy.spec, copy.id);
+        return discard(node, spec, copy);
     }
-    for disk in copy.spec.moving() {
-        let keep = Keep { vm: copy.vm(), owned: owned(disk), in_vain: !whole };
-        let kept = retire(&disk.path, copy.id, keep.owned).map_err(|e| e.to_string());
+    for disk in spec.moving().filter(|disk| !spared.contains(&disk.path)) {
+        let keep = Keep { vm, owned: owned(disk), in_vain: !whole };
+        let own = keep.owned.then(|| image_path(dir, vm, copy, disk));
+        let kept = retire(&disk.path, copy, own).map_err(|e| e.to_string());
         let kept = kept.and_then(|path| {
             node.images.keep(&path, Kind::KeptDisk, keep).map_err(|e| e.to_string())
         });
@@ -90,8 +110,8 @@ pub(super) fn disks(node: &Node, copy: &Copy, whole: bool) {
             tracing::warn!(path = %disk.path.display(), error, "not kept as content");
         }
     }
-    if whole {
-        forget_older(node, copy);
+    if *whole {
+        forget_older(node, vm, copy);
     }
 }
 
@@ -111,10 +131,10 @@ pub(super) fn memory(node: &Node, copy: &Copy, whole: bool) {
     }
 }
 
-fn forget_older(node: &Node, copy: &Copy) {
-    let this = copy.id.to_string();
+fn forget_older(node: &Node, vm: VmId, copy: CopyId) {
+    let this = copy.to_string();
     let kept = node.images.list().into_iter().filter(|image| {
-        matches!(image.kind, Kind::KeptDisk | Kind::KeptMemory) && image.vm == Some(copy.vm())
+        matches!(image.kind, Kind::KeptDisk | Kind::KeptMemory) && image.vm == Some(vm)
     });
     for image in kept.filter(|image| !image.path.to_string_lossy().contains(&this)) {
         if let Err(error) = node.images.remove(&image.path) {
@@ -123,15 +143,17 @@ fn forget_older(node: &Node, copy: &Copy) {
     }
 }
 
-/// An operator's own image gets a name that says that its VM has moved; nothing else is done to it.
-fn retire(path: &Path, copy: CopyId, owned: bool) -> io::Result<PathBuf> {
-    if owned {
-        return Ok(path.to_owned());
+/// An operator's own image gets a name that says that its VM has moved; nothing else is done to it. One that was made
+/// here has that of the last copy that had it.
+fn retire(path: &Path, copy: CopyId, own: Option<PathBuf>) -> io::Result<PathBuf> {
+    let to = own.unwrap_or_else(|| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".moved-{copy}"));
+        PathBuf::from(name)
+    });
+    if path != to {
+        std::fs::rename(path, &to)?;
     }
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".moved-{copy}"));
-    let to = PathBuf::from(name);
-    std::fs::rename(path, &to)?;
     Ok(to)
 }
 

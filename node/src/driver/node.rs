@@ -89,6 +89,8 @@ pub(super) struct Node {
     pub corpus: Arc<Corpus>,
     pub images: Arc<Images>,
     pub keeping: Arc<super::keeping::Keeping>,
+    /// VMs of which a copy is about to be let rest.
+    pub resting: Arc<super::keeping::Keeping>,
     pub chunk_key: [u8; 32],
     pub copies: Copies,
     pub asks: Asks,
@@ -105,6 +107,7 @@ pub(super) struct Node {
     pub rewiring: tokio::sync::Mutex<()>,
     /// A record was decided.
     pub decided: tokio::sync::Notify,
+    pub starts: super::on::Starts,
     pub cutovers: super::cutover::Cutovers,
     pub receiving: Mutex<BTreeMap<MigrationId, mpsc::Sender<BulkStream>>>,
     pub dialled: super::bulk::Dialled,

@@ -5,6 +5,7 @@
 //! whatever becomes of a move, images and description stay at the host that the record names.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use godwit_protocol::core::Core;
 use godwit_protocol::id::{CopyId, VmId};
@@ -15,8 +16,11 @@ use super::copies::Copy;
 use super::destination::BLOB;
 use super::node::{Node, wall_us};
 use super::worker::{self, Worker};
-use super::{boot, images};
+use super::{boot, hold, images};
 use crate::vmm::{self, CopyRecord, Mode, ResolvedSpec};
+
+/// How long the end of a VM's last move may be waited for.
+const RESTS: Duration = Duration::from_secs(20);
 
 /// What a record says of a VM whose guest has ended on this host, read from its directory. Blocks, shortly.
 pub(super) fn read(
@@ -49,6 +53,17 @@ pub(super) async fn is_off(node: &Arc<Node>, vm: VmId) -> bool {
     node.with_core(off).await.unwrap_or(false)
 }
 
+/// Waits until no QEMU that an earlier move needed to show the disks of a VM is about to be ended.
+pub(super) async fn settled(node: &Arc<Node>, vm: VmId) -> Result<(), String> {
+    let resting = Arc::clone(&node.resting);
+    let rests = move || resting.wait(vm, Instant::now() + RESTS);
+    match tokio::task::spawn_blocking(rests).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("its last move is not over here yet: ask again".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Starts the QEMU that shows the disks of a VM that is off.
 pub(super) async fn show_disks(node: &Arc<Node>, vm: VmId) -> Result<Arc<Copy>, String> {
     if !is_off(node, vm).await {
@@ -67,6 +82,7 @@ impl Worker {
     pub(super) async fn rest(&mut self, id: CopyId) {
         self.sending = None;
         self.receiving = None;
+        hold::at("rest").await;
         if let Some(copy) = worker::end(&self.node, id).await {
             images::attach(&self.node, &copy);
             // Of a machine that was never started.
@@ -82,8 +98,8 @@ impl Worker {
         }
         let (node, kept) = (Arc::clone(&self.node), kept(&self.node, vm).await);
         let tell = move |core: &mut Core, now| {
-            if let Ok((_, spec)) = &kept {
-                announce(&node, core, spec, id);
+            if let Ok((copy, spec)) = &kept {
+                announce(&node, core, spec, *copy);
             }
             // A guest that ended while it was started: the record does not say so yet.
             core.ended(now, vm, id);
@@ -102,12 +118,19 @@ pub(super) fn announce(node: &Node, core: &mut Core, spec: &ResolvedSpec, copy: 
     core.announce(node.now(), boot::route_of(node, spec, copy, epoch));
 }
 
-/// The VM was removed: its description goes, its images are whoever's they were. Their paths.
-pub(super) async fn forget(node: &Node, id: CopyId, spec: &ResolvedSpec) -> Vec<String> {
-    node.images.detach_disks(id);
-    let dir = node.dir_of(id);
-    if let Err(error) = tokio::fs::remove_dir_all(&dir).await {
-        tracing::warn!(dir = %dir.display(), %error, "its directory stays");
-    }
-    spec.moving().map(|d| d.path.display().to_string()).collect()
+/// The VM was removed: its description goes, its images are whoever's they were.
+pub(super) fn forget(node: &Arc<Node>, id: CopyId) {
+    let node = Arc::clone(node);
+    let work = move || {
+        node.images.detach_disks(id);
+        let dir = node.dir_of(id);
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(dir = %dir.display(), %error, "its directory stays");
+            }
+            _ => {}
+        }
+    };
+    // Not waited for: a daemon that starts removes it, too.
+    tokio::task::spawn_blocking(work);
 }

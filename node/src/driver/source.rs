@@ -76,6 +76,7 @@ impl Drop for Sending {
 impl Worker {
     /// Dials the destination, copies the disks, then lets QEMU stream.
     pub(super) async fn transfer(&mut self, to: HostId, options: Options) -> Result<(), String> {
+        off::settled(&self.node, self.vm).await?;
         let copy = match self.node.copies.running(self.vm) {
             Some(copy) => copy,
             None => off::show_disks(&self.node, self.vm).await?,

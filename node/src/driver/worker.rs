@@ -10,15 +10,19 @@ use tokio::sync::mpsc;
 
 use super::copies::Copy;
 use super::destination::Receiving;
+use super::keeping::Mark;
 use super::node::{Node, wall_us};
 use super::source::Sending;
 use super::{cutover, hold, images, keeping, migrate, off, wires};
-use crate::vmm;
+use crate::vmm::{self, CopyRecord};
 
 /// Effects that may wait at one worker. A migration has few at a time.
 const EFFECTS: usize = 32;
 /// How long a QEMU may take to leave before it is killed.
 const QUIT: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// What a worker has to do; while it is about to let a copy rest, with the mark of that.
+pub(super) type Todo = (Effect, Option<Mark>);
 
 pub(super) struct Worker {
     pub node: Arc<Node>,
@@ -30,12 +34,13 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Starts one; it ends when the sender is dropped and everything asked of it is done.
-    pub fn spawn(node: &Arc<Node>, id: MigrationId, vm: VmId) -> mpsc::Sender<Effect> {
+    pub fn spawn(node: &Arc<Node>, id: MigrationId, vm: VmId) -> mpsc::Sender<Todo> {
         let (effects, mut todo) = mpsc::channel(EFFECTS);
         let mut worker = Self { node: Arc::clone(node), id, vm, sending: None, receiving: None };
         tokio::spawn(async move {
-            while let Some(effect) = todo.recv().await {
+            while let Some((effect, rests)) = todo.recv().await {
                 worker.perform(effect).await;
+                drop(rests);
             }
         });
         effects
@@ -88,7 +93,7 @@ impl Worker {
             Effect::Discard(copy) => {
                 self.sending = None;
                 self.receiving = None;
-                retire(&self.node, copy).await;
+                retire(&self.node, self.vm, copy).await;
             }
             Effect::DropReceived => {
                 if let Some(receiving) = self.receiving.take() {
@@ -96,7 +101,7 @@ impl Worker {
                     self.node.moment(self.id, "what was received is of no use now");
                     let copy = receiving.copy;
                     drop(receiving);
-                    retire(&self.node, copy).await;
+                    retire(&self.node, self.vm, copy).await;
                 }
             }
             Effect::Rebuild(copy) => {
@@ -182,15 +187,31 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
 
 /// Ends a copy that has moved away or was received in vain. Its disks and its memory stay for a time,
 /// as content: what comes back need not cross again.
-async fn retire(node: &Arc<Node>, id: CopyId) {
+async fn retire(node: &Arc<Node>, vm: VmId, id: CopyId) {
     // Before others can hear that it is gone and try again.
-    let mark = node.copies.get(id).map(|copy| node.keeping.begin(copy.vm()));
-    let Some(copy) = discard(node, id).await else { return };
-    let node = Arc::clone(node);
+    let mark = node.keeping.begin(vm);
+    let copy = end(node, id).await;
+    let (node, here) = (Arc::clone(node), off::kept(node, vm).await);
     // Not waited for: nobody needs it before the next migration of this VM.
     tokio::task::spawn_blocking(move || {
-        keeping::disks(&node, &copy, copy.ran());
-        keeping::memory(&node, &copy, copy.ran());
+        let dir = node.dir_of(id);
+        // One whose QEMU went before this daemon started is on the disk alone.
+        let record = CopyRecord::read(&dir).ok();
+        let ran = copy.as_ref().map(|copy| copy.ran());
+        let whole = ran.or(record.as_ref().map(|r| r.ran)).unwrap_or_default();
+        if let Err(error) = std::fs::remove_dir_all(&dir)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(copy = %id, %error, "its directory stays");
+        }
+        let spared = keeping::spared(here, id);
+        let spec = copy.as_ref().map(|copy| &copy.spec).or(record.as_ref().map(|r| &r.spec));
+        if let Some(spec) = spec {
+            keeping::disks(&node, &keeping::Left { copy: id, spec, whole, spared });
+        }
+        if let Some(copy) = &copy {
+            keeping::memory(&node, copy, whole);
+        }
         drop(mark);
     });
 }

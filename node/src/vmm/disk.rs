@@ -109,6 +109,16 @@ impl ResolvedDisk {
     }
 }
 
+/// Whether the image of a disk lies in `dir` as that of some copy of the VM: of this one, or of one that it was
+/// switched on after.
+#[must_use]
+pub fn is_image_of(dir: &Path, vm: VmId, disk: &ResolvedDisk) -> bool {
+    let name = disk.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let copy = name.strip_prefix(&format!("{vm}-")).and_then(|rest| rest.split('-').next());
+    let copy = copy.and_then(|text| text.parse().ok());
+    copy.is_some_and(|copy| disk.path == image_path(dir, vm, copy, disk))
+}
+
 /// Where a copy's own image of a disk lies, in `dir`.
 #[must_use]
 pub fn image_path(dir: &Path, vm: VmId, copy: CopyId, disk: &ResolvedDisk) -> PathBuf {

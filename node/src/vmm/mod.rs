@@ -31,7 +31,7 @@ mod spawn;
 pub mod spec;
 
 pub use args::RAM_BLOCK;
-pub use disk::{Backing, ResolvedDisk, image_path};
+pub use disk::{Backing, ResolvedDisk, image_path, is_image_of};
 pub use disks::{Mirror, MirrorParams};
 pub use events::EventTime;
 pub use memfd::GuestMemory;

@@ -3,10 +3,10 @@
 //! Owns the file's form and its atomic, durable replacement. Invariant: it names a process before that process may run
 //! a guest; a copy without a process in it never ran.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::RawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use godwit_protocol::id::CopyId;
@@ -54,6 +54,9 @@ pub struct CopyRecord {
     /// Whether it was started to show its disks: its guest must not run.
     #[serde(default)]
     pub still: bool,
+    /// The operator wants its VM removed: it has ended, and its record may not say so yet.
+    #[serde(default)]
+    pub removed: bool,
     /// Its QEMU; absent while it is being started.
     pub process: Option<ProcessRecord>,
 }
@@ -61,7 +64,25 @@ pub struct CopyRecord {
 impl CopyRecord {
     pub(super) fn new(copy: CopyId, spec: ResolvedSpec, mode: Mode) -> Self {
         let (incoming, still) = (mode == Mode::Incoming, mode == Mode::Still);
-        Self { version: VERSION, copy, spec, incoming, ran: !incoming, still, process: None }
+        let (ran, removed, process) = (!incoming, false, None);
+        Self { version: VERSION, copy, spec, incoming, ran, still, removed, process }
+    }
+
+    /// Describes a copy that will be started once a record names it ([`Mode::On`]), in a directory of its own. Durable
+    /// when it returns.
+    ///
+    /// # Errors
+    /// What making and writing give.
+    pub fn prepare(dir: &Path, copy: CopyId, spec: ResolvedSpec) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        Self::new(copy, spec, Mode::On).write(dir)?;
+        dir.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+    }
+
+    /// Whether no QEMU of it was ever there, though it is to be booted here.
+    #[must_use]
+    pub fn is_prepared(&self) -> bool {
+        self.process.is_none() && !self.incoming && !self.still
     }
 
     /// Writes the record so that a crash leaves the old or the new one, and it survives a power cut.
@@ -109,6 +130,15 @@ pub fn ran(dir: &Path) -> io::Result<()> {
     }
     record.ran = true;
     record.write(dir)
+}
+
+/// The VM of the copy in `dir`, whose guest has ended, is to be removed.
+///
+/// # Errors
+/// When there is no record, or it cannot be written: the old one stands.
+pub fn removed(dir: &Path) -> io::Result<()> {
+    let record = CopyRecord::read(dir)?;
+    CopyRecord { removed: true, ..record }.write(dir)
 }
 
 /// The NICs of the copy in `dir` are these from now on.

@@ -34,6 +34,16 @@ pub enum Mode {
     Incoming,
     /// To show the disks of a guest that has ended, in the directory of the copy that it ran in. Never run.
     Still,
+    /// To start a guest from the disks that it left, in a directory that [`CopyRecord::prepare`] made.
+    On,
+}
+
+impl Mode {
+    /// Whether what describes the copy is there before it is started, and stays if that fails.
+    #[must_use]
+    pub fn keeps_directory(self) -> bool {
+        matches!(self, Self::Still | Self::On)
+    }
 }
 
 /// What is needed to start a copy.
@@ -43,7 +53,7 @@ pub struct StartParams {
     pub spec: ResolvedSpec,
     /// The copy's id.
     pub copy: CopyId,
-    /// The copy's directory; made with mode 0700, must not hold another copy.
+    /// The copy's directory; made with mode 0700, must not hold another copy. Described before: [`Mode::keeps_directory`].
     pub dir: PathBuf,
     /// The guest's memory, of the spec's size.
     pub memory: Arc<GuestMemory>,
@@ -71,7 +81,7 @@ pub(super) fn check_params(params: &StartParams) -> Result<(), ProcessError> {
             dir.display()
         ));
     }
-    if params.mode != Mode::Still && params.dir.join(FILE).exists() {
+    if !params.mode.keeps_directory() && params.dir.join(FILE).exists() {
         return bad(format!("{} holds another copy", dir.display()));
     }
     Ok(())
@@ -88,10 +98,8 @@ pub(super) fn spawn(
     let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(io_error(format!("making {}", dir.display())))?;
     record.write(dir).map_err(io_error("writing copy.json"))?;
-    if record.still {
-        // The QEMU before left its own.
-        let _ = std::fs::remove_file(dir.join("qmp.sock"));
-    }
+    // A QEMU before it, or a start that was cut short, left its own.
+    let _ = std::fs::remove_file(dir.join("qmp.sock"));
     // The node makes the monitor's socket, so that it can connect before QEMU is up: no polling for a file.
     let listener = UnixListener::bind(dir.join("qmp.sock")).map_err(io_error("making qmp.sock"))?;
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(dir.join("qemu.log"));

@@ -10,6 +10,8 @@
 //!   record of C  m ----------------- Add above n+1 --- ... - Release x --- ...
 //! ```
 
+use std::collections::BTreeSet;
+
 use super::Core;
 use super::voters::PROPOSE_MS;
 use crate::epoch::ProposeError;
@@ -158,18 +160,24 @@ impl Core {
         Ok(record)
     }
 
-    /// What VMs of this host began and has not come to an end.
+    /// What VMs of this host began and has not come to an end, whether they run or have ended.
     pub(super) fn finish_joins(&mut self, now: Time) {
-        for vm in self.local.keys().copied().collect::<Vec<_>>() {
-            self.finish_join(now, vm);
-            // It left its cluster with a record that this host missed.
-            let Some(cluster) = self.clusters.get(&vm).copied() else { continue };
-            let known = self.record_of(vm).map_or(Epoch(0), |r| r.epoch);
-            let left = self.epochs.newest(cluster).and_then(|r| r.departed(vm));
-            if left.is_some_and(|left| left > known) {
-                self.epochs.inquire(now, cluster, vm);
+        let joined = self.epochs.records().filter(|r| matches!(r.cause, Cause::Joined(_)));
+        let joined = joined.map(|r| r.cluster).collect::<Vec<_>>();
+        joined.into_iter().for_each(|vm| self.finish_join(now, vm));
+        let here = self.local.keys().chain(self.ended.keys()).copied().collect::<BTreeSet<_>>();
+        for vm in here {
+            if let (true, Some(cluster)) = (self.has_missed(vm), self.clusters.get(&vm)) {
+                self.epochs.inquire(now, *cluster, vm);
             }
         }
+    }
+
+    /// Whether `vm` left its cluster with a record that this host missed.
+    pub(super) fn has_missed(&self, vm: VmId) -> bool {
+        let known = self.record_of(vm).map_or(Epoch(0), |r| r.epoch);
+        let cluster = self.clusters.get(&vm).and_then(|c| self.epochs.newest(*c));
+        cluster.and_then(|r| r.departed(vm)).is_some_and(|left| left > known)
     }
 
     /// The second step of joining, if the first is decided: the cluster's record names the VM.

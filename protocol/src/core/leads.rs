@@ -4,12 +4,14 @@
 
 use super::moves::blank;
 use super::{Core, Move};
-use crate::id::HostId;
+use crate::id::{HostId, VmId};
 use crate::limits;
 use crate::migrate::lead::{Begin, Lead};
 use crate::migrate::source::{Ordered, Source};
+use crate::migrate::wait;
 use crate::time::Time;
 use crate::wire::migrate::{Body, Led, Message, Phase, Stand, Status, of_member};
+use crate::wire::record::Record;
 
 impl Core {
     /// Starts a migration of a cluster that this host leads. The same id asked twice starts once.
@@ -58,6 +60,7 @@ impl Core {
         // From the member's id to the cluster's, and back.
         let other = of_member(id, vm);
         let answer = match body {
+            Body::Moves => return self.others_move(now, from, vm),
             Body::Stand(stand) if stand.status.phase.is_end() => return,
             Body::Stand(_) => Body::NoLead,
             body => {
@@ -76,6 +79,19 @@ impl Core {
             }
         };
         self.tell(from, Message { id: other, vm, base, body: answer });
+    }
+
+    /// The lead of a cluster says that others of it move than this member.
+    fn others_move(&mut self, now: Time, from: HostId, vm: VmId) {
+        let leads = |r: &&Record| r.placement.first().is_some_and(|p| p.host == from);
+        if let Some(cluster) = self.record_of(vm).filter(leads).map(|r| r.cluster) {
+            self.led.insert(cluster, now.plus_ms(wait::FRESH_MS));
+        }
+    }
+
+    /// Whether a migration of that cluster is under way here, or elsewhere by its lead's word.
+    pub(super) fn is_led(&self, now: Time, cluster: VmId) -> bool {
+        self.is_cluster_moving(cluster) || self.led.get(&cluster).is_some_and(|until| now < *until)
     }
 
     /// A lead asks this host to move a member.

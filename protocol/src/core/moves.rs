@@ -122,7 +122,7 @@ impl Core {
                 Ok(()) => return,
                 Err(cause) => Body::Refused(cause),
             },
-            Body::Order { .. } | Body::How { .. } | Body::Stand(_) => {
+            Body::Order { .. } | Body::How { .. } | Body::Stand(_) | Body::Moves => {
                 return self.said_of_cluster(now, from, Message { id, vm, base, body });
             }
             Body::Where => self.stands(from, id, vm, base),
@@ -251,15 +251,16 @@ impl Core {
         };
         self.moves.insert(moving.id, m);
         if record.epoch > moving.base {
-            let named = record.names(moving.vm, self.me.host, moving.copy);
+            // Who left the cluster since has a record of its own, which may not be known here yet.
+            let record = self.record_of(moving.vm).filter(|r| r.epoch > moving.base).cloned();
+            let names = |r: &Record| r.names(moving.vm, self.me.host, moving.copy);
+            let may_run = record.as_ref().is_none_or(names);
             out.retain(|a| match a {
-                Action::Resolve(_) => false,
-                Action::Effect(Effect::Rebuild(_)) => named,
+                Action::Resolve(_) => record.is_none(),
+                Action::Effect(Effect::Rebuild(_)) => may_run,
                 _ => true,
             });
             self.perform(now, moving.id, out);
-            // Who left the cluster since has a record of its own.
-            let record = self.record_of(moving.vm).filter(|r| r.epoch > moving.base).cloned();
             if let Some(record) = record {
                 self.happened(now, moving.id, Happened::Decided(record));
             }

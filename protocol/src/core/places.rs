@@ -5,13 +5,16 @@
 use super::{Core, Local, voters};
 use crate::id::{CopyId, Epoch, HostId, VmId};
 use crate::time::Time;
-use crate::wire::record::{Cause, Record, Release};
+use crate::wire::record::{Cause, Record};
 use crate::wire::route::Route;
 
 impl Core {
     /// This host runs that copy (after `cont`, or found running after a restart).
     pub fn runs(&mut self, now: Time, vm: VmId, copy: CopyId, route: Route) {
         self.local.insert(vm, Local { copy });
+        self.ended.remove(&vm);
+        self.removing.remove(&vm);
+        self.minted.retain(|_, minted| minted.copy != copy);
         if let Err(error) = self.routes.put(route) {
             tracing::error!(%error, "the route is not told to others");
         }
@@ -60,42 +63,7 @@ impl Core {
     pub(super) fn copy_here(&self, record: &Record, vm: VmId) -> Option<CopyId> {
         let placed = record.placement_of(vm).filter(|p| p.host == self.me.host)?;
         let runs = || self.local.get(&vm).is_some_and(|l| l.copy == placed.copy);
-        (placed.off || runs()).then_some(placed.copy)
-    }
-
-    /// The QEMU of this host's copy of `vm` has ended by itself: the record shall say that it is off. That is
-    /// proposed until it does, or names another.
-    pub fn ended(&mut self, now: Time, vm: VmId, copy: CopyId) {
-        self.runs_no_more(vm, copy);
-        self.ended.insert(vm, copy);
-        self.turn_off(now);
-        self.drain(now);
-    }
-
-    /// What [`Core::ended`] began.
-    pub(super) fn turn_off(&mut self, now: Time) {
-        for (vm, copy) in self.ended.clone() {
-            let record = self.record_of(vm).filter(|r| r.names(vm, self.me.host, copy)).cloned();
-            let Some(mut next) = record else {
-                self.ended.remove(&vm);
-                continue;
-            };
-            let busy = self.is_cluster_moving(next.cluster);
-            if busy || next.is_closed() || self.epochs.attempting(next.cluster).is_some() {
-                continue;
-            }
-            next.epoch = next.epoch.next();
-            next.cause = Cause::Off(Release { vm, copy, epoch: next.epoch });
-            next.placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| p.off = true);
-            // Refused only if another change is under way: looked at again.
-            let _ = self.epochs.propose(now, next, now.plus_ms(voters::PROPOSE_MS));
-        }
-    }
-
-    /// This host's copy of `vm` is gone.
-    pub fn runs_no_more(&mut self, vm: VmId, copy: CopyId) {
-        if self.local.get(&vm).is_some_and(|l| l.copy == copy) {
-            self.local.remove(&vm);
-        }
+        let stays = !self.removing.contains_key(&vm);
+        (stays && (placed.off || runs())).then_some(placed.copy)
     }
 }

@@ -89,7 +89,7 @@ impl Core {
         placed.is_some_and(sees_to_it)
     }
 
-    fn runs_here(&self, vm: VmId, record: &Record) -> bool {
+    pub(super) fn runs_here(&self, vm: VmId, record: &Record) -> bool {
         self.local.get(&vm).is_some_and(|l| record.names(vm, self.me.host, l.copy))
     }
 

@@ -84,6 +84,7 @@ pub struct Destination {
     /// The word of its source: nothing is proposed without.
     release: Option<Release>,
     proposed: bool,
+    off: bool,
 }
 
 impl Destination {
@@ -115,6 +116,7 @@ impl Destination {
     ) -> Self {
         let (proposer, team, loaded) = (None, Vec::new(), BTreeMap::new());
         let (rebuilds, release, proposed) = (0, None, false);
+        let off = record.is_off(status.vm);
         Self {
             me,
             status,
@@ -129,6 +131,7 @@ impl Destination {
             loaded,
             release,
             proposed,
+            off,
         }
     }
 
@@ -206,7 +209,11 @@ impl Destination {
             (State::Loaded { qemu, .. }, Some(copy)) => {
                 self.status.epoch_after = Some(record.epoch);
                 if record.places(self.status.vm, self.me.host, copy) {
-                    let qemu = *qemu;
+                    let mut qemu = *qemu;
+                    if record.is_off(self.status.vm) {
+                        // Also what the record before did not know: it left its cluster since.
+                        (self.off, qemu) = (true, Qemu::There);
+                    }
                     let again_at = now.plus_ms(wait::CONT_AGAIN_MS);
                     self.state = State::Starting { qemu, again_at };
                     self.status.phase = Phase::Starting;
@@ -236,7 +243,7 @@ impl Destination {
 
     /// The VM is switched off: what was received is its disks, whole and flushed, and no QEMU is needed.
     fn is_off(&self) -> bool {
-        self.record.is_off(self.status.vm)
+        self.off
     }
 
     /// What begins when the record is decided.

@@ -23,7 +23,7 @@ use crate::time::Time;
 use crate::wire::migrate::{
     Body, Figures, MemberStatus, Options, Phase, Seat, Stand, Status, of_member,
 };
-use crate::wire::record::{Cause, Record};
+use crate::wire::record::{Cause, Placement, Record};
 
 /// Where the lead stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -177,6 +177,11 @@ impl Lead {
             State::Gathering { .. } | State::Settling { .. } => wait::LEAD_MS,
         };
         self.say_at = now.plus_ms(again);
+        for stays in
+            self.record.placement.iter().filter(|p| self.members.iter().all(|m| m.vm != p.vm))
+        {
+            out.push(self.tell(stays.host, stays.vm, Body::Moves));
+        }
         let stopping =
             matches!(&self.state, State::Stopping { stopped_by, .. } if now < *stopped_by);
         let gathering = matches!(self.state, State::Gathering { .. });
@@ -289,7 +294,8 @@ impl Lead {
             State::Stopping { .. } => {
                 self.status.epoch_after = Some(record.epoch);
                 let stays = |m: &Member| {
-                    record.placement_of(m.vm).is_none_or(|p| p.copy == m.copy && p.host == m.from)
+                    let same = |p: &Placement| p.copy == m.copy || m.off;
+                    record.placement_of(m.vm).is_none_or(|p| same(p) && p.host == m.from)
                 };
                 let moved = !self.members.iter().all(stays);
                 self.status.phase = if moved { Phase::Starting } else { Phase::Stopped };

@@ -260,7 +260,9 @@ impl Source {
             return self.end(Phase::Lost, "the VM was removed while it moved".into(), out);
         };
         let bound = matches!(self.state, State::Stopped { .. });
-        if placed.copy == self.copy {
+        // One that is off stays where its disks are, as whichever copy it is switched on.
+        let stays = self.is_off() && placed.host == self.status.from;
+        if placed.copy == self.copy || stays {
             self.status.cause = match record.cause {
                 Cause::Stay(why) => why,
                 _ => "another change of the record was decided first".into(),

@@ -112,6 +112,13 @@ pub enum Ask {
         /// Whether it shall not vote.
         unfit: bool,
     },
+    /// To the host of a VM that is off: start it. Asked again until it runs.
+    Start {
+        /// The VM.
+        vm: VmId,
+        /// An [`Answer::Begun`] was heard: what that came to is wanted, not another start if it failed.
+        begun: bool,
+    },
 }
 
 /// The answer to an [`Ask`].
@@ -129,4 +136,6 @@ pub enum Answer {
     Record(Option<Box<Record>>),
     /// A VM's description.
     Description(Vec<u8>),
+    /// Taken, and not done yet: to be asked again.
+    Begun,
 }

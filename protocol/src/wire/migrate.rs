@@ -175,6 +175,8 @@ pub enum Body {
     LoadedToo(CopyId, Release),
     /// To a member: nothing is known of the cluster's migration.
     NoLead,
+    /// A cluster's lead to the host of a member that stays: others move.
+    Moves,
 }
 
 /// How a migration ended, or how far it is.

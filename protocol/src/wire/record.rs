@@ -82,6 +82,8 @@ pub enum Cause {
     Force(String),
     /// The QEMU of that member ended by itself, by the word of its host: it is switched off, where it was.
     Off(Release),
+    /// That member is switched on again, where it was: as a new copy, which starts from its images.
+    On(VmId),
 }
 
 /// The decided state of a cluster. Its number is its epoch.
@@ -220,6 +222,7 @@ impl Record {
             }
             Cause::Move(releases) => number && departed && self.moves(base, releases),
             Cause::Off(release) => number && departed && self.turns_off(base, release),
+            Cause::On(vm) => number && departed && self.turns_on(base, *vm),
             Cause::Delete => number && departed && self.placement.is_empty() && base.is_lone(),
             Cause::Add { vm, above } => self.adds(base, *vm, *above),
             Cause::Release { members, .. } => number && self.releases(base, members),
@@ -252,6 +255,17 @@ impl Record {
     /// What the host of `placed` has to have said before a record of this epoch may drop it.
     fn release_of(&self, placed: &Placement) -> Release {
         Release { vm: placed.vm, copy: placed.copy, epoch: self.epoch }
+    }
+
+    /// That member was off and is on as another copy; nothing else is another.
+    fn turns_on(&self, base: &Self, vm: VmId) -> bool {
+        let copies = (self.placement_of(vm), base.placement_of(vm));
+        let (Some(new), Some(old)) = copies else { return false };
+        let mut placement = base.placement.clone();
+        placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| {
+            (p.copy, p.off) = (new.copy, false);
+        });
+        self.placement == placement && old.off && old.copy != new.copy
     }
 
     fn adds(&self, base: &Self, vm: VmId, above: Epoch) -> bool {

@@ -59,6 +59,10 @@ pub enum Event {
     AskCluster(u8, Vec<(VmId, usize)>, u32),
     /// A migration shall be given up.
     Abort(u8),
+    /// A VM that is off shall be started; how often this is asked again.
+    Start(VmId, u32),
+    /// A driver boots a copy that a record names.
+    Boot(usize, u64, CopyId),
 }
 
 impl Event {
@@ -71,6 +75,7 @@ impl Event {
             | Self::Figures(i, ..)
             | Self::Load(i, ..)
             | Self::Gone(i, ..)
+            | Self::Boot(i, ..)
             | Self::Stream { at: i, .. } => Some(*i),
             _ => None,
         }
@@ -99,6 +104,8 @@ impl Event {
             Self::Ask(_) => 18,
             Self::AskCluster(..) => 19,
             Self::Abort(_) => 20,
+            Self::Start(..) => 21,
+            Self::Boot(..) => 22,
         }
     }
 }

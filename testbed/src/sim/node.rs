@@ -250,6 +250,7 @@ impl World {
             self.run_copy(copy);
             self.announce_copy(i, copy);
         }
+        self.tell_minted(i);
         for j in (0..self.nodes.len()).filter(|j| *j != i) {
             self.act(i, |core, now| core.connected(now, host(j)));
             self.act(j, |core, now| core.connected(now, host(i)));

@@ -5,11 +5,11 @@
 
 use godwit_protocol::id::{CopyId, MigrationId, VmId};
 use godwit_protocol::migrate::Happened;
-use godwit_protocol::wire::record::{Placement, governing};
+use godwit_protocol::wire::record::{Placement, Record, governing};
 
 use super::check::Invariant;
 use super::qemu::{Copy, Qemu};
-use super::world::{World, host, placed};
+use super::world::{World, host, index, placed};
 
 impl World {
     /// A member of a cluster whose guest ended on that host.
@@ -22,6 +22,76 @@ impl World {
         }
         self.end_quietly(id);
         Placement { off: true, ..placed(vm, at, id) }
+    }
+
+    /// The host of a VM that is off is asked to start it, as its driver is.
+    pub fn turn_on(&mut self, vm: VmId) -> bool {
+        let newest = governing(self.decided.values(), vm).and_then(|r| r.placement_of(vm).cloned());
+        let Some(placed) = newest.filter(|p| p.off) else { return true };
+        let i = index(placed.host);
+        let look = |core: &mut godwit_protocol::core::Core, now| {
+            core.may_turn_on(now, vm).ok().map(|record| (record, core.minted(vm)))
+        };
+        let Some((record, minted)) = self.act(i, look).flatten() else { return false };
+        // What this host knows may be old; it starts from what it has itself.
+        let left = record.placement_of(vm).and_then(|p| self.copies.get(&p.copy)).cloned();
+        let Some(left) = left else { return false };
+        let id = minted.filter(|id| self.copies.contains_key(id)).unwrap_or_else(|| {
+            let id = self.mint(vm, i);
+            if let Some(copy) = self.copies.get_mut(&id) {
+                (copy.qemu, copy.memory, copy.minted) = (Qemu::Dead, false, true);
+                copy.content = left.content;
+            }
+            id
+        });
+        self.act(i, |core, now| core.turn_on(now, vm, id)).is_some_and(|r| r.is_ok())
+    }
+
+    /// A record names a copy that was minted on host `i`.
+    pub(super) fn boot_copy(&mut self, i: usize, id: CopyId) {
+        let Some(copy) = self.copies.get_mut(&id) else { return };
+        let vm = copy.vm;
+        if !copy.minted || copy.qemu != Qemu::Dead {
+            return self.broken(Invariant::OneCopy, "booted twice");
+        }
+        copy.minted = false;
+        if self.chance(self.faults.fail) {
+            self.act(i, |core, now| core.ended(now, vm, id));
+            return;
+        }
+        let Some(copy) = self.copies.get_mut(&id) else { return };
+        (copy.qemu, copy.memory) = (Qemu::Stopped, true);
+        self.off.remove(&vm);
+        self.run_copy(id);
+        self.announce_copy(i, id);
+        let older = |o: &CopyId, c: &Copy| c.vm == vm && c.at == i && *o != id;
+        self.copies.retain(|o, c| !older(o, c) || c.qemu != Qemu::Dead);
+    }
+
+    /// A starting daemon keeps what was minted and may come to be named, and what could not be booted.
+    pub(super) fn stays_minted(&self, id: CopyId, record: Option<&Record>) -> bool {
+        let Some(copy) = self.copies.get(&id) else { return false };
+        let (vm, at, minted) = (copy.vm, host(copy.at), copy.minted);
+        record.is_some_and(|r| {
+            let here = r.placement_of(vm).is_some_and(|p| p.host == at);
+            let named = r.names(vm, at, id) && (minted || self.off.contains(&vm));
+            named || (minted && r.is_off(vm) && here)
+        })
+    }
+
+    /// It tells its core of that.
+    pub(super) fn tell_minted(&mut self, i: usize) {
+        let minted = self.copies.iter().filter(|(_, c)| c.at == i && c.minted);
+        let minted: Vec<_> = minted.map(|(id, c)| (c.vm, *id)).collect();
+        for (vm, id) in minted {
+            self.act(i, |core, now| core.was_minted(now, vm, id));
+        }
+        let ended = |c: &Copy| c.at == i && !c.minted && c.qemu == Qemu::Dead;
+        let ended = self.copies.iter().filter(|(_, c)| ended(c) && self.off.contains(&c.vm));
+        let ended: Vec<_> = ended.map(|(id, c)| (c.vm, *id)).collect();
+        for (vm, id) in ended {
+            self.act(i, |core, now| core.ended(now, vm, id));
+        }
     }
 
     /// What is left of a copy whose QEMU is not needed.

@@ -53,6 +53,8 @@ pub struct Copy {
     pub memory: bool,
     /// The stored device state.
     pub stored: bool,
+    /// It is described on the disk, to be booted once a record names it, and was not yet.
+    pub minted: bool,
     rebuilt: u32,
 }
 
@@ -75,6 +77,7 @@ impl World {
             noted: first,
             memory: true,
             stored: false,
+            minted: false,
             rebuilt: 0,
         };
         self.copies.insert(id, copy);
@@ -199,7 +202,7 @@ impl World {
         for id in mine {
             let vm = self.copies[&id].vm;
             let record = governing(records.iter(), vm);
-            let named = record.is_some_and(|r| r.names(vm, host(i), id));
+            let named = record.as_ref().is_some_and(|r| r.names(vm, host(i), id));
             let missed = has_missed(records.iter(), vm) && self.copies[&id].qemu == Qemu::Running;
             let dead = self.copies[&id].qemu == Qemu::Dead;
             match moving.get(&id) {
@@ -210,7 +213,7 @@ impl World {
                     }
                 }
                 None if (named || missed) && !dead => conts.push(id),
-                None if self.stays_off(id) => {}
+                None if self.stays_off(id) || self.stays_minted(id, record.as_ref()) => {}
                 None => self.discard(i, id),
             }
         }
@@ -360,6 +363,9 @@ impl World {
         let Some(copy) = self.copies.get_mut(&id) else { return failed("nothing is left") };
         if !copy.memory || !copy.stored {
             return failed("its memory is gone with both processes");
+        }
+        if !copy.ran && copy.qemu == Qemu::Loaded {
+            return Happened::Rebuilt;
         }
         if copy.ran || copy.qemu != Qemu::Dead {
             let what = format!("built again beside a QEMU, or after it ran: {copy:?}");

@@ -28,15 +28,18 @@ pub enum Kind {
     Joining,
     /// A cluster of two to five VMs moves.
     Cluster,
+    /// The same, and one more that is off is started meanwhile.
+    Power,
 }
 
-/// What that seed is about: thirteen of sixteen are clusters that move.
+/// What that seed is about: thirteen of sixteen are clusters that move, one of them with a member that is started.
 #[must_use]
 pub fn kind(seed: u64) -> Kind {
     match seed % 16 {
         0 => Kind::Lone,
         1 => Kind::Joining,
         2 => Kind::Nic,
+        3 => Kind::Power,
         _ => Kind::Cluster,
     }
 }
@@ -46,14 +49,14 @@ pub fn kind(seed: u64) -> Kind {
 pub fn run(seed: u64, mutant: Mutant, log: bool) -> World {
     let mut world = match kind(seed) {
         Kind::Lone => lone(seed, mutant),
-        Kind::Cluster => cluster(seed, mutant),
+        Kind::Cluster | Kind::Power => cluster(seed, mutant),
         Kind::Joining => three_lone(seed, Faults::stormy()),
         Kind::Nic => return frames::run(seed, mutant),
     };
     world.log = log;
     match kind(seed) {
         Kind::Lone => finish(world, 24_000),
-        Kind::Cluster => finish(world, 28_000),
+        Kind::Cluster | Kind::Power => finish(world, 28_000),
         Kind::Joining | Kind::Nic => joining(world, seed, mutant),
     }
 }
@@ -61,7 +64,8 @@ pub fn run(seed: u64, mutant: Mutant, log: bool) -> World {
 fn finish(mut world: World, ms: u64) -> World {
     world.run(ms);
     settle(&mut world);
-    world.seen.lost = world.vms.iter().filter(|vm| world.running(**vm).is_none()).count() as u64;
+    let lost = |vm: &&VmId| world.running(**vm).is_none() && !world.off.contains(vm);
+    world.seen.lost = world.vms.iter().filter(lost).count() as u64;
     world
 }
 
@@ -146,6 +150,10 @@ fn cluster(seed: u64, mutant: Mutant) -> World {
     if mutant == Mutant::MergeBelow {
         merge_below(&mut world);
     }
+    let vms = vms + usize::from(kind(seed) == Kind::Power);
+    if kind(seed) == Kind::Power {
+        one_more_is_off(&mut world, &mut rng, vm(vms - 1));
+    }
     world.boot();
     // Some insist: again and again, on the same hosts, before what the last try left is gone.
     let insists = rng.random_bool(0.4);
@@ -170,6 +178,18 @@ fn cluster(seed: u64, mutant: Mutant) -> World {
     }
     lose_store(&mut world, &mut rng, voters.len());
     world
+}
+
+/// One more member is off, and is asked for at some moments.
+fn one_more_is_off(world: &mut World, rng: &mut StdRng, vm: VmId) {
+    let Some(mut record) = world.cluster().cloned() else { return };
+    let at = rng.random_range(0..world.nodes.len());
+    record.placement.push(world.add_off(vm, at));
+    world.decided.remove(&(CLUSTER, record.epoch));
+    world.decree(record);
+    for _ in 0..rng.random_range(1..=3) {
+        world.at(rng.random_range(0..24_000), Event::Start(vm, rng.random_range(0..20)));
+    }
 }
 
 /// One store may be lost where a majority of voters does without it.

@@ -31,6 +31,8 @@ impl Trace {
             Command::Status(_) => 6,
             Command::Route(_) => 7,
             Command::Member(..) => 8,
+            Command::Boot(..) => 9,
+            Command::Removed(..) => 10,
         };
         self.hasher.update(&[kind, node as u8]);
     }

@@ -274,6 +274,11 @@ impl World {
                 let start = self.nodes[i].start;
                 self.at(ms, Event::Work(i, start, id));
             }
+            Command::Boot(_, copy) => {
+                let ms = 1 + self.below(500) + self.nodes[i].lag_ms;
+                self.at(ms, Event::Boot(i, self.nodes[i].start, copy));
+            }
+            Command::Removed(_, copy) => drop(self.copies.remove(&copy)),
             Command::Decided(_) if self.mutant == Mutant::DiscardEarly => {
                 self.discard_superseded(i);
             }
@@ -385,6 +390,17 @@ impl World {
             Event::Abort(n) => {
                 for i in 0..self.nodes.len() {
                     self.act(i, |core, now| core.abort(now, migration(n)));
+                }
+            }
+            Event::Start(vm, tries) => {
+                if !self.turn_on(vm) && tries > 0 {
+                    self.at(700, Event::Start(vm, tries - 1));
+                }
+            }
+            Event::Boot(i, start, copy) if self.nodes[i].start == start => {
+                if !self.step(i) {
+                    self.boot_copy(i, copy);
+                    self.step(i);
                 }
             }
             other => self.handle_qemu(other),

@@ -6,6 +6,7 @@
 mod cases;
 mod clusters;
 mod moves;
+mod power;
 mod voters;
 
 use godwit_protocol::wire::migrate::Status;

@@ -10,6 +10,7 @@ use godwit_testbed::sim::qemu::Qemu;
 use godwit_testbed::sim::seeds::settle;
 use godwit_testbed::sim::world::{CLUSTER, World, host, vm};
 
+use super::power::one_is_off;
 use super::status;
 
 /// Three VMs on hosts 0, 0 and 1 of five; all move to hosts 3 and 4.
@@ -158,18 +159,6 @@ fn a_proposer_in_the_minority_is_stayed_without() {
     assert!(world.run_until(60_000, |w| at(w) == [0, 0, 1]));
     settle(&mut world);
     assert_eq!(at(&world), [0, 0, 1]);
-}
-
-/// VMs 0 and 1 run on hosts 0 and 1 of four, VM 2 is off on host 1.
-fn one_is_off(seed: u64, faults: Faults) -> World {
-    let mut world = World::empty(4, seed, faults);
-    world.add_cluster(10, &[0, 1], &[0, 1, 2]);
-    let mut record = world.decided.values().next().unwrap().clone();
-    record.placement.push(world.add_off(vm(2), 1));
-    world.decided.clear();
-    world.decree(record);
-    world.boot();
-    world
 }
 
 /// Where the record says that VM 2 is, and that its disks are there, as they were.

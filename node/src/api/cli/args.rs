@@ -132,6 +132,11 @@ pub enum VmCommand {
         /// Name or id
         vm: String,
     },
+    /// Start one that is off, from its disks
+    Start {
+        /// Name or id
+        vm: String,
+    },
     /// Power one down and forget it
     Stop {
         /// Name or id

@@ -1,6 +1,6 @@
 //! What a destination does when nothing came in time. Owns no state.
 
-use super::{Action, Body, Destination, Phase, Qemu, State, wait};
+use super::{Action, Body, Destination, Effect, Phase, Qemu, State, wait};
 use crate::time::Time;
 
 impl Destination {
@@ -25,8 +25,11 @@ impl Destination {
             }
             State::Starting { qemu, again_at } if now >= *again_at => {
                 *again_at = now.plus_ms(wait::CONT_AGAIN_MS);
-                if let (Qemu::There, Some(copy)) = (*qemu, self.copy) {
-                    out.push(self.begins(copy));
+                match (*qemu, self.copy) {
+                    (Qemu::There, Some(copy)) => out.push(self.begins(copy)),
+                    // What is there already is not built again.
+                    (_, Some(copy)) => out.push(Action::Effect(Effect::Rebuild(copy))),
+                    (_, None) => {}
                 }
             }
             // The source is away. What it keeps, it discards when it is back and asks.

@@ -126,6 +126,28 @@ fn a_member_goes_off_alone_and_moves_as_it_is() {
 }
 
 #[test]
+fn a_member_that_is_off_goes_on_as_another_copy_where_it_is() {
+    let mut base = cluster(5, &[2, 3], &[]);
+    base.placement[1].off = true;
+    let mut on = Record { epoch: Epoch(6), cause: Cause::On(vm(3)), ..base.clone() };
+    on.placement[1].off = false;
+    assert!(!on.may_follow(&base), "what ran before never runs again");
+    on.placement[1].copy = CopyId([8; 16]);
+    assert!(on.may_follow(&base) && on.names(vm(3), HostId([3; 32]), CopyId([8; 16])));
+    let mut twice = Record { epoch: Epoch(7), ..on.clone() };
+    twice.placement[1].copy = CopyId([9; 16]);
+    assert!(!twice.may_follow(&on), "it is on already");
+    let mut elsewhere = on.clone();
+    elsewhere.placement[1].host = HostId([4; 32]);
+    assert!(!elsewhere.may_follow(&base), "its disks are not there");
+    let mut other = on.clone();
+    other.placement[0].copy = CopyId([8; 16]);
+    assert!(!other.may_follow(&base), "nobody else is another");
+    let still = Record { placement: base.placement.clone(), ..on };
+    assert!(!still.may_follow(&base), "it is off");
+}
+
+#[test]
 fn no_record_drops_a_copy_that_its_host_has_not_released() {
     let base = cluster(5, &[2, 3], &[]);
     let release =

@@ -4,9 +4,11 @@
 //! their events.
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use godwit_protocol::wire::migrate::Phase;
 use serde_json::{Value, json};
 
 use super::world::{CLUSTER, World};
@@ -14,11 +16,12 @@ use super::{MOVE, SLOW, moved};
 use crate::guest::disk::{DiskForm, SpecDisk};
 use crate::guest::{Cache, GuestFiles, GuestKind};
 use crate::lab::images::{self, DiskImage};
+use crate::lab::node::godwit_binary;
 use crate::lab::qemus::double_runs;
 use crate::lab::wan::{LinkParams, WanMode};
 use crate::lab::{LabConfig, SiteConfig};
 use crate::scenario::faults::follow::Follow;
-use crate::scenario::faults::world::{REQUESTER, ended};
+use crate::scenario::faults::world::{REQUESTER, ended, hold_dir};
 use crate::scenario::steps::Steps;
 use crate::scenario::swarm::{GuestPlan, Swarm, run};
 
@@ -54,7 +57,9 @@ pub fn off() -> Result<Value> {
     step("it alone, aborted", aborted);
     step("the daemon that has it is killed and starts again", restarted);
     step("it alone, back", back);
-    step("its disks serve again", on_again);
+    step("started again, its daemon killed between decree and boot", started);
+    step("it moves live", live);
+    step("stopped without a majority, its disks serve again", on_again);
     let double = double_runs(&world.qemus.seen());
     world.down()?;
     let passed = steps.passed() && double.is_empty();
@@ -97,8 +102,12 @@ fn off_at(swarm: &Swarm) -> Result<Option<String>> {
 
 /// Its images as the host that has it shows them.
 fn disks(world: &World, host: &str) -> Result<Vec<DiskImage>> {
+    images_in(world, host, "off")
+}
+
+fn images_in(world: &World, host: &str, state: &str) -> Result<Vec<DiskImage>> {
     let shown = world.swarm.ask(host, &["vm", "show", MEMBER])?;
-    ensure!(shown["state"] == "off" && shown["host"] == host, "{shown}");
+    ensure!(shown["state"] == state && shown["host"] == host, "{shown}");
     let disks = shown["detail"]["disks"].as_array().context("no disks are shown")?;
     ensure!(disks.len() == DISKS.len(), "{disks:?}");
     let image = |(disk, (form, _)): (&Value, (DiskForm, u64))| {
@@ -177,9 +186,20 @@ fn aborted(world: &mut World) -> Result<Value> {
     let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
     let follow = Follow::placed(&state, CLUSTER, "", &[(MEMBER, "h1")], SLOW)?;
     follow.wait(MOVE, |heard| heard.done_ppm > 50_000)?;
+    // Asked again at once, while its host has not come to the end of the first: that is not the end of the second.
+    let rest = hold_dir(&world.swarm, "h4")?.join("rest");
+    std::fs::write(&rest, b"")?;
     world.swarm.ask("h2", &["abort", &follow.id.to_string()])?;
     let shown = ended(&world.swarm, &follow, MOVE)?;
     ensure!(shown["phase"] == "stayed", "{shown}");
+    let again = Follow::placed(&state, CLUSTER, "", &[(MEMBER, "h1")], SLOW)?;
+    again.wait(MOVE, |heard| heard.phase == Some(Phase::Transfer) || heard.over)?;
+    std::fs::remove_file(&rest)?;
+    again.wait(MOVE, |heard| heard.done_ppm > 50_000 || heard.over)?;
+    let aborted = world.swarm.ask("h2", &["abort", &again.id.to_string()]);
+    let shown = ended(&world.swarm, &again, MOVE)?;
+    ensure!(aborted.is_ok(), "{aborted:?}: {shown}");
+    ensure!(shown["cause"] == "aborted on request", "{shown}");
     ensure!(rests(world, "h4", &before)? == before, "other images");
     Ok(json!({ "cause": shown["cause"] }))
 }
@@ -199,17 +219,80 @@ fn back(world: &mut World) -> Result<Value> {
     Ok(figures)
 }
 
+/// The guest that runs now has what the first one wrote.
+fn reads(world: &World) -> Result<String> {
+    let read = format!("head -c {} /dev/vda", LEFT.len());
+    let read = run(async {
+        let mut control = world.control(MEMBER)?;
+        control.wait_ready(OFF).await?;
+        control.shell(&read).await
+    })?;
+    ensure!(read.trim() == LEFT, "it reads {read:?}");
+    Ok(read)
+}
+
+/// `vm start`, asked of another host; the daemon that shall boot it is killed before it does.
+fn started(world: &mut World) -> Result<Value> {
+    let named = hold_dir(&world.swarm, "h2")?.join("named");
+    std::fs::write(&named, b"")?;
+    let mut ask = Command::new(godwit_binary()?);
+    let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+    let ask = ask.arg("--state").arg(state).args(["vm", "start", MEMBER]);
+    let mut asked = ask.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    world
+        .swarm
+        .wait("its record names it", OFF, |_| Ok(named.with_extension("reached").exists()))?;
+    world.swarm.node_mut("h2")?.kill9()?;
+    let ran = |world: &World| world.copies(MEMBER).iter().filter(|q| !q.ran().is_empty()).count();
+    ensure!(ran(world) == 1, "it was booted before it was killed");
+    std::fs::remove_file(&named)?;
+    world.swarm.node_mut("h2")?.start_ready(Duration::from_secs(30))?;
+    world.swarm.wait("it runs", OFF, |_| Ok(world.runs_on(MEMBER).as_deref() == Some("h2")))?;
+    ensure!(asked.wait()?.success(), "who asked was not told that it runs");
+    let read = reads(world)?;
+    ensure!(ran(world) == 2, "its guest ran in {} QEMUs", ran(world));
+    let again = world.swarm.ask("h1", &["vm", "start", MEMBER])?;
+    ensure!(again["done"].as_str().is_some_and(|d| d.contains("runs already on h2")), "{again}");
+    Ok(json!({ "read": read }))
+}
+
+fn live(world: &mut World) -> Result<Value> {
+    let before = images_in(world, "h2", "running")?;
+    let figures = moved(world, "", &[(MEMBER, "h1")])?;
+    ensure!(world.runs_on(MEMBER).as_deref() == Some("h1"), "{:?}", world.runs_on(MEMBER));
+    reads(world)?;
+    // They were made by godwit, for the copy before: kept as content, not left as an operator's own.
+    world.swarm.wait("its old images are kept", OFF, |swarm| {
+        let kept = swarm.ask("h2", &["image", "list"])?;
+        let kept = kept.as_array().context("no list")?.iter().filter(|i| i["kind"] == "kept-disk");
+        Ok(kept.count() >= DISKS.len() && before.iter().all(|disk| !disk.path.exists()))
+    })?;
+    Ok(figures)
+}
+
+/// It ends while most voters are away, which is said, and goes when they are back, though its daemon was restarted.
 fn on_again(world: &mut World) -> Result<Value> {
-    let here = disks(world, "h2")?;
-    let said = world.swarm.ask("h2", &["vm", "stop", MEMBER])?;
-    let done = said["done"].as_str().unwrap_or_default();
-    ensure!(here.iter().all(|disk| done.contains(&disk.path.display().to_string())), "{done}");
+    let here = images_in(world, "h1", "running")?;
+    let voters = world.cluster("h1")?["voters"].clone();
+    let away = |v: &Value| v.as_str().filter(|v| *v != "h1").map(ToOwned::to_owned);
+    let away: Vec<String> = voters.as_array().into_iter().flatten().filter_map(away).collect();
+    for host in &away {
+        world.swarm.node_mut(host)?.kill9()?;
+    }
+    let out = world.swarm.node("h1")?.cli(&["vm", "stop", MEMBER, "--kill"], MOVE)?;
+    ensure!(!out.ok() && out.stderr.contains("no majority of its voters"), "{out:?}");
+    ensure!(images_in(world, "h1", "removing")? == here, "what it had is not shown");
+    world.swarm.node_mut("h1")?.restart(Duration::from_secs(30))?;
+    for host in &away {
+        world.swarm.node_mut(host)?.start_ready(Duration::from_secs(30))?;
+    }
+    world.swarm.wait("it is removed", OFF, |swarm| {
+        let vms = swarm.ask("h1", &["vm", "list"])?;
+        Ok(vms.as_array().is_some_and(|vms| vms.iter().all(|vm| vm["name"] != MEMBER)))
+    })?;
     let own = here.iter().zip(DISKS).map(|(disk, (form, _))| SpecDisk::own(&disk.path, form));
     let plan = GuestPlan { disks: own.collect(), ..plan(world, MEMBER, 12) };
     let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
-    world.swarm.start_guest("h2", &files, &plan)?;
-    let read = format!("head -c {} /dev/vda", LEFT.len());
-    let read = run(async { world.control(MEMBER)?.shell(&read).await })?;
-    ensure!(read.trim() == LEFT, "it reads {read:?}");
-    Ok(json!({ "read": read }))
+    world.swarm.start_guest("h1", &files, &plan)?;
+    Ok(json!({ "read": reads(world)?, "said": out.stderr.trim() }))
 }

@@ -45,6 +45,9 @@ pub fn nothing_left(world: &World) -> Result<(), String> {
         let names = |copy, at| newest.as_ref().is_some_and(|r| r.names(*vm, host(at), copy));
         let named = world.running(*vm).is_none_or(|(copy, at)| names(copy, at));
         ensure(named, || format!("the newest record names another copy:\n{}", describe(world)))?;
+        let off = newest.as_ref().is_none_or(|r| r.is_off(*vm));
+        let runs = world.running(*vm).is_some() || world.may_lose.contains(vm);
+        ensure(off || runs, || format!("named, and never started:\n{}", describe(world)))?;
     }
     for (i, node) in world.nodes.iter().enumerate() {
         ensure(!node.is_bound(), || format!("node {i} is bound for ever:\n{}", describe(world)))?;
