@@ -37,17 +37,8 @@ pub(super) async fn create(node: &Arc<Node>, wire: &Name, encrypt: bool) -> Resu
     let (host, copy) = (node.me, CopyId(id.0));
     let (name, nics) = (wire.clone(), Vec::new());
     let route = Route { vm: id, name, host, copy, epoch: Epoch(1), nics, kind, gone: false };
-    heard(node, &route).await;
-    let told = move |core: &mut Core, now| {
-        core.announce(now, route);
-        core.routes().get(id).is_some()
-    };
-    if !node.with_core(told).await? {
-        return Err(ApiError::new(
-            format!("wire {wire} could not be told to the other hosts"),
-            "too many VMs, ports and wires are known: remove some",
-        ));
-    }
+    let tell = move |core: &mut Core, now| core.announce(now, route);
+    node.with_core(tell).await?.map_err(ApiError::plain)?;
     if encrypt && node.carries(wire) {
         wires::ensure(node, wire).await?;
     }

@@ -341,7 +341,7 @@ mod tests {
             statuses: Vec::new(),
         };
         let mut core = Core::new(Time(0), config);
-        core.announce(Time(0), knows);
+        core.announce(Time(0), knows).unwrap();
         while core.poll_command().is_some() {}
         core
     }

@@ -48,7 +48,13 @@ pub(super) async fn connect(
     let value = codec::encode(&kept, CONTROL_MESSAGE_BYTES).map_err(ApiError::plain)?;
     put(node, wire, Some(value)).await?;
     let route = route(node, &kept)?;
-    node.with_core(move |core, now| ports::announce(core, now, route)).await?;
+    let told = node.with_core(move |core, now| ports::announce(core, now, route)).await?;
+    if let Err(error) = told {
+        // Not one that was there before: that is known, and can be told again.
+        node.links.remove_uplink(wire).await.map_err(ApiError::plain)?;
+        put(node, wire, None).await?;
+        return Err(error);
+    }
     Ok(Done {
         done: format!("wire {wire} has gateway {gateway}/{prefix} here, out by {interface}"),
     })
@@ -66,7 +72,7 @@ pub(super) async fn disconnect(node: &Arc<Node>, wire: &Name) -> Result<Done, Ap
     };
     // First where others find a gateway, then this one's end.
     let gone = Route { gone: true, ..route };
-    node.with_core(move |core, now| ports::announce(core, now, gone)).await?;
+    node.with_core(move |core, now| ports::announce(core, now, gone)).await??;
     node.links.remove_uplink(wire).await.map_err(ApiError::plain)?;
     put(node, wire, None).await?;
     Ok(Done { done: format!("wire {wire} has no uplink on this host") })
@@ -81,12 +87,11 @@ pub(super) async fn adopt(node: &Arc<Node>, core: &mut Core, kept: Vec<Kept>) {
     for kept in kept {
         wires::adopt(node, &kept.wire).await;
         let set = set(node, &kept).await;
-        match route(node, &kept) {
-            Ok(route) => {
-                let gone = set.is_err();
-                ports::announce(core, node.now(), Route { gone, ..route });
-            }
-            Err(error) => tracing::error!(error = %error.message, "an uplink is not taken up"),
+        let gone = set.is_err();
+        let told = route(node, &kept)
+            .and_then(|route| ports::announce(core, node.now(), Route { gone, ..route }));
+        if let Err(error) = told {
+            tracing::error!(error = %error.message, "an uplink is not taken up");
         }
         if let Err(error) = set {
             tracing::error!(wire = %kept.wire, error = %error.message, "it has no way out here: connect it again");
