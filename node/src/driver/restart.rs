@@ -14,7 +14,7 @@ use super::asks::Asks;
 use super::copies::Copies;
 use super::engine::INPUTS;
 use super::node::{DriverError, Input, Node, RunOptions};
-use super::{answers, bulk, leave, switch};
+use super::{answers, bulk, leave, switch, uplinks};
 use crate::link::{self, Links};
 use crate::net::{Net, NetConfig, NetEvent};
 use crate::store::{Corpus, Hard, Images, Settings};
@@ -86,7 +86,8 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk,
         frames,
         wires: Mutex::default(),
-        sealed: Mutex::default(),
+        created: Mutex::default(),
+        uplinks: uplinks::Uplinks::default(),
         turning: tokio::sync::Mutex::default(),
         rewiring: tokio::sync::Mutex::default(),
         decided: tokio::sync::Notify::new(),
@@ -119,6 +120,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk::accept(&node, bulk_inbound),
         switch::shuttle_out(&node, tunnel_out),
         switch::shuttle_in(&node, frames_inbound),
+        uplinks::watch(&node),
         answers::serve(&node)?,
     ];
     Ok(Started { node, core, inputs, net_events, background: Background(background) })

@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use godwit_protocol::id::{Mac, Name};
 use godwit_protocol::limits::{CUTOVER_BYTES, TAP_QUEUE_FRAMES};
-use rtnetlink::packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
+use rtnetlink::packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use tokio::time::{Instant, sleep};
@@ -188,7 +188,7 @@ impl Kernel {
             own(6, burst.to_ne_bytes().to_vec()),
         ]));
         let message = RouteNetlinkMessage::NewQueueDiscipline(message);
-        self.ask(what, message, NLM_F_ACK | flags).await.map(drop)
+        self.order(what, message, flags).await
     }
 }
 

@@ -75,7 +75,7 @@ fn a_gateway_answers_as_itself_and_asks_as_its_host() {
         let world = world;
         let (red, own) = (wire("red"), Mac([2, 9, 9, 9, 9, 9]));
         let (a, _out) = world.a.links(true);
-        a.ensure_wire(&red).await.unwrap();
+        a.ensure_wire(&red, false).await.unwrap();
         let guest = Guest::boot(&world.a, &a, &red, mac(1)).await;
         a.set_route(&red, &mac(1), Where::Local).await.unwrap();
         let refused = a.set_uplink(&red, &uplink(own)).await.unwrap_err();
@@ -114,7 +114,7 @@ fn by_a_gateway_nothing_reaches_its_host_or_another_interface() {
     run(|world| async move {
         let (red, own) = (wire("red"), Mac([2, 9, 9, 9, 9, 9]));
         let (a, _out) = world.a.links(true);
-        a.ensure_wire(&red).await.unwrap();
+        a.ensure_wire(&red, false).await.unwrap();
         let guest = Guest::boot(&world.a, &a, &red, mac(1)).await;
         forward(&world.a);
         world.a.shell(&["ip", "link", "add", "side", "type", "veth", "peer", "name", "edge"]);
