@@ -50,6 +50,8 @@ pub(super) struct Kept {
 #[derive(Default)]
 pub(super) struct Uplinks {
     own: std::sync::Mutex<BTreeMap<Name, Own>>,
+    /// Held while one of them is changed.
+    changing: tokio::sync::Mutex<()>,
     /// What others say of a gateway has changed.
     news: Notify,
 }
@@ -94,7 +96,7 @@ pub(super) async fn connect(
     gateway: Option<&str>,
     replace: bool,
 ) -> Result<Done, ApiError> {
-    let _one = node.rewiring.lock().await;
+    let _one = node.uplinks.changing.lock().await;
     let word = agreed(node, wire, gateway, replace).await?;
     let (wire, interface) = (wire.clone(), interface.to_owned());
     let kept = Kept { wire, interface, word, given_up: None };
@@ -119,7 +121,7 @@ pub(super) async fn connect(
 
 /// `godwit wire disconnect WIRE --uplink`.
 pub(super) async fn disconnect(node: &Arc<Node>, wire: &Name) -> Result<Done, ApiError> {
-    let _one = node.rewiring.lock().await;
+    let _one = node.uplinks.changing.lock().await;
     let own = node.uplinks.own().get(wire).cloned();
     let Some(own) = own else {
         let hint = "see godwit wire list; ask on the host that has it";
@@ -190,7 +192,7 @@ pub(super) fn watch(node: &Arc<Node>) -> tokio::task::JoinHandle<()> {
 
 /// False: something could not be done.
 async fn look(node: &Arc<Node>) -> bool {
-    let _one = node.rewiring.lock().await;
+    let _one = node.uplinks.changing.lock().await;
     let all: Vec<Own> = node.uplinks.own().values().cloned().collect();
     let mut done = true;
     for own in all.into_iter().filter(|own| own.kept.given_up.is_none()) {

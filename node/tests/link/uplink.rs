@@ -188,7 +188,8 @@ fn an_interface_that_fails_and_comes_back_is_told_of() {
         becomes(&a, &news, Result::is_ok).await;
         world.a.shell(&["ip", "link", "del", "left"]);
         becomes(&a, &news, |now| matches!(now, Err(LinkError::NoInterface(_)))).await;
-        world.a.shell(&["ip", "link", "add", "left", "type", "dummy"]);
+        world.a.shell(&["ip", "link", "add", "left", "type", "veth", "peer", "name", "far"]);
+        world.a.shell(&["ip", "link", "set", "far", "up"]);
         world.a.shell(&["ip", "link", "set", "left", "up"]);
         becomes(&a, &news, |now| matches!(now, Err(LinkError::NotForwarding(_)))).await;
         forward(&world.a);

@@ -8,7 +8,7 @@ use crate::api::types::Request;
 /// `godwit wire`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum WireCommand {
-    /// Tell every host of a wire; one that is only used is made by itself
+    /// Tell every host of a wire, whose frames are not encrypted on a trusted LAN then; one that is only used needs no telling
     Create {
         /// Name of the wire
         wire: Name,

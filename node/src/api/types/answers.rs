@@ -152,7 +152,7 @@ pub struct UplinkStatus {
 pub struct WireStatus {
     /// Its name.
     pub wire: Name,
-    /// Whether its frames always travel encrypted between hosts.
+    /// Whether this host always encrypts its frames; else not inside a trusted LAN.
     pub encrypted: bool,
     /// Whether this host carries it.
     pub here: bool,
