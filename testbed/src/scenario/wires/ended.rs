@@ -37,7 +37,7 @@ pub fn ended(labid: &str) -> Result<Value> {
     })?;
     std::fs::remove_file(&point)?;
     let end = moving.end()?.status;
-    ensure!(end.phase == Phase::Stayed, "{:?}: {}", end.phase, end.cause);
+    ensure!(end.phase == Phase::Lost, "{:?}: {}", end.phase, end.cause);
     swarm.wait("no hold device is left", SOON, |swarm| Ok(!holds(swarm)?))?;
     swarm.down()?;
     Ok(json!({ "cause": end.cause }))
