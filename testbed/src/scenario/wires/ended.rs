@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::SOON;
+use crate::guest::disk::{DiskForm, SpecDisk};
 use crate::guest::{Cache, GuestFiles, GuestKind};
 use crate::lab::LabConfig;
 use crate::lab::ns::ip;
@@ -18,12 +19,17 @@ use crate::scenario::swarm::{GuestPlan, Swarm};
 
 /// Where the node stands still: it has a hold device, and nobody knows of it.
 const POINT: &str = "leaving";
+/// Bytes of its disk.
+const DISK: u64 = 16 << 20;
 
 /// The part of `godwit-lab run wires` in which a QEMU ends.
 pub fn ended(labid: &str) -> Result<Value> {
     let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
     let swarm = Swarm::up(&LabConfig::demo(labid), let_hold)?;
-    swarm.start_guest("h1", &files, &GuestPlan::new("web", 5, 160))?;
+    let mut plan = GuestPlan::new("web", 5, 160);
+    // With it the transfer fails before it has begun.
+    plan.disks = vec![SpecDisk::blank(swarm.lab.dir().join("web.img"), DiskForm::Raw, DISK)?];
+    swarm.start_guest("h1", &files, &plan)?;
     let qemu = swarm.ask("h1", &["vm", "show", "web"])?["pid"].as_i64().context("no QEMU")?;
     let point = hold_dir(&swarm, "h1")?.join(POINT);
     std::fs::write(&point, b"")?;
