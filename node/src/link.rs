@@ -45,6 +45,7 @@ mod stats;
 mod tap;
 mod tunnel;
 mod uplink;
+mod watch;
 mod wires;
 
 pub use cidr::{Cidr, CidrError};
@@ -56,6 +57,7 @@ pub use settle::{TapView, forwarding_settled};
 pub use stats::{Counters, NicCounters, WireCounters};
 pub use tunnel::{Injected, Outgoing, TunnelCounters, TunnelFrame};
 pub use uplink::{Uplink, gateway_mac};
+pub use watch::DeviceNews;
 
 use guard::Guard;
 use kernel::{Fdb, Kernel, PortFlags};

@@ -31,11 +31,11 @@ struct Lan {
 async fn lan(world: World) -> Lan {
     let red = wire("red");
     let (a, a_out) = world.a.links(true);
-    a.ensure_wire(&red).await.unwrap();
+    a.ensure_wire(&red, false).await.unwrap();
     a.set_members(&[world.b.ip]).await.unwrap();
     let one = Guest::boot(&world.a, &a, &red, mac(1)).await;
     let (b, _) = world.b.links(true);
-    b.ensure_wire(&red).await.unwrap();
+    b.ensure_wire(&red, false).await.unwrap();
     b.set_members(&[world.a.ip]).await.unwrap();
     let two = Guest::boot(&world.b, &b, &red, mac(2)).await;
     for (links, here, there, ip) in [(&a, 1, 2, world.b.ip), (&b, 2, 1, world.a.ip)] {
@@ -170,10 +170,10 @@ fn a_tunnel_carries_frames_both_ways_and_never_into_another() {
     run(|world| async move {
         let red = wire("red");
         let (a, mut a_out) = world.a.links(false);
-        a.ensure_wire(&red).await.unwrap();
+        a.ensure_wire(&red, false).await.unwrap();
         let one = Guest::boot(&world.a, &a, &red, mac(1)).await;
         let (b, mut b_out) = world.b.links(true);
-        b.ensure_wire(&red).await.unwrap();
+        b.ensure_wire(&red, false).await.unwrap();
         b.broadcast_set(&red, &[world.a.ip]).await.unwrap();
         let two = Guest::boot(&world.b, &b, &red, mac(2)).await;
         for (links, here, there) in [(&a, 1, 2), (&b, 2, 1)] {
@@ -223,7 +223,7 @@ fn a_restarted_daemon_goes_on_with_what_it_finds() {
         assert_eq!(one.hear().as_deref(), Some("and in"));
 
         let (a, _a_out) = world.a.links(true);
-        a.ensure_wire(&red).await.unwrap();
+        a.ensure_wire(&red, false).await.unwrap();
         let routes = a.routes(&red).await;
         assert_eq!(routes, [(mac(1), Where::Local), (mac(2), Where::Vxlan(world.b.ip))]);
         assert!(a.has_tap(&red, &mac(1)).await.unwrap());
@@ -254,13 +254,13 @@ fn what_somebody_else_removed_is_healed() {
         })
         .await
         .unwrap();
-        lan.a.ensure_wire(&red).await.unwrap();
+        lan.a.ensure_wire(&red, false).await.unwrap();
         lan.one.send(mac(2), "through the new port");
         let out = outgoing(&mut lan.a_out).await.unwrap();
         assert_eq!(text(&out.frame).as_deref(), Some("through the new port"));
 
         lan.world.a.shell(&["ip", "link", "del", named("gwb-")]);
-        lan.a.ensure_wire(&red).await.unwrap();
+        lan.a.ensure_wire(&red, false).await.unwrap();
         lan.a.set_route(&red, &mac(1), Where::Local).await.unwrap();
         lan.a.set_route(&red, &mac(2), Where::Vxlan(lan.world.b.ip)).await.unwrap();
         lan.two.send(mac(1), "on the new bridge");
@@ -300,10 +300,10 @@ fn an_underlay_of_ipv6_works_the_same() {
         let red = wire("red");
         let (ip_a, ip_b) = (world.a.ip6, world.b.ip6);
         let (a, _a_out) = world.a.links_at(ip_a, "fd77::/64");
-        a.ensure_wire(&red).await.unwrap();
+        a.ensure_wire(&red, false).await.unwrap();
         let one = Guest::boot(&world.a, &a, &red, mac(1)).await;
         let (b, b_out) = world.b.links_at(ip_b, "fd77::/64");
-        b.ensure_wire(&red).await.unwrap();
+        b.ensure_wire(&red, false).await.unwrap();
         let two = Guest::boot(&world.b, &b, &red, mac(2)).await;
         for (links, here, there, ip) in [(&a, 1, 2, ip_b), (&b, 2, 1, ip_a)] {
             links.set_route(&red, &mac(here), Where::Local).await.unwrap();
@@ -317,16 +317,16 @@ fn an_underlay_of_ipv6_works_the_same() {
         assert_eq!(two.hear().map(|t| t.len()), Some(usize::from(MTU)));
         drop((b, b_out));
         let (b, b_out) = world.b.links_at(ip_b, "fd77::/64");
-        b.ensure_wire(&red).await.unwrap();
+        b.ensure_wire(&red, false).await.unwrap();
         let (second, _out) = world.b.links_at(ip_b, "fd77::/64");
-        assert!(matches!(second.ensure_wire(&red).await, Err(LinkError::SecondDaemon(_))));
+        assert!(matches!(second.ensure_wire(&red, false).await, Err(LinkError::SecondDaemon(_))));
         assert_eq!(b.routes(&red).await, [(mac(1), Where::Vxlan(ip_a)), (mac(2), Where::Local)]);
         b.broadcast_set(&red, &[]).await.unwrap();
         drop((b, b_out));
         tokio::task::yield_now().await;
         // Another underlay address: the old device goes, the new one is made.
         let (b, _b_out) = world.b.links(true);
-        b.ensure_wire(&red).await.unwrap();
+        b.ensure_wire(&red, false).await.unwrap();
         let device = world.b.devices().into_iter().find(|d| d.starts_with("gwv-")).unwrap();
         let shown = world.b.shell(&["ip", "-d", "link", "show", &device]);
         assert!(shown.contains("local 10.77.0.2"), "{shown}");
@@ -339,7 +339,7 @@ fn cleanup_leaves_nothing_that_no_vm_uses() {
         let Lan { world, a, one, .. } = lan(world).await;
         let (red, blue) = (wire("red"), wire("blue"));
         world.a.enter();
-        a.ensure_wire(&blue).await.unwrap();
+        a.ensure_wire(&blue, false).await.unwrap();
         assert_eq!(a.cleanup(&BTreeSet::from([blue.clone()])).await.unwrap(), 0);
         assert_eq!(world.a.devices().len(), 7);
         assert_eq!(a.cleanup(&BTreeSet::new()).await.unwrap(), 1);
@@ -363,7 +363,7 @@ fn cleanup_leaves_nothing_that_no_vm_uses() {
         assert_eq!(world.a.devices(), [] as [String; 0]);
         assert_eq!(world.a.shell(&["nft", "list", "ruleset"]), "");
         // And it can begin anew.
-        again.ensure_wire(&red).await.unwrap();
+        again.ensure_wire(&red, false).await.unwrap();
         assert_eq!(world.a.devices().len(), 2);
     });
 }

@@ -59,7 +59,9 @@ pub enum RouteError {
         nics: usize,
     },
     /// The table is full.
-    #[error("the routing table holds {ROUTES} VMs already: delete some first")]
+    #[error(
+        "the swarm has known {ROUTES} VMs, ports, wires and uplinks, those that were removed included, and can know no more: use one of them again"
+    )]
     Full,
 }
 

@@ -41,3 +41,13 @@ fn a_router_moves_with_its_wires() -> anyhow::Result<()> {
     println!("{:#}", godwit_testbed::scenario::wires::router("trouter")?);
     Ok(())
 }
+
+#[test]
+fn a_qemu_that_ends_while_its_move_is_prepared_leaves_nothing() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: the lab needs root");
+        return Ok(());
+    }
+    println!("{:#}", godwit_testbed::scenario::wires::ended("tended")?);
+    Ok(())
+}

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use answers::{
     ClusterInfo, Console, Done, Drained, HostInfo, ImageInfo, MemberInfo, Migration, NodeStatus,
-    OnWire, Plan, Planned, RouteInfo, Token, VmInfo, WireStatus,
+    OnWire, Plan, Planned, RouteInfo, Token, UplinkStatus, VmInfo, WireStatus,
 };
 
 /// Longest line on the socket, bytes, in either direction.
@@ -214,6 +214,9 @@ pub enum Request {
         interface: Option<String>,
         /// The gateway's address and subnet, `10.5.0.1/24`; none: what it is on other hosts.
         gateway: Option<String>,
+        /// Also if hosts that are not reached have another: they are gone for good.
+        #[serde(default)]
+        replace: bool,
     },
     /// Replace what may reach a NIC of a VM of this host. Answer: [`Done`].
     WireFilter {

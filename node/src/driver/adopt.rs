@@ -148,7 +148,9 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     };
     let mut core = Core::new(node.now(), config);
     for wire in saved.wires {
-        core.announce(node.now(), wire);
+        if let Err(error) = core.announce(node.now(), wire) {
+            tracing::error!(%error, "a wire is not told to others");
+        }
     }
     ports::adopt(node, &mut core, saved.ports).await;
     uplinks::adopt(node, &mut core, saved.uplinks).await;

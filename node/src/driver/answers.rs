@@ -149,8 +149,8 @@ async fn of_wires(node: &Arc<Node>, request: Request) -> Result<Value, ApiError>
         Request::WireFilter { vm, mac, rules } => {
             value(nics::filter(node, &vm, mac.as_deref(), &rules).await?)
         }
-        Request::WireUplink { wire, interface: Some(interface), gateway } => {
-            value(uplinks::connect(node, &wire, &interface, gateway.as_deref()).await?)
+        Request::WireUplink { wire, interface: Some(interface), gateway, replace } => {
+            value(uplinks::connect(node, &wire, &interface, gateway.as_deref(), replace).await?)
         }
         Request::WireUplink { wire, interface: None, .. } => {
             value(uplinks::disconnect(node, &wire).await?)

@@ -1,10 +1,11 @@
 //! Wires that were created by name, and what holds for each on every host.
 //!
-//! Owns what this host has heard of them, across restarts, and the routes that tell of them. Invariant: a wire that
-//! is encrypted stays so, and a host that has heard of it makes no VXLAN device for it, before its first frame.
+//! Owns what this host has heard of them, across restarts, and the routes that tell of them. Invariants: nothing leaves by
+//! VXLAN on a wire of which this host has not heard that it may; a wire that is encrypted stays so, and a host that has
+//! heard of it makes no VXLAN device for it.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -14,6 +15,7 @@ use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::route::{Kind, Route};
 
+use super::copies::lock;
 use super::node::Node;
 use super::{uplinks, wires};
 use crate::api::types::{ApiError, Done, OnWire, WireStatus};
@@ -26,7 +28,7 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// `godwit wire create`. A wire that is encrypted is told of under an id of its own, so that nothing that is said of a
 /// plain one of that name, now or later, takes it back.
 pub(super) async fn create(node: &Arc<Node>, wire: &Name, encrypt: bool) -> Result<Done, ApiError> {
-    if node.is_sealed(wires::tag(wire)) && !encrypt {
+    if node.created(wires::tag(wire)) == Some(true) && !encrypt {
         return Err(ApiError::new(
             format!("wire {wire} is encrypted, for ever"),
             "choose another name for one that is not",
@@ -37,22 +39,13 @@ pub(super) async fn create(node: &Arc<Node>, wire: &Name, encrypt: bool) -> Resu
     let (host, copy) = (node.me, CopyId(id.0));
     let (name, nics) = (wire.clone(), Vec::new());
     let route = Route { vm: id, name, host, copy, epoch: Epoch(1), nics, kind, gone: false };
-    heard(node, &route).await;
-    let told = move |core: &mut Core, now| {
-        core.announce(now, route);
-        core.routes().get(id).is_some()
-    };
-    if !node.with_core(told).await? {
-        return Err(ApiError::new(
-            format!("wire {wire} could not be told to the other hosts"),
-            "too many VMs, ports and wires are known: remove some",
-        ));
-    }
-    if encrypt && node.carries(wire) {
+    let tell = move |core: &mut Core, now| core.announce(now, route);
+    node.with_core(tell).await?.map_err(ApiError::plain)?;
+    if node.carries(wire) {
         wires::ensure(node, wire).await?;
     }
-    let how = if encrypt { ", encrypted" } else { "" };
-    Ok(Done { done: format!("wire {wire} is there{how}") })
+    let how = if encrypt { "always encrypted" } else { "not encrypted on a trusted LAN" };
+    Ok(Done { done: format!("wire {wire} is there, {how}") })
 }
 
 /// A wire was created, here or elsewhere.
@@ -66,8 +59,8 @@ pub(super) async fn heard(node: &Arc<Node>, route: &Route) {
         }
         Err(error) => tracing::error!(%error, "not kept"),
     }
-    if route.kind == Kind::SealedWire && node.seal(&route.name) && node.carries(&route.name) {
-        // Its VXLAN device goes, its routes lead into the tunnel.
+    if node.heard_of(route) && node.carries(&route.name) {
+        // Its routes lead another way now.
         tokio::spawn(renew(Arc::clone(node), route.name.clone()));
     }
 }
@@ -76,7 +69,7 @@ pub(super) async fn heard(node: &Arc<Node>, route: &Route) {
 fn renew(node: Arc<Node>, wire: Name) -> BoxFuture<'static, ()> {
     Box::pin(async move {
         while let Err(error) = wires::ensure(&node, &wire).await {
-            tracing::error!(%wire, error = %error.message, "not encrypted as yet");
+            tracing::error!(%wire, error = %error.message, "its frames do not travel as they are to");
             tokio::time::sleep(AGAIN).await;
         }
     })
@@ -84,8 +77,8 @@ fn renew(node: Arc<Node>, wire: Name) -> BoxFuture<'static, ()> {
 
 /// What the last daemon had heard; before any wire is taken up.
 pub(super) fn adopt(node: &Node, wires: &[Route]) {
-    for route in wires.iter().filter(|r| r.kind == Kind::SealedWire) {
-        node.seal(&route.name);
+    for route in wires {
+        node.heard_of(route);
     }
 }
 
@@ -106,8 +99,7 @@ pub(super) async fn list(node: &Arc<Node>) -> Result<Vec<WireStatus>, ApiError> 
     }
     let mut all = Vec::with_capacity(on.len());
     for (wire, nics) in on {
-        let gateway =
-            uplinks::gateway(routes.iter(), &wire).map(|(ip, bits)| format!("{ip}/{bits}"));
+        let gateway = uplinks::gateway(node, &routes, &wire).map(|word| word.to_string());
         all.push(WireStatus { nics, gateway, ..wires::status(node, &wire).await });
     }
     Ok(all)
@@ -119,17 +111,39 @@ fn id(wire: &Name, kind: Kind) -> VmId {
 }
 
 impl Node {
-    fn sealed(&self) -> std::sync::MutexGuard<'_, BTreeSet<u32>> {
-        self.sealed.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether frames of the wire always travel encrypted; `None`: nothing was heard of it.
+    pub fn created(&self, tag: u32) -> Option<bool> {
+        lock(&self.created).get(&tag).copied()
     }
 
-    /// Whether frames of the wire always travel encrypted.
-    pub fn is_sealed(&self, tag: u32) -> bool {
-        self.sealed().contains(&tag)
+    /// Whether they may travel by VXLAN.
+    pub fn is_open(&self, tag: u32) -> bool {
+        self.created(tag) == Some(false)
     }
 
-    /// From now on they do; whether that is news.
-    fn seal(&self, wire: &Name) -> bool {
-        self.sealed().insert(wires::tag(wire))
+    /// A wire was created; whether its frames travel otherwise for that.
+    fn heard_of(&self, route: &Route) -> bool {
+        hear(&mut lock(&self.created), wires::tag(&route.name), route.kind == Kind::SealedWire)
+    }
+}
+
+fn hear(created: &mut BTreeMap<u32, bool>, tag: u32, encrypted: bool) -> bool {
+    let known = created.get(&tag).copied();
+    let now = encrypted || known == Some(true);
+    created.insert(tag, now);
+    known != Some(now)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_encrypted_stays_so_whatever_is_heard_when() {
+        let mut created = BTreeMap::new();
+        assert!(hear(&mut created, 1, false) && !hear(&mut created, 1, false));
+        assert!(hear(&mut created, 1, true) && !hear(&mut created, 1, false));
+        assert!(hear(&mut created, 2, true) && !hear(&mut created, 2, false));
+        assert_eq!(created, BTreeMap::from([(1, true), (2, true)]));
     }
 }

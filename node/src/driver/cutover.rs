@@ -133,15 +133,19 @@ async fn injector(node: &Node, copy: CopyId, wire: &Name, mac: &Mac) -> Option<I
     node.links.injector(wire, mac, view).await.inspect_err(error).ok()
 }
 
-/// Takes a plug off, and does not give up soon: a NIC that stays plugged is deaf.
-async fn unplug(node: &Node, wire: &Name, mac: &Mac) {
+/// Takes a plug off, and does not give up soon: a NIC that stays plugged is deaf. Returns what the kernel has dropped
+/// behind plugs of this tap.
+async fn unplug(node: &Node, copy: CopyId, wire: &Name, mac: &Mac) -> u64 {
     for pause in UNPLUG_AGAIN {
-        match node.links.unplug(wire, mac).await {
-            Ok(()) | Err(LinkError::NoTap(_)) => return,
+        let tap = node.copies.get(copy).and_then(|copy| view(&copy, mac));
+        match node.links.unplug(wire, mac, tap).await {
+            Ok(dropped) => return dropped,
+            Err(LinkError::NoTap(_)) => return 0,
             Err(error) => tracing::error!(%wire, mac = %mac.colons(), %error, "its tap is plugged"),
         }
         tokio::time::sleep(pause).await;
     }
+    0
 }
 
 /// When a machine's timeout is, for the runtime; without one, some day.

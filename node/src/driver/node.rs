@@ -101,8 +101,9 @@ pub(super) struct Node {
     /// Held while a route goes into the table and the kernel.
     pub turning: tokio::sync::Mutex<()>,
     pub frames: Frames,
-    /// Tags of wires whose frames always travel encrypted.
-    pub sealed: Mutex<std::collections::BTreeSet<u32>>,
+    /// Of wires that were created, by tag: whether their frames always travel encrypted.
+    pub created: Mutex<BTreeMap<u32, bool>>,
+    pub uplinks: super::uplinks::Uplinks,
     /// Held while a VM's NICs are connected otherwise.
     pub rewiring: tokio::sync::Mutex<()>,
     /// A record was decided.

@@ -115,7 +115,9 @@ impl Worker {
 /// Others find it here.
 pub(super) fn announce(node: &Node, core: &mut Core, spec: &ResolvedSpec, copy: CopyId) {
     let epoch = core.record_of(spec.id).map(|r| r.epoch).unwrap_or_default();
-    core.announce(node.now(), boot::route_of(node, spec, copy, epoch));
+    if let Err(error) = core.announce(node.now(), boot::route_of(node, spec, copy, epoch)) {
+        tracing::error!(%error, "where a VM is off is not told to others");
+    }
 }
 
 /// The VM was removed: its description goes, its images are whoever's they were.

@@ -33,8 +33,8 @@ pub(super) async fn set(
     wires::ensure(node, wire).await?;
     let nic = Nic { wire: wire.clone(), mac };
     let route = Route { gone, ..route(node, nic.clone())? };
+    node.with_core(move |core, now| announce(core, now, route)).await??;
     keep(node, nic, gone).await?;
-    node.with_core(move |core, now| announce(core, now, route)).await?;
     Ok(wires::status(node, wire).await)
 }
 
@@ -42,9 +42,8 @@ pub(super) async fn set(
 pub(super) async fn adopt(node: &Node, core: &mut Core, ports: Vec<Nic>) {
     for nic in ports {
         wires::adopt(node, &nic.wire).await;
-        match route(node, nic) {
-            Ok(route) => announce(core, node.now(), route),
-            Err(error) => tracing::error!(error = %error.message, "a port is not taken up"),
+        if let Err(error) = route(node, nic).and_then(|r| announce(core, node.now(), r)) {
+            tracing::error!(error = %error.message, "a port is not taken up");
         }
     }
 }
@@ -72,8 +71,52 @@ pub(super) fn epoch() -> Epoch {
 }
 
 /// Tells everyone of what is not a VM, as something newer than what was told before.
-pub(super) fn announce(core: &mut Core, now: Time, route: Route) {
+pub(super) fn announce(core: &mut Core, now: Time, route: Route) -> Result<(), ApiError> {
     let known = core.routes().get(route.vm).map(|known| known.epoch.next());
     let epoch = route.epoch.max(known.unwrap_or_default());
-    core.announce(now, Route { epoch, ..route });
+    core.announce(now, Route { epoch, ..route }).map_err(ApiError::plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use godwit_protocol::core::Config;
+    use godwit_protocol::id::{HostId, StoreId};
+    use godwit_protocol::limits::ROUTES;
+
+    use super::*;
+
+    fn route(number: usize) -> Route {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&number.to_be_bytes());
+        let name = format!("port-{number}").parse().unwrap();
+        let (host, copy) = (HostId([1; 32]), CopyId(id));
+        let (vm, epoch, nics, kind) = (VmId(id), Epoch(5), Vec::new(), Kind::Port);
+        Route { vm, name, host, copy, epoch, nics, kind, gone: false }
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_refused() {
+        let config = Config {
+            me: HostId([1; 32]),
+            store: StoreId([1; 16]),
+            site: "paris".parse().unwrap(),
+            generation: 1,
+            seed: 1,
+            hard: BTreeMap::new(),
+            moving: Vec::new(),
+            statuses: Vec::new(),
+        };
+        let mut core = Core::new(Time(0), config);
+        for number in 0..ROUTES {
+            announce(&mut core, Time(0), route(number)).unwrap();
+            while core.poll_command().is_some() {}
+        }
+        let refused = announce(&mut core, Time(0), route(ROUTES)).unwrap_err();
+        assert!(refused.message.contains("use one of them again"), "{}", refused.message);
+        assert_eq!(core.routes().get(route(ROUTES).vm), None);
+        announce(&mut core, Time(0), route(0)).unwrap();
+        assert_eq!(core.routes().get(route(0).vm).map(|r| r.epoch), Some(Epoch(6)));
+    }
 }

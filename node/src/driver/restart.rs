@@ -14,8 +14,8 @@ use super::asks::Asks;
 use super::copies::Copies;
 use super::engine::INPUTS;
 use super::node::{DriverError, Input, Node, RunOptions};
-use super::{answers, bulk, leave, switch};
-use crate::link::{self, Links};
+use super::{answers, bulk, leave, switch, uplinks};
+use crate::link::{self, Links, Outgoing};
 use crate::net::{Net, NetConfig, NetEvent};
 use crate::store::{Corpus, Hard, Images, Settings};
 use crate::vmm::resolved::BASELINE_CPU;
@@ -69,12 +69,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let Net { handle: net, events: net_events, bulk, bulk_inbound, frames, frames_inbound } =
         Net::start(config).await.map_err(DriverError::of)?;
     let me = net.member(net.me()).ok_or_else(|| DriverError("not a member".into()))?;
-    let (links, tunnel_out) = Links::start(link::Config {
-        underlay: options.advertise.unwrap_or(options.listen).ip(),
-        trusted_lan: options.trusted_lan.clone(),
-        mtu: link::DEFAULT_MTU,
-    })
-    .map_err(DriverError::of)?;
+    let (links, tunnel_out) = open_links(&options)?;
     let chunk_key = net.chunk_key();
     let corpus = Arc::new(Corpus::new(chunk_key, CORPUS_PAGES));
     let images = open_images(&options, &hard, &corpus)?;
@@ -86,7 +81,8 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk,
         frames,
         wires: Mutex::default(),
-        sealed: Mutex::default(),
+        created: Mutex::default(),
+        uplinks: uplinks::Uplinks::default(),
         turning: tokio::sync::Mutex::default(),
         rewiring: tokio::sync::Mutex::default(),
         decided: tokio::sync::Notify::new(),
@@ -121,9 +117,19 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         bulk::accept(&node, bulk_inbound),
         switch::shuttle_out(&node, tunnel_out),
         switch::shuttle_in(&node, frames_inbound),
+        uplinks::watch(&node),
         answers::serve(&node)?,
     ];
     Ok(Started { node, core, inputs, net_events, background: Background(background) })
+}
+
+fn open_links(options: &RunOptions) -> Result<(Links, mpsc::Receiver<Outgoing>), DriverError> {
+    let config = link::Config {
+        underlay: options.advertise.unwrap_or(options.listen).ip(),
+        trusted_lan: options.trusted_lan.clone(),
+        mtu: link::DEFAULT_MTU,
+    };
+    Links::start(config).map_err(DriverError::of)
 }
 
 fn open_images(

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::cutover::{self, Key};
 use super::node::Node;
+use super::uplinks::Word;
 use super::wires::tag;
 use crate::link::{Outgoing, TunnelFrame, Where};
 use crate::net::Payload;
@@ -81,8 +82,8 @@ pub(super) struct Table {
     by_mac: BTreeMap<Key, (VmId, HostId)>,
     /// How many NICs each host has on each wire.
     groups: BTreeMap<u32, BTreeMap<HostId, u32>>,
-    /// The hosts that have an uplink of each wire.
-    ways_out: BTreeMap<u32, BTreeSet<HostId>>,
+    /// The hosts that have an uplink of each wire, and what they say of its gateway.
+    ways_out: BTreeMap<u32, BTreeMap<HostId, Word>>,
     /// Where this host sends frames for the wires' gateways.
     gateways: BTreeMap<Key, HostId>,
     /// NICs whose frames do not leave by tunnel any more, but for what is in the tunnel port still: it goes
@@ -97,7 +98,7 @@ impl Table {
         let (vm, host, here) = (route.vm, route.host, !route.gone);
         let nics = route.nics.clone();
         let tags: Vec<u32> = nics.iter().map(|nic| tag(&nic.wire)).collect();
-        let way_out = matches!(route.kind, Kind::Uplink { .. });
+        let way_out = Word::of(&route);
         if let Some(old) = self.routes.insert(route.vm, route) {
             for nic in old.nics.iter().filter(|_| !old.gone) {
                 let wire = tag(&nic.wire);
@@ -117,8 +118,10 @@ impl Table {
             self.by_mac.insert((wire, nic.mac), (vm, host));
             *self.groups.entry(wire).or_default().entry(host).or_default() += 1;
         }
-        for wire in tags.into_iter().filter(|_| way_out && here) {
-            self.ways_out.entry(wire).or_default().insert(host);
+        if let Some(word) = way_out.filter(|_| here) {
+            for wire in tags {
+                self.ways_out.entry(wire).or_default().insert(host, word);
+            }
         }
     }
 
@@ -127,9 +130,9 @@ impl Table {
         self.ways_out.contains_key(&wire)
     }
 
-    /// The hosts that have an uplink of the wire.
-    pub fn ways_out(&self, wire: u32) -> impl Iterator<Item = HostId> {
-        self.ways_out.get(&wire).into_iter().flatten().copied()
+    /// The hosts that have an uplink of the wire, and what they say of its gateway.
+    pub fn ways_out(&self, wire: u32) -> impl Iterator<Item = (HostId, Word)> {
+        self.ways_out.get(&wire).into_iter().flatten().map(|(host, word)| (*host, *word))
     }
 
     /// Frames for this gateway go there.
@@ -289,7 +292,7 @@ impl Node {
 
     /// How frames of a wire get to another host.
     pub fn via(&self, tag: u32, host: HostId) -> Where {
-        if self.is_sealed(tag) {
+        if !self.is_open(tag) {
             return Where::Tunnel;
         }
         let member = self.net.member(host);
@@ -341,7 +344,7 @@ mod tests {
             statuses: Vec::new(),
         };
         let mut core = Core::new(Time(0), config);
-        core.announce(Time(0), knows);
+        core.announce(Time(0), knows).unwrap();
         while core.poll_command().is_some() {}
         core
     }

@@ -2,35 +2,90 @@
 //!
 //! Owns what this host has of them, across restarts, the routes that tell of them, and the choice: this host's own
 //! gateway, else one of its site, else any that can be reached. Decides nothing of a packet's way beyond the gateway.
+//! Invariant: an uplink is told of while it works: its interface runs, and no newer word names another gateway.
 
-use std::net::Ipv4Addr;
-use std::sync::Arc;
+mod words;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
 use godwit_protocol::core::Core;
 use godwit_protocol::id::{CopyId, HostId, Mac, Name, VmId};
 use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
+use godwit_protocol::membership::State;
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::route::{Kind, Nic, Route};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio::time::sleep;
 
+use super::copies::lock;
 use super::node::Node;
 use super::ports;
 use super::wires::{self, derived_id, tag};
-use crate::api::types::{ApiError, Done};
-use crate::link::{Uplink, Where, gateway_mac};
+use crate::api::types::{ApiError, Done, UplinkStatus};
+use crate::link::{DeviceNews, Uplink, Where, gateway_mac};
+pub(super) use words::Word;
+use words::{Refused, Said};
 
 /// Where they are in the hard state.
 pub(super) const KEYS: &[u8] = b"uplink/";
-/// Bits that name a subnet with room for a gateway and a guest.
-const PREFIXES: std::ops::RangeInclusive<u8> = 1..=30;
+/// How often interfaces are looked at besides: that one forwards again is told by nobody.
+const LOOK: Duration = Duration::from_secs(5);
+/// Changes of devices within this time are looked at together.
+const TOGETHER: Duration = Duration::from_millis(100);
 
 /// A way out that this host has.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Kept {
     wire: Name,
     interface: String,
-    gateway: Ipv4Addr,
-    prefix: u8,
+    word: Word,
+    /// The newer word for which it was given up.
+    given_up: Option<Word>,
+}
+
+/// Those of this host.
+#[derive(Default)]
+pub(super) struct Uplinks {
+    own: std::sync::Mutex<BTreeMap<Name, Own>>,
+    /// Held while one of them is changed.
+    changing: tokio::sync::Mutex<()>,
+    /// What others say of a gateway has changed.
+    news: Notify,
+}
+
+#[derive(Clone)]
+struct Own {
+    kept: Kept,
+    /// Why it does not work.
+    down: Option<String>,
+}
+
+impl Uplinks {
+    fn own(&self) -> MutexGuard<'_, BTreeMap<Name, Own>> {
+        lock(&self.own)
+    }
+
+    fn put(&self, kept: Kept, down: Option<String>) {
+        self.own().insert(kept.wire.clone(), Own { kept, down });
+    }
+
+    /// Somebody has said something of a gateway.
+    pub fn heard(&self) {
+        self.news.notify_one();
+    }
+
+    /// What this host has of the wire's.
+    pub fn status(&self, wire: &Name) -> Option<UplinkStatus> {
+        let own = self.own().get(wire)?.clone();
+        let Kept { interface, word, given_up, .. } = own.kept;
+        let elsewhere = given_up.map(|other| {
+            format!("given up: {other} was named later; connect it again, or disconnect it")
+        });
+        Some(UplinkStatus { interface, gateway: word.to_string(), down: elsewhere.or(own.down) })
+    }
 }
 
 /// `godwit wire connect WIRE --uplink IF`.
@@ -39,41 +94,55 @@ pub(super) async fn connect(
     wire: &Name,
     interface: &str,
     gateway: Option<&str>,
+    replace: bool,
 ) -> Result<Done, ApiError> {
-    let _one = node.rewiring.lock().await;
-    let (gateway, prefix) = agreed(node, wire, gateway).await?;
-    let kept = Kept { wire: wire.clone(), interface: interface.to_owned(), gateway, prefix };
+    let _one = node.uplinks.changing.lock().await;
+    let word = agreed(node, wire, gateway, replace).await?;
+    let (wire, interface) = (wire.clone(), interface.to_owned());
+    let kept = Kept { wire, interface, word, given_up: None };
+    let Kept { wire, interface, .. } = &kept;
     wires::ensure(node, wire).await?;
     set(node, &kept).await?;
-    let value = codec::encode(&kept, CONTROL_MESSAGE_BYTES).map_err(ApiError::plain)?;
-    put(node, wire, Some(value)).await?;
-    let route = route(node, &kept)?;
-    node.with_core(move |core, now| ports::announce(core, now, route)).await?;
-    Ok(Done {
-        done: format!("wire {wire} has gateway {gateway}/{prefix} here, out by {interface}"),
-    })
+    let told = async {
+        put(node, wire, Some(&kept)).await?;
+        tell(node, &kept, false).await
+    };
+    if let Err(error) = told.await {
+        // One that was there before has its place, and can be told.
+        if !node.uplinks.own().contains_key(wire) {
+            node.links.remove_uplink(wire).await.map_err(ApiError::plain)?;
+            put(node, wire, None).await?;
+        }
+        return Err(error);
+    }
+    node.uplinks.put(kept.clone(), None);
+    Ok(Done { done: format!("wire {wire} has gateway {word} here, out by {interface}") })
 }
 
 /// `godwit wire disconnect WIRE --uplink`.
 pub(super) async fn disconnect(node: &Arc<Node>, wire: &Name) -> Result<Done, ApiError> {
-    let _one = node.rewiring.lock().await;
-    let id = VmId(id(node.me, wire));
-    let known = node.with_core(move |core, _| core.routes().get(id).cloned()).await?;
-    // One that is gone may have been taken away halfway.
-    let Some(route) = known else {
+    let _one = node.uplinks.changing.lock().await;
+    let own = node.uplinks.own().get(wire).cloned();
+    let Some(own) = own else {
         let hint = "see godwit wire list; ask on the host that has it";
         return Err(ApiError::new(format!("wire {wire} has no uplink on this host"), hint));
     };
-    // First where others find a gateway, then this one's end.
-    let gone = Route { gone: true, ..route };
-    node.with_core(move |core, now| ports::announce(core, now, gone)).await?;
-    node.links.remove_uplink(wire).await.map_err(ApiError::plain)?;
+    take_down(node, &own.kept).await?;
     put(node, wire, None).await?;
+    node.uplinks.own().remove(wire);
     Ok(Done { done: format!("wire {wire} has no uplink on this host") })
+}
+
+/// First where others find a gateway, then this one's end.
+async fn take_down(node: &Arc<Node>, kept: &Kept) -> Result<(), ApiError> {
+    tell(node, kept, true).await?;
+    node.links.remove_uplink(&kept.wire).await.map_err(ApiError::plain)
 }
 
 /// What the last daemon had; the wires' routes are not told yet.
 pub(super) async fn adopt(node: &Arc<Node>, core: &mut Core, kept: Vec<Kept>) {
+    let (given_up, kept): (Vec<_>, Vec<_>) = kept.into_iter().partition(|k| k.given_up.is_some());
+    given_up.into_iter().for_each(|kept| node.uplinks.put(kept, None));
     let known = kept.iter().map(|k| (k.wire.clone(), k.interface.clone())).collect();
     if let Err(error) = node.links.expect_uplinks(known).await {
         tracing::error!(%error, "what may pass by gateways is not known");
@@ -81,24 +150,103 @@ pub(super) async fn adopt(node: &Arc<Node>, core: &mut Core, kept: Vec<Kept>) {
     for kept in kept {
         wires::adopt(node, &kept.wire).await;
         let set = set(node, &kept).await;
-        match route(node, &kept) {
-            Ok(route) => {
-                let gone = set.is_err();
-                ports::announce(core, node.now(), Route { gone, ..route });
-            }
-            Err(error) => tracing::error!(error = %error.message, "an uplink is not taken up"),
+        let gone = set.is_err();
+        let told = route(node, &kept, gone).and_then(|r| ports::announce(core, node.now(), r));
+        if let Err(error) = told {
+            tracing::error!(error = %error.message, "an uplink is not told to others");
         }
-        if let Err(error) = set {
-            tracing::error!(wire = %kept.wire, error = %error.message, "it has no way out here: connect it again");
+        if let Err(error) = &set {
+            tracing::warn!(wire = %kept.wire, error = %error.message, "it has no way out here for now");
             if let Err(error) = node.links.remove_uplink(&kept.wire).await {
                 tracing::error!(wire = %kept.wire, %error, "what is left of it stays");
             }
         }
+        node.uplinks.put(kept, set.err().map(|error| error.message));
     }
+}
+
+/// Takes uplinks down whose interfaces fail, or whose gateway was named otherwise later, and up again.
+pub(super) fn watch(node: &Arc<Node>) -> tokio::task::JoinHandle<()> {
+    let warn = |error: &_| tracing::warn!(%error, "uplinks are looked at now and then");
+    let mut devices = DeviceNews::open().inspect_err(warn).ok();
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        loop {
+            if !look(&node).await {
+                // What fails for another reason than its interface is not tried with every change.
+                sleep(LOOK).await;
+            }
+            let lost = tokio::select! {
+                changed = async { devices.as_ref()?.next().await.err() }, if devices.is_some() => changed,
+                () = node.uplinks.news.notified() => None,
+                () = sleep(LOOK) => None,
+            };
+            if let Some(error) = lost {
+                tracing::warn!(%error, "uplinks are looked at now and then");
+                devices = None;
+            }
+            sleep(TOGETHER).await;
+        }
+    })
+}
+
+/// False: something could not be done.
+async fn look(node: &Arc<Node>) -> bool {
+    let _one = node.uplinks.changing.lock().await;
+    let all: Vec<Own> = node.uplinks.own().values().cloned().collect();
+    let mut done = true;
+    for own in all.into_iter().filter(|own| own.kept.given_up.is_none()) {
+        let wire = own.kept.wire.clone();
+        if let Err(error) = look_at(node, own).await {
+            tracing::warn!(%wire, error = %error.message, "its way out");
+            done = false;
+        }
+    }
+    done
+}
+
+async fn look_at(node: &Arc<Node>, Own { kept, down }: Own) -> Result<(), ApiError> {
+    let others = others(node, &kept.wire).await?;
+    let newer = words::newest(&others).filter(|w| *w > kept.word && !w.agrees(&kept.word));
+    if let Some(newer) = newer {
+        tracing::warn!(wire = %kept.wire, ours = %kept.word, theirs = %newer, "another gateway was named later: ours is given up");
+        take_down(node, &kept).await?;
+        let kept = Kept { given_up: Some(newer), ..kept };
+        put(node, &kept.wire, Some(&kept)).await?;
+        node.uplinks.put(kept, None);
+        return Ok(());
+    }
+    let works = node.links.leads_out(&kept.interface).await.map_err(|e| e.to_string());
+    match (works, down) {
+        (Ok(()), Some(_)) => {
+            let up = async {
+                set(node, &kept).await?;
+                tell(node, &kept, false).await
+            };
+            let failed = up.await.err();
+            match &failed {
+                None => {
+                    tracing::info!(wire = %kept.wire, interface = %kept.interface, "its way out is back")
+                }
+                Some(error) => node.uplinks.put(kept.clone(), Some(error.message.clone())),
+            }
+            failed.map_or(Ok(()), Err)?;
+            node.uplinks.put(kept, None);
+        }
+        (Err(cause), None) => {
+            tracing::warn!(wire = %kept.wire, %cause, "it has no way out here for now");
+            take_down(node, &kept).await?;
+            node.uplinks.put(kept, Some(cause));
+        }
+        (Err(cause), Some(_)) => node.uplinks.put(kept, Some(cause)),
+        (Ok(()), None) => {}
+    }
+    Ok(())
 }
 
 /// Hosts, or ways to them, have come or gone.
 pub(super) async fn choose_again(node: &Arc<Node>) {
+    node.uplinks.heard();
     for wire in node.carried() {
         if node.table().has_way_out(tag(&wire)) {
             let _turn = node.turning.lock().await;
@@ -114,18 +262,19 @@ pub(super) async fn choose(node: &Node, wire: &Name) {
     }
     let (tag, mac) = (tag(wire), gateway_mac(wire));
     let members = node.net.members();
-    let distance = |host: &HostId| {
-        let member = members.iter().find(|m| m.host == *host);
-        match member {
-            _ if *host == node.me => Some(0),
-            Some(m) if m.connected && !m.revoked => Some(if m.site == node.site { 1 } else { 2 }),
-            _ => None,
-        }
+    let member = |host: HostId| members.iter().find(|m| m.host == host).filter(|m| !m.revoked);
+    let distance = |host: HostId| match member(host) {
+        _ if host == node.me => Some(0),
+        Some(m) if m.connected => Some(if m.site == node.site { 1 } else { 2 }),
+        _ => None,
     };
     let to = {
         let mut table = node.table();
-        let hosts = table.ways_out(tag).filter_map(|host| distance(&host).map(|d| (d, host)));
-        let best = hosts.min().map(|(_, host)| host);
+        let said: Vec<_> = table.ways_out(tag).filter(|(h, _)| member(*h).is_some()).collect();
+        let best = said.iter().map(|(_, word)| *word).max();
+        let agree = said.iter().filter(|(_, word)| best.is_some_and(|best| best.agrees(word)));
+        let best = agree.filter_map(|(host, _)| Some((distance(*host)?, *host))).min();
+        let best = best.map(|(_, host)| host);
         table.lead_out((tag, mac), best);
         best
     };
@@ -138,15 +287,23 @@ pub(super) async fn choose(node: &Node, wire: &Name) {
 }
 
 /// What the gateway of a wire is, if it has one anywhere.
-pub(super) fn gateway<'a>(
-    routes: impl Iterator<Item = &'a Route>,
-    wire: &Name,
-) -> Option<(Ipv4Addr, u8)> {
-    let on_wire = |r: &&Route| !r.gone && r.nics.iter().any(|nic| nic.wire == *wire);
-    routes.filter(on_wire).find_map(|route| match route.kind {
-        Kind::Uplink { gateway, prefix } => Some((gateway, prefix)),
-        _ => None,
-    })
+pub(super) fn gateway(node: &Node, routes: &[Route], wire: &Name) -> Option<Word> {
+    let mut said = words::said(routes, wire);
+    said.retain(|s| node.net.member(s.host).is_some_and(|m| !m.revoked));
+    words::newest(&said)
+}
+
+/// What the other members have said of the wire's gateway.
+async fn others(node: &Arc<Node>, wire: &Name) -> Result<Vec<Said>, ApiError> {
+    let routes = node
+        .with_core(|core: &mut Core, _| {
+            let way_out = |r: &&Route| matches!(r.kind, Kind::Uplink { .. });
+            core.routes().iter().filter(way_out).cloned().collect::<Vec<_>>()
+        })
+        .await?;
+    let mut said = words::said(&routes, wire);
+    said.retain(|s| s.host != node.me && node.net.member(s.host).is_some_and(|m| !m.revoked));
+    Ok(said)
 }
 
 /// The gateway's address: that of the wire's other uplinks, or the one that is given.
@@ -154,56 +311,54 @@ async fn agreed(
     node: &Arc<Node>,
     wire: &Name,
     given: Option<&str>,
-) -> Result<(Ipv4Addr, u8), ApiError> {
-    let (wanted, name) = (wire.clone(), wire.clone());
-    let me = node.me;
-    let revoked = node.net.members().into_iter().filter(|m| m.revoked).map(|m| m.host);
-    let revoked: std::collections::BTreeSet<HostId> = revoked.collect();
-    let work = move |core: &mut Core, _| {
-        let others = core.routes().iter().filter(|r| r.host != me && !revoked.contains(&r.host));
-        gateway(others, &wanted)
+    replace: bool,
+) -> Result<Word, ApiError> {
+    let given = given.map(words::read).transpose()?;
+    let others = others(node, wire).await?;
+    let states = node
+        .with_core(|core: &mut Core, _| {
+            core.membership().members().map(|m| (m.host, m.state)).collect::<BTreeMap<_, _>>()
+        })
+        .await?;
+    let reached = |host| {
+        node.net.member(host).is_some_and(|m| m.connected)
+            || states.get(&host).is_some_and(|state| *state != State::Down)
     };
-    let known = node.with_core(work).await?;
-    let given = given.map(read).transpose()?;
-    match (given, known) {
-        (Some(given), Some(known)) if given != known => Err(ApiError::new(
-            format!("the gateway of wire {name} is {}/{} elsewhere", known.0, known.1),
-            "it is the same on every host: leave --gateway out",
-        )),
-        (Some(one), _) | (None, Some(one)) => Ok(one),
-        (None, None) => Err(ApiError::new(
-            format!("wire {name} has no gateway yet"),
+    let names = |hosts: Vec<HostId>| {
+        hosts.into_iter().map(|host| node.host_name(host)).collect::<Vec<_>>().join(", ")
+    };
+    words::agree(&others, given, replace, reached, ports::epoch()).map_err(|refused| match refused {
+        Refused::Unnamed => ApiError::new(
+            format!("wire {wire} has no gateway yet"),
             "name its address and its subnet: --gateway 10.5.0.1/24",
-        )),
-    }
-}
-
-fn read(text: &str) -> Result<(Ipv4Addr, u8), ApiError> {
-    let parts = text.split_once('/');
-    let parsed = parts.and_then(|(ip, prefix)| Some((ip.parse().ok()?, prefix.parse().ok()?)));
-    let usable = |(ip, prefix): &(Ipv4Addr, u8)| {
-        let all = u32::MAX.checked_shr(u32::from(*prefix)).unwrap_or(0);
-        let host = ip.to_bits() & all;
-        let special = ip.is_multicast() || ip.is_loopback() || ip.is_unspecified();
-        PREFIXES.contains(prefix) && !special && host != 0 && host != all
-    };
-    parsed.filter(usable).ok_or_else(|| {
-        ApiError::new(
-            format!("{text} is no host's address in an IPv4 subnet"),
-            "write it as 10.5.0.1/24; IPv6 is not routed by gateways",
-        )
+        ),
+        Refused::Elsewhere(word, hosts) => ApiError::new(
+            format!("the gateway of wire {wire} is {word} on {}", names(hosts)),
+            format!("it is the same on every host: leave --gateway out, or take it away there first (godwit wire disconnect {wire} --uplink)"),
+        ),
+        Refused::Unreached(word, hosts) => ApiError::new(
+            format!("the gateway of wire {wire} is {word} on {}, not reached now", names(hosts)),
+            "leave --gateway out; or, if they are gone for good, --replace: should they come back, they give theirs up",
+        ),
     })
 }
 
 async fn set(node: &Arc<Node>, kept: &Kept) -> Result<(), ApiError> {
     let own = own_mac(node.me, &kept.wire);
-    let Kept { wire, interface, gateway, prefix } = kept.clone();
+    let Kept { wire, interface, word: Word { gateway, prefix, .. }, .. } = kept.clone();
     let uplink = Uplink { interface, gateway, prefix, own };
     node.links.set_uplink(&wire, &uplink).await.map_err(ApiError::plain)
 }
 
-async fn put(node: &Arc<Node>, wire: &Name, value: Option<Vec<u8>>) -> Result<(), ApiError> {
+async fn put(node: &Arc<Node>, wire: &Name, kept: Option<&Kept>) -> Result<(), ApiError> {
+    let encode = |kept| codec::encode(kept, CONTROL_MESSAGE_BYTES).map_err(ApiError::plain);
+    let value = kept.map(encode).transpose()?;
     node.keep([KEYS, wire.as_str().as_bytes()].concat(), value).await
+}
+
+async fn tell(node: &Arc<Node>, kept: &Kept, gone: bool) -> Result<(), ApiError> {
+    let route = route(node, kept, gone)?;
+    node.with_core(move |core, now| ports::announce(core, now, route)).await?
 }
 
 fn id(host: HostId, wire: &Name) -> [u8; 16] {
@@ -216,40 +371,19 @@ fn own_mac(host: HostId, wire: &Name) -> Mac {
     Mac([0x02, a, b, c, d, e])
 }
 
-fn route(node: &Node, kept: &Kept) -> Result<Route, ApiError> {
+fn route(node: &Node, kept: &Kept, gone: bool) -> Result<Route, ApiError> {
     let (id, mac) = (id(node.me, &kept.wire), own_mac(node.me, &kept.wire));
     let name = format!("uplink-{mac}").parse().map_err(ApiError::plain)?;
     let nics = vec![Nic { wire: kept.wire.clone(), mac }];
     let (vm, copy, host, epoch) = (VmId(id), CopyId(id), node.me, ports::epoch());
-    let kind = Kind::Uplink { gateway: kept.gateway, prefix: kept.prefix };
-    Ok(Route { vm, name, host, copy, epoch, nics, kind, gone: false })
+    let Word { since, gateway, prefix } = kept.word;
+    let kind = Kind::Uplink { gateway, prefix, since };
+    Ok(Route { vm, name, host, copy, epoch, nics, kind, gone })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_gateway_is_an_address_that_a_host_can_have() {
-        assert_eq!(read("10.5.0.1/24").unwrap(), (Ipv4Addr::new(10, 5, 0, 1), 24));
-        for bad in [
-            "10.5.0.1",
-            "10.5.0.0/24",
-            "10.5.0.255/24",
-            "10.5.0.1/31",
-            "10.5.0.1/0",
-            "10.5.0.1/33",
-            "224.0.0.1/24",
-            "127.0.0.1/8",
-            "fd00::1/64",
-            "10.5.0.1/200",
-            "",
-            "/24",
-            "10.5.0.1/x",
-        ] {
-            assert!(read(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn each_host_and_wire_has_an_address_of_its_own() {

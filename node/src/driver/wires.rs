@@ -56,12 +56,12 @@ pub(super) async fn open_taps(
 /// Makes a wire on this host and fills in the routes that are known.
 pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError> {
     loop {
-        let sealed = node.is_sealed(tag(wire));
+        let created = node.created(tag(wire));
         make(node, wire).await.map_err(ApiError::plain)?;
         node.carry(wire);
         broadcasts(node, wire).await;
-        // Whoever hears later that it is encrypted finds it carried.
-        if node.is_sealed(tag(wire)) == sealed {
+        // Whoever hears later how its frames travel finds it carried.
+        if node.created(tag(wire)) == created {
             break;
         }
     }
@@ -78,11 +78,10 @@ pub(super) async fn ensure(node: &Arc<Node>, wire: &Name) -> Result<(), ApiError
     Ok(())
 }
 
+/// One of which nothing was heard takes what comes by VXLAN, as others may have heard that they may send it.
 async fn make(node: &Node, wire: &Name) -> Result<(), LinkError> {
-    match node.is_sealed(tag(wire)) {
-        true => node.links.ensure_sealed_wire(wire).await,
-        false => node.links.ensure_wire(wire).await,
-    }
+    let sealed = node.created(tag(wire)) == Some(true);
+    node.links.ensure_wire(wire, sealed).await
 }
 
 /// After a restart: the kernel still has what this host uses of the wire.
@@ -90,7 +89,15 @@ pub(super) async fn adopt(node: &Node, wire: &Name) {
     let adopted = make(node, wire).await;
     node.carry(wire);
     match adopted {
-        Ok(()) => broadcasts(node, wire).await,
+        Ok(()) => {
+            broadcasts(node, wire).await;
+            let open = node.is_open(tag(wire));
+            for (mac, to) in node.links.routes(wire).await {
+                if !open && matches!(to, Where::Vxlan(_)) {
+                    set(node, wire, &mac, Where::Tunnel).await;
+                }
+            }
+        }
         Err(error) => tracing::error!(%wire, %error, "cannot take the wire up"),
     }
 }
@@ -142,7 +149,7 @@ pub(super) async fn tell(node: &Arc<Node>, copy: &Arc<Copy>, epoch: Epoch) -> Re
 
 /// The NIC's frames come here, and whatever a daemon that is gone left in their way ends.
 pub(super) async fn take_up(node: &Node, nic: &Nic) {
-    if let Err(error) = node.links.unplug(&nic.wire, &nic.mac).await {
+    if let Err(error) = node.links.unplug(&nic.wire, &nic.mac, None).await {
         tracing::error!(wire = %nic.wire, %error, "its tap may be plugged");
     }
     set(node, &nic.wire, &nic.mac, Where::Local).await;
@@ -201,6 +208,9 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
             uplinks::choose(node, &nic.wire).await;
         }
     }
+    if way_out {
+        node.uplinks.heard();
+    }
     turns.into_iter().for_each(|turn| turn.end(node));
 }
 
@@ -252,8 +262,8 @@ fn underlay(node: &Node) -> Vec<IpAddr> {
 
 /// Broadcasts of the wire go to every member on the trusted LAN.
 async fn broadcasts(node: &Node, wire: &Name) {
-    let sealed = node.is_sealed(tag(wire));
-    let near = |ip: &IpAddr| !sealed && node.links.trusts(*ip);
+    let open = node.is_open(tag(wire));
+    let near = |ip: &IpAddr| open && node.links.trusts(*ip);
     let trusted: Vec<IpAddr> = underlay(node).into_iter().filter(near).collect();
     if let Err(error) = node.links.broadcast_set(wire, &trusted).await {
         tracing::warn!(%wire, %error, "broadcasts are not sent to the trusted LAN");
@@ -267,10 +277,11 @@ pub(super) async fn status(node: &Arc<Node>, wire: &Name) -> WireStatus {
     counters.insert("tunnel_not_sent".to_owned(), sent.not_sent);
     WireStatus {
         wire: wire.clone(),
-        encrypted: node.is_sealed(tag(wire)),
+        encrypted: !node.is_open(tag(wire)),
         here: node.carries(wire),
         nics: Vec::new(),
         gateway: None,
+        uplink: node.uplinks.status(wire),
         bridge: crate::link::bridge_name(wire),
         mtu: u32::from(node.links.mtu()),
         counters,

@@ -44,6 +44,9 @@ pub enum LinkError {
     /// There is nothing that an uplink could go out by.
     #[error("There is no interface {0} that leads outside: see `ip -br link`")]
     NoInterface(String),
+    /// Nothing gets out by it now.
+    #[error("{0} is down or has no carrier: `ip link set {0} up`, or see to its other end")]
+    NotRunning(String),
     /// The host would drop what comes in from outside.
     #[error(
         "{0} does not forward IPv4, so nobody outside would get in: `sysctl -w net.ipv4.conf.{0}.forwarding=1`, and ask again"

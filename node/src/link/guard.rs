@@ -81,11 +81,17 @@ impl Guard {
 
 /// The kernel's netlink address: port 0, no groups.
 fn kernel_address() -> SockAddr {
+    netlink_address(0)
+}
+
+/// A netlink address, of the kernel's choice: to hear of these groups.
+pub(super) fn netlink_address(groups: u32) -> SockAddr {
     // SAFETY: the storage is zeroed and a sockaddr_nl fits it; the length given is that of sockaddr_nl.
     let made = unsafe {
         SockAddr::try_init(|storage, length| {
             let address = storage.cast::<libc::sockaddr_nl>();
             (*address).nl_family = libc::AF_NETLINK as libc::sa_family_t;
+            (*address).nl_groups = groups;
             *length = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
             Ok(())
         })

@@ -4,7 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE};
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{
     AfSpecInet, AfSpecUnspec, InetDevConf, LinkAttribute, LinkMessage,
@@ -46,9 +46,7 @@ impl Kernel {
 
     /// All IPv4 addresses of the namespace.
     pub(super) async fn addresses(&self) -> Result<Vec<Address>, LinkError> {
-        let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
-        let message = RouteNetlinkMessage::GetAddress(message);
+        let message = RouteNetlinkMessage::GetAddress(inet());
         let answers = self.ask("list addresses", message, NLM_F_DUMP).await?;
         Ok(answers.into_iter().filter_map(read_address).collect())
     }
@@ -60,15 +58,14 @@ impl Kernel {
         ip: Ipv4Addr,
         prefix: u8,
     ) -> Result<(), LinkError> {
-        let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
+        let mut message = inet();
         message.header.index = device;
         message.header.prefix_len = prefix;
         let ip = IpAddr::V4(ip);
         message.attributes = vec![AddressAttribute::Address(ip), AddressAttribute::Local(ip)];
-        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
         let message = RouteNetlinkMessage::NewAddress(message);
-        self.ask("give a gateway its address", message, flags).await.map(drop)
+        let flags = NLM_F_CREATE | NLM_F_REPLACE;
+        self.order("give a gateway its address", message, flags).await
     }
 
     /// Lets a device forward, for sources that are behind it only, and answer ARP for its own address only.
@@ -81,6 +78,13 @@ impl Kernel {
         let message = LinkUnspec::new_with_index(device).append_extra_attribute(conf).build();
         self.change("let a gateway forward", message).await
     }
+}
+
+/// A message about IPv4 addresses.
+fn inet() -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message
 }
 
 /// Whether packets that come in by the device are forwarded.

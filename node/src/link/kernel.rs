@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use godwit_protocol::id::{Mac, Name};
 use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST,
+    NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
     NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::link::{
@@ -138,8 +138,18 @@ impl Kernel {
         }
     }
 
+    /// Sends a request for a change and waits until it is made.
+    pub(super) async fn order(
+        &self,
+        what: &str,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(), LinkError> {
+        self.ask(what, message, NLM_F_ACK | flags).await.map(drop)
+    }
+
     pub(super) async fn change(&self, what: &str, message: LinkMessage) -> Result<(), LinkError> {
-        self.ask(what, RouteNetlinkMessage::NewLink(message), NLM_F_ACK).await.map(drop)
+        self.order(what, RouteNetlinkMessage::NewLink(message), 0).await
     }
 
     /// All devices of the namespace.
@@ -163,9 +173,9 @@ impl Kernel {
     pub(super) async fn delete(&self, index: u32) -> Result<(), LinkError> {
         let message = LinkUnspec::new_with_index(index).build();
         let message = RouteNetlinkMessage::DelLink(message);
-        match self.ask("remove a device", message, NLM_F_ACK).await {
+        match self.order("remove a device", message, 0).await {
             Err(e) if e.errno() == Some(libc::ENODEV) => Ok(()),
-            other => other.map(drop),
+            other => other,
         }
     }
 
@@ -196,9 +206,8 @@ impl Kernel {
     }
 
     pub(super) async fn add(&self, what: &str, message: LinkMessage) -> Result<(), LinkError> {
-        use rtnetlink::packet_core::NLM_F_EXCL;
-        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-        self.ask(what, RouteNetlinkMessage::NewLink(message), flags).await.map(drop)
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        self.order(what, RouteNetlinkMessage::NewLink(message), flags).await
     }
 
     /// Sets what every device of ours has in common. The host takes no IPv6 address on it: a wire is
@@ -260,24 +269,22 @@ impl Kernel {
     /// Sets or moves an entry in one step: the kernel never has none, or two, in between.
     pub(super) async fn fdb_set(&self, port: u32, mac: &Mac, fdb: Fdb) -> Result<(), LinkError> {
         let message = RouteNetlinkMessage::NewNeighbour(entry(port, mac, fdb));
-        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
-        self.ask("set a forwarding entry", message, flags).await.map(drop)
+        self.order("set a forwarding entry", message, NLM_F_CREATE | NLM_F_REPLACE).await
     }
 
     /// Adds one more destination to the entry that all group frames of a VXLAN device follow.
     pub(super) async fn flood_add(&self, vxlan: u32, peer: IpAddr) -> Result<(), LinkError> {
         let message = entry(vxlan, &Mac([0; 6]), Fdb::Vxlan(peer));
-        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND;
         let message = RouteNetlinkMessage::NewNeighbour(message);
-        self.ask("add a broadcast destination", message, flags).await.map(drop)
+        self.order("add a broadcast destination", message, NLM_F_CREATE | NLM_F_APPEND).await
     }
 
     /// Removes an entry; one that is not there is no error.
     pub(super) async fn fdb_del(&self, port: u32, mac: &Mac, fdb: Fdb) -> Result<(), LinkError> {
         let message = RouteNetlinkMessage::DelNeighbour(entry(port, mac, fdb));
-        match self.ask("remove a forwarding entry", message, NLM_F_ACK).await {
+        match self.order("remove a forwarding entry", message, 0).await {
             Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::ENODEV)) => Ok(()),
-            other => other.map(drop),
+            other => other,
         }
     }
 

@@ -1,19 +1,21 @@
 //! A plug on a NIC's tap: what comes through the kernel waits in order, what is older goes past it.
 //!
 //! Owns the queueing discipline of taps and the packet sockets that reach them. Never decides when.
-//! Invariant: taking a plug off keeps what waited; only the kernel's bound (32 MiB) drops, counted there.
+//! Invariant: taking a plug off keeps what waited, also if it is more than the tap has room for; only the kernel's bound
+//! (32 MiB) drops, counted there.
 //!
 //! A token bucket that is empty and fills by a byte a second is a plug that every kernel has. It lets
 //! the first burst pass, which a frame that no guest takes uses up.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use godwit_protocol::id::{Mac, Name};
 use godwit_protocol::limits::{CUTOVER_BYTES, TAP_QUEUE_FRAMES};
-use rtnetlink::packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
+use rtnetlink::packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_ECHO, NLM_F_REPLACE};
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
+use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption, TcStats2};
 use tokio::time::{Instant, sleep};
 
 use super::kernel::Kernel;
@@ -35,6 +37,14 @@ const ROOM: u32 = TAP_QUEUE_FRAMES / 2;
 /// Frames that are put into a tap which others keep full.
 const SHARE: u32 = 16;
 
+/// Bytes that a tap is given at once of what waits behind its plug: its queue has room for so many of the shortest frames,
+/// and for what an [`Injector`] puts into it meanwhile.
+const PART: u32 = 300_000;
+/// Frames that may be given to it with all that comes after them.
+const LAST: u32 = TAP_QUEUE_FRAMES / 4;
+/// How long a guest is waited for that does not read.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// Puts frames into a tap as if they came from its bridge, past a plug, as fast as its guest takes them.
 pub struct Injector {
     socket: OwnedFd,
@@ -53,7 +63,7 @@ impl Injector {
     }
 
     /// How often it is worth to ask whether there is room.
-    pub const LOOK: std::time::Duration = LOOK;
+    pub const LOOK: Duration = LOOK;
 
     /// Lets a few frames in beside those of others, who may never leave the tap empty.
     pub fn press(&mut self) {
@@ -87,11 +97,12 @@ fn send(socket: &OwnedFd, frame: &[u8]) -> bool {
 }
 
 impl Links {
-    /// Plugs the NIC's tap: frames from its bridge wait. Until then none may come.
+    /// Plugs the NIC's tap: frames from its bridge wait. Until then none may come. Returns how many were dropped behind
+    /// earlier plugs.
     ///
     /// # Errors
     /// [`LinkError::NoTap`], or the kernel's.
-    pub async fn plug(&self, wire: &Name, mac: &Mac) -> Result<(), LinkError> {
+    pub async fn plug(&self, wire: &Name, mac: &Mac) -> Result<u64, LinkError> {
         let index = self.tap_index(wire, mac).await?;
         // Not longer than what the filler uses up, not shorter than the longest frame.
         let burst = u32::from(self.config.mtu) + 18;
@@ -99,22 +110,52 @@ impl Links {
         self.kernel.token_bucket(what, index, SHUT, burst, NLM_F_CREATE | NLM_F_REPLACE).await?;
         let longest = usize::from(self.config.mtu) + FILLER.len();
         // Not sent, it would leave room for the first frames.
-        spend(index, longest).map_err(|e| LinkError::kernel(what, e))
+        spend(index, longest).map_err(|e| LinkError::kernel(what, e))?;
+        Ok(self.kernel.queue(index).await?.1.into())
     }
 
-    /// Takes the plug off: what waited goes first, in its order. Without a plug, nothing changes.
+    /// Takes the plug off: what waited goes first, in its order, as fast as the guest (`tap`) reads; without one, at once.
+    /// Without a plug, nothing changes. Returns how many frames have been dropped since the tap was first plugged, as more
+    /// came than may wait.
     ///
     /// # Errors
     /// [`LinkError::NoTap`], or the kernel's.
-    pub async fn unplug(&self, wire: &Name, mac: &Mac) -> Result<(), LinkError> {
+    pub async fn unplug(
+        &self,
+        wire: &Name,
+        mac: &Mac,
+        tap: Option<TapView>,
+    ) -> Result<u64, LinkError> {
         let index = self.tap_index(wire, mac).await?;
+        let end = Instant::now() + PATIENCE;
+        let mut in_vain = 0;
+        while let Some(tap) = tap.as_ref().filter(|_| Instant::now() < end)
+            && self.kernel.queue(index).await?.0 > LAST
+        {
+            if tap.is_empty() {
+                let Some(filler) = self.let_pass(index, SHUT, PART).await? else { return Ok(0) };
+                in_vain += filler;
+            }
+            sleep(LOOK).await;
+        }
+        let Some(filler) = self.let_pass(index, OPEN, OPEN_BURST).await? else { return Ok(0) };
+        let dropped = self.kernel.queue(index).await?.1;
+        Ok(u64::from(dropped).saturating_sub(in_vain + filler))
+    }
+
+    /// Lets so many bytes pass. `None`: there is no plug. Else how many frames of ours were dropped for it.
+    async fn let_pass(&self, index: u32, rate: u64, bytes: u32) -> Result<Option<u64>, LinkError> {
         let what = "unplug a tap";
-        match self.kernel.token_bucket(what, index, OPEN, OPEN_BURST, 0).await {
-            Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::EINVAL)) => return Ok(()),
+        match self.kernel.token_bucket(what, index, rate, bytes, 0).await {
+            Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::EINVAL)) => return Ok(None),
             other => other?,
         }
-        // A queue is looked at when a frame comes.
-        spend(index, SHORTEST).map_err(|e| LinkError::kernel(what, e))
+        // A queue is looked at when a frame comes, also when it is full.
+        match spend(index, SHORTEST) {
+            Ok(()) => Ok(Some(0)),
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(Some(1)),
+            Err(e) => Err(LinkError::kernel(what, e)),
+        }
     }
 
     /// The way past a plug into the NIC's tap, as it is now; `tap` is the same.
@@ -169,6 +210,28 @@ fn socket(index: u32, past: bool) -> io::Result<OwnedFd> {
 }
 
 impl Kernel {
+    /// How many frames wait in the queue at the root of a device, and how many it has dropped.
+    async fn queue(&self, index: u32) -> Result<(u32, u32), LinkError> {
+        let mut message = TcMessage::with_index(index as i32);
+        message.header.parent = TcHandle::ROOT;
+        let message = RouteNetlinkMessage::GetQueueDiscipline(message);
+        // Told to whoever listens; to who asks, too, only if that is said.
+        let answers = self.ask("look at a tap's queue", message, NLM_F_ECHO).await?;
+        let stats = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewQueueDiscipline(message) => Some(message.attributes),
+            _ => None,
+        });
+        let stats = stats.flatten().filter_map(|attribute| match attribute {
+            TcAttribute::Stats2(stats) => Some(stats),
+            _ => None,
+        });
+        let queue = stats.flatten().find_map(|stats| match stats {
+            TcStats2::Queue(queue) => Some((queue.qlen, queue.drops)),
+            _ => None,
+        });
+        Ok(queue.unwrap_or_default())
+    }
+
     /// Makes or changes the token bucket at the root of a device. `flags` 0: only changes one.
     async fn token_bucket(
         &self,
@@ -188,7 +251,7 @@ impl Kernel {
             own(6, burst.to_ne_bytes().to_vec()),
         ]));
         let message = RouteNetlinkMessage::NewQueueDiscipline(message);
-        self.ask(what, message, NLM_F_ACK | flags).await.map(drop)
+        self.order(what, message, flags).await
     }
 }
 

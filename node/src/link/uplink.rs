@@ -67,8 +67,7 @@ impl Links {
     /// [`super::Where::Gateway`].
     ///
     /// # Errors
-    /// [`LinkError::NoInterface`], [`LinkError::NotForwarding`], [`LinkError::SubnetTaken`], [`LinkError::NoWire`], or the
-    /// kernel's.
+    /// As [`Links::leads_out`]; [`LinkError::SubnetTaken`], [`LinkError::OtherGateway`], [`LinkError::NoWire`], or the kernel's.
     pub async fn set_uplink(&self, wire: &Name, uplink: &Uplink) -> Result<(), LinkError> {
         let mut state = self.state.lock().await;
         let bridge = state.wires.get(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?.bridge;
@@ -125,17 +124,26 @@ impl Links {
         self.pass(&state.uplinks).await
     }
 
-    /// Refuses what would not work, or would take somebody's packets away.
-    async fn check_uplink(&self, gateway: &str, uplink: &Uplink) -> Result<(), LinkError> {
-        let interface = &uplink.interface;
+    /// Whether packets get out and in by an interface of this host, as far as it can tell.
+    ///
+    /// # Errors
+    /// [`LinkError::NoInterface`], [`LinkError::NotRunning`], [`LinkError::NotForwarding`], or the kernel's.
+    pub async fn leads_out(&self, interface: &str) -> Result<(), LinkError> {
         let ours = interface.starts_with(names::PREFIX) || interface == "lo";
         let device = self.kernel.device(interface).await?;
         // Rules go by the name, of which a device may have more than one.
         let device = device.filter(|device| !ours && device.name == *interface);
-        let device = device.ok_or_else(|| LinkError::NoInterface(interface.clone()))?;
-        if !device.forwards {
-            return Err(LinkError::NotForwarding(interface.clone()));
+        let device = device.ok_or_else(|| LinkError::NoInterface(interface.to_owned()))?;
+        match (device.runs, device.forwards) {
+            (false, _) => Err(LinkError::NotRunning(interface.to_owned())),
+            (true, false) => Err(LinkError::NotForwarding(interface.to_owned())),
+            (true, true) => Ok(()),
         }
+    }
+
+    /// Refuses what would not work, or would take somebody's packets away.
+    async fn check_uplink(&self, gateway: &str, uplink: &Uplink) -> Result<(), LinkError> {
+        self.leads_out(&uplink.interface).await?;
         let here = self.kernel.device(gateway).await?.map(|d| d.index);
         let (ip, prefix) = (uplink.gateway, uplink.prefix);
         for other in self.kernel.addresses().await? {

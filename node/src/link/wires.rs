@@ -22,23 +22,12 @@ const UPLINK: PortFlags = PortFlags { groups: true, isolated: true };
 
 impl Links {
     /// Makes the wire's bridge and its ports towards other hosts, or adopts what is there, with its
-    /// routes. Call it before any other call about the wire, and again at will.
+    /// routes. Call it before any other call about the wire, and again at will. Of a wire that is `sealed`
+    /// nothing comes or goes by VXLAN: a device for it goes.
     ///
     /// # Errors
     /// [`LinkError::Privilege`], [`LinkError::Foreign`], [`LinkError::VniTaken`], or the kernel's.
-    pub async fn ensure_wire(&self, wire: &Name) -> Result<(), LinkError> {
-        self.make(wire, false).await
-    }
-
-    /// As [`Links::ensure_wire`], for a wire whose frames never travel by VXLAN: a device for it goes.
-    ///
-    /// # Errors
-    /// As there.
-    pub async fn ensure_sealed_wire(&self, wire: &Name) -> Result<(), LinkError> {
-        self.make(wire, true).await
-    }
-
-    async fn make(&self, wire: &Name, sealed: bool) -> Result<(), LinkError> {
+    pub async fn ensure_wire(&self, wire: &Name, sealed: bool) -> Result<(), LinkError> {
         let mut state = self.state.lock().await;
         if !state.guarded {
             self.filter(&state).await?;

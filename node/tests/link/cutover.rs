@@ -89,15 +89,15 @@ fn a_guest_gets_each_frame_once_and_in_order_through_hold_plug_and_tail() {
         old.extend(waiting(&there));
         let last = held.iter().filter_map(|f| number(f)).next_back();
         assert_eq!(old.last().copied(), last);
-        lan.b.unplug(&red, &moving).await.unwrap();
-        lan.b.unplug(&red, &moving).await.unwrap();
+        lan.b.unplug(&red, &moving, None).await.unwrap();
+        lan.b.unplug(&red, &moving, None).await.unwrap();
         let sent = flood.end();
         while old.last() != Some(&(sent - 1)) {
             old.push(there.hear().expect("the rest").parse().unwrap());
         }
         assert_eq!(old, (0..sent).collect::<Vec<_>>());
         // A tap that never was plugged, and a hold device that is gone, are no error.
-        lan.a.unplug(&red, &moving).await.unwrap();
+        lan.a.unplug(&red, &moving, None).await.unwrap();
         drop(hold);
         lan.a.set_route(&red, &moving, Where::Local).await.unwrap();
         assert!(lan.a.set_route(&red, &moving, Where::Hold).await.is_err());
@@ -133,6 +133,42 @@ fn what_was_held_goes_into_the_tap_as_fast_as_the_guest_reads() {
         assert_eq!(past.send_all(&held, deadline).await, 0);
         let came = tokio::task::spawn_blocking(|| reader.join().unwrap()).await.unwrap();
         assert_eq!(came, Some((0..ALL).collect::<Vec<u64>>()));
+    });
+}
+
+/// More than a tap's queue holds waits in the kernel, for a guest that reads slowly; then more than may wait there.
+#[test]
+fn what_waited_behind_a_plug_goes_into_the_tap_as_fast_as_the_guest_reads() {
+    const ALL: usize = 30_000;
+    run(|world| async move {
+        let lan = lan(world).await;
+        let red = wire("red");
+        let slow = Guest::boot(&lan.world.a, &lan.a, &red, mac(81)).await;
+        lan.a.set_route(&red, &mac(81), Where::Local).await.unwrap();
+        for (pad, fits) in [(0, true), (1300, false)] {
+            let before = lan.a.plug(&red, &mac(81)).await.unwrap();
+            assert_eq!(before, 0, "only the last has dropped any");
+            for n in 0..ALL {
+                lan.one.send(mac(81), &format!("{n:05}{}", "x".repeat(pad)));
+            }
+            let view = TapView::new(slow.fd.try_clone().unwrap());
+            let guest = Guest { mac: slow.mac, fd: slow.fd.try_clone().unwrap() };
+            let reader = std::thread::spawn(move || {
+                let mut came: Vec<usize> = Vec::new();
+                while let Some(text) = guest.hear() {
+                    came.extend(text.get(..5).and_then(|n| n.parse::<usize>().ok()));
+                    if came.len().is_multiple_of(100) {
+                        // Slower than the kernel.
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                }
+                came
+            });
+            let dropped = lan.a.unplug(&red, &mac(81), Some(view)).await.unwrap();
+            let came = tokio::task::spawn_blocking(|| reader.join().unwrap()).await.unwrap();
+            assert_eq!(dropped == 0, fits, "{dropped} dropped");
+            assert_eq!(came, (0..ALL - dropped as usize).collect::<Vec<_>>());
+        }
     });
 }
 

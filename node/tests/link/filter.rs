@@ -81,7 +81,7 @@ fn a_nic_gets_onto_a_wire_behind_its_filter_and_off_it() {
         let lan = lan(world).await;
         let (red, blue) = (wire("red"), wire("blue"));
         lan.world.a.enter();
-        lan.a.ensure_wire(&blue).await.unwrap();
+        lan.a.ensure_wire(&blue, false).await.unwrap();
         let near = Guest::boot(&lan.world.a, &lan.a, &red, mac(3)).await;
         let fd = lan.a.open_loose_tap(VM, &mac(5)).await.unwrap();
         let guest = Guest { mac: mac(5), fd };

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
-use godwit::link::{LinkError, Links, Uplink, Where, gateway_mac};
+use godwit::link::{DeviceNews, LinkError, Links, Uplink, Where, gateway_mac};
 use godwit_protocol::id::Mac;
 
 use crate::world::*;
@@ -75,7 +75,7 @@ fn a_gateway_answers_as_itself_and_asks_as_its_host() {
         let world = world;
         let (red, own) = (wire("red"), Mac([2, 9, 9, 9, 9, 9]));
         let (a, _out) = world.a.links(true);
-        a.ensure_wire(&red).await.unwrap();
+        a.ensure_wire(&red, false).await.unwrap();
         let guest = Guest::boot(&world.a, &a, &red, mac(1)).await;
         a.set_route(&red, &mac(1), Where::Local).await.unwrap();
         let refused = a.set_uplink(&red, &uplink(own)).await.unwrap_err();
@@ -114,7 +114,7 @@ fn by_a_gateway_nothing_reaches_its_host_or_another_interface() {
     run(|world| async move {
         let (red, own) = (wire("red"), Mac([2, 9, 9, 9, 9, 9]));
         let (a, _out) = world.a.links(true);
-        a.ensure_wire(&red).await.unwrap();
+        a.ensure_wire(&red, false).await.unwrap();
         let guest = Guest::boot(&world.a, &a, &red, mac(1)).await;
         forward(&world.a);
         world.a.shell(&["ip", "link", "add", "side", "type", "veth", "peer", "name", "edge"]);
@@ -150,5 +150,49 @@ fn by_a_gateway_nothing_reaches_its_host_or_another_interface() {
         let side = devices.lines().find(|line| line.trim_start().starts_with("side:")).unwrap();
         let sent = side.split_whitespace().nth(10);
         assert_eq!(sent, Some("0"), "it went out by another interface");
+    });
+}
+
+/// What becomes of an interface, once the kernel has told of it.
+async fn becomes(links: &Links, news: &DeviceNews, seen: impl Fn(&Result<(), LinkError>) -> bool) {
+    loop {
+        let now = links.leads_out("left").await;
+        if seen(&now) {
+            return;
+        }
+        let told = tokio::time::timeout(SOON, news.next()).await;
+        told.unwrap_or_else(|_| panic!("no news, and it is {now:?}")).unwrap();
+    }
+}
+
+#[test]
+fn an_interface_that_fails_and_comes_back_is_told_of() {
+    run(|world| async move {
+        let (a, _out) = world.a.links(true);
+        let news = DeviceNews::open().unwrap();
+        forward(&world.a);
+        let down = |now: &Result<(), LinkError>| matches!(now, Err(LinkError::NotRunning(_)));
+        becomes(&a, &news, Result::is_ok).await;
+        world.a.shell(&["ip", "link", "set", "left", "down"]);
+        becomes(&a, &news, down).await;
+        let red = wire("red");
+        a.ensure_wire(&red, false).await.unwrap();
+        let refused = a.set_uplink(&red, &uplink(mac(9))).await.unwrap_err();
+        assert!(matches!(refused, LinkError::NotRunning(_)), "{refused}");
+        world.a.shell(&["ip", "link", "set", "left", "up"]);
+        becomes(&a, &news, Result::is_ok).await;
+        // Its carrier.
+        world.b.shell(&["ip", "link", "set", "right", "down"]);
+        becomes(&a, &news, down).await;
+        world.b.shell(&["ip", "link", "set", "right", "up"]);
+        becomes(&a, &news, Result::is_ok).await;
+        world.a.shell(&["ip", "link", "del", "left"]);
+        becomes(&a, &news, |now| matches!(now, Err(LinkError::NoInterface(_)))).await;
+        world.a.shell(&["ip", "link", "add", "left", "type", "veth", "peer", "name", "far"]);
+        world.a.shell(&["ip", "link", "set", "far", "up"]);
+        world.a.shell(&["ip", "link", "set", "left", "up"]);
+        becomes(&a, &news, |now| matches!(now, Err(LinkError::NotForwarding(_)))).await;
+        forward(&world.a);
+        becomes(&a, &news, Result::is_ok).await;
     });
 }

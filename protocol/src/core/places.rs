@@ -4,6 +4,7 @@
 
 use super::{Core, Local, voters};
 use crate::id::{CopyId, Epoch, HostId, VmId};
+use crate::route::RouteError;
 use crate::time::Time;
 use crate::wire::record::{Cause, Record};
 use crate::wire::route::Route;
@@ -22,11 +23,13 @@ impl Core {
     }
 
     /// Tells everyone a route that is no VM's.
-    pub fn announce(&mut self, now: Time, route: Route) {
-        if let Err(error) = self.routes.put(route) {
-            tracing::error!(%error, "the route is not told to others");
-        }
+    ///
+    /// # Errors
+    /// Nobody is told.
+    pub fn announce(&mut self, now: Time, route: Route) -> Result<(), RouteError> {
+        let put = self.routes.put(route);
         self.drain(now);
+        put.map(drop)
     }
 
     /// A host has sent something for `vm` here, though it is elsewhere: it is told where.

@@ -35,6 +35,8 @@ pub enum Kind {
         gateway: Ipv4Addr,
         /// How many bits of it name the wire's subnet.
         prefix: u8,
+        /// When it was named, by the clock of who did, and after all that it knew of: of two gateways the later counts.
+        since: Epoch,
     },
 }
 

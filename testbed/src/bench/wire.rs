@@ -31,6 +31,7 @@ const ECHOES: u64 = 2_000;
 pub fn run(runs: u32) -> Result<Value> {
     let swarm = Swarm::up(&LabConfig::demo("bwire"), trusting)?;
     swarm.ask("h1", &["wire", "create", VAULT, "--encrypt"])?;
+    swarm.ask("h1", &["wire", "create", WIRE])?;
     let ends = |wire, first| -> Result<[Station; 2]> {
         Ok([swarm.station_on("h1", wire, first)?, swarm.station_on("h3", wire, first + 1)?])
     };

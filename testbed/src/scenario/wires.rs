@@ -3,10 +3,12 @@
 //! Owns the run. Invariant: what the filter denies is sent all the time, also across moves, and the guest counts what
 //! reached it: not one may, until the filter is taken away.
 
+mod ended;
 mod router;
 mod sealed;
 mod uplink;
 
+pub use ended::ended;
 pub use router::router;
 pub use sealed::sealed;
 pub use uplink::uplink;
@@ -49,6 +51,7 @@ pub fn full() -> Result<Value> {
     report["trusted_lan"] = sealed("wires")?;
     report["uplink"] = uplink("wires")?;
     report["router"] = router("wires")?;
+    report["ended"] = ended("wires")?;
     Ok(report)
 }
 

@@ -184,9 +184,9 @@ fn image_row(i: &ImageInfo) -> [String; 7] {
     ]
 }
 
-const WIRE_HEAD: [&str; 6] = ["WIRE", "ENCRYPTED", "BRIDGE", "MTU", "GATEWAY", "ON IT"];
+const WIRE_HEAD: [&str; 7] = ["WIRE", "ENCRYPTED", "BRIDGE", "MTU", "GATEWAY", "UPLINK", "ON IT"];
 
-fn wire_row(w: &WireStatus) -> [String; 6] {
+fn wire_row(w: &WireStatus) -> [String; 7] {
     let on: Vec<String> = w.nics.iter().map(|n| format!("{}@{}", n.name, n.host)).collect();
     let encrypted = if w.encrypted { "always" } else { "outside a trusted LAN" };
     let bridge = some(w.here, || w.bridge.clone());
@@ -196,6 +196,10 @@ fn wire_row(w: &WireStatus) -> [String; 6] {
         bridge,
         w.mtu.to_string(),
         w.gateway.clone().unwrap_or("-".into()),
+        w.uplink.as_ref().map_or("-".into(), |u| match &u.down {
+            None => u.interface.clone(),
+            Some(_) => format!("{} (down)", u.interface),
+        }),
         some(!on.is_empty(), || on.join(" ")),
     ]
 }

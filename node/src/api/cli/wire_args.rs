@@ -8,7 +8,7 @@ use crate::api::types::Request;
 /// `godwit wire`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum WireCommand {
-    /// Tell every host of a wire; one that is only used is made by itself
+    /// Tell every host of a wire, whose frames are not encrypted on a trusted LAN then; one that is only used needs no telling
     Create {
         /// Name of the wire
         wire: Name,
@@ -35,6 +35,9 @@ pub enum WireCommand {
         /// The gateway that guests have, the same on every host: an address and its subnet, such as 10.5.0.1/24
         #[arg(long, requires = "uplink")]
         gateway: Option<String>,
+        /// Name another gateway than hosts have that are not reached, and gone for good
+        #[arg(long, requires = "gateway")]
+        replace: bool,
     },
     /// Take a NIC of a running VM of this host off a wire, or the wire's uplink away (--uplink)
     #[command(allow_missing_positional = true)]
@@ -81,11 +84,11 @@ impl WireCommand {
         match self.clone() {
             Self::Create { wire, encrypt } => Request::WireCreate { wire, encrypt },
             Self::List => Request::WireInfo {},
-            Self::Connect { wire, uplink, gateway, vm: None, .. } => {
-                Request::WireUplink { wire, interface: uplink, gateway }
+            Self::Connect { wire, uplink, gateway, replace, vm: None, .. } => {
+                Request::WireUplink { wire, interface: uplink, gateway, replace }
             }
             Self::Disconnect { wire, vm: None, .. } => {
-                Request::WireUplink { wire, interface: None, gateway: None }
+                Request::WireUplink { wire, interface: None, gateway: None, replace: false }
             }
             Self::Connect { vm: Some(vm), wire, mac, .. } => {
                 Request::WireConnect { vm, wire, mac, disconnect: false }

@@ -136,12 +136,23 @@ pub struct OnWire {
     pub host: String,
 }
 
+/// A wire's way out on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UplinkStatus {
+    /// The interface that leads outside.
+    pub interface: String,
+    /// The gateway that was named for it, `10.5.0.1/24`.
+    pub gateway: String,
+    /// Why it is not in use; none: it is.
+    pub down: Option<String>,
+}
+
 /// One wire.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireStatus {
     /// Its name.
     pub wire: Name,
-    /// Whether its frames always travel encrypted between hosts.
+    /// Whether this host always encrypts its frames; else not inside a trusted LAN.
     pub encrypted: bool,
     /// Whether this host carries it.
     pub here: bool,
@@ -149,6 +160,8 @@ pub struct WireStatus {
     pub nics: Vec<OnWire>,
     /// The gateway that leads outside, `10.5.0.1/24`, if a host has an uplink.
     pub gateway: Option<String>,
+    /// This host's way out of it.
+    pub uplink: Option<UplinkStatus>,
     /// The bridge.
     pub bridge: String,
     /// Its MTU, bytes.

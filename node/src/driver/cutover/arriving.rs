@@ -4,6 +4,7 @@
 //! under the machine's lock, in the order in which the machine gives them.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use godwit_protocol::id::{CopyId, HostId, Mac, MigrationId, Name};
 use godwit_protocol::limits::CUTOVER_BYTES;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep};
 
 use super::super::copies::Copy;
 use super::super::node::Node;
@@ -50,6 +51,8 @@ struct Inside {
     /// Broadcasts that this host has flooded since its tap takes part: how often, by content.
     groups: BTreeMap<[u8; 32], u32>,
     refused: u64,
+    /// What the kernel dropped, as more came than may wait there.
+    behind_plug: u64,
     unplug: bool,
     unplugged: bool,
     over: bool,
@@ -112,6 +115,7 @@ pub(in super::super) async fn prepare(
                 past: None,
                 groups: BTreeMap::new(),
                 refused: 0,
+                behind_plug: 0,
                 unplug: false,
                 unplugged: false,
                 over: false,
@@ -124,9 +128,13 @@ pub(in super::super) async fn prepare(
         let tails = bulk::attach(node, tail_id(id, &nic.wire, &nic.mac));
         let task = tokio::spawn(keep(Arc::clone(node), Arc::clone(&arriving), tails));
         *lock(&arriving.task) = Some(task.abort_handle());
-        let earlier = node.cutovers.lock().arriving.insert(key, arriving);
+        let earlier = node.cutovers.lock().arriving.insert(key, Arc::clone(&arriving));
         if let Some(earlier) = earlier {
             earlier.forget(node);
+        }
+        if node.copies.get(copy.id).is_none() {
+            // Its QEMU ended meanwhile, and nobody else looks for what was not there yet.
+            arriving.end(node);
         }
     }
 }
@@ -170,7 +178,7 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
             (std::mem::take(&mut inside.unplug), inside.over)
         };
         if unplug {
-            super::unplug(&node, &nic.wire, &nic.mac).await;
+            nic.unplug(&node, &mut looks).await;
         }
         if over {
             // The old host does not let go before it is heard.
@@ -262,6 +270,18 @@ impl Arriving {
         self.news.notify_one();
     }
 
+    /// What comes past the plug meanwhile goes on.
+    async fn unplug(&self, node: &Node, looks: &mut Interval) {
+        let mut work = pin!(super::unplug(node, self.copy, &self.wire, &self.mac));
+        let dropped = loop {
+            tokio::select! {
+                dropped = &mut work => break dropped,
+                _ = looks.tick() => self.with(Inside::look),
+            }
+        };
+        lock(&self.inside).behind_plug = dropped;
+    }
+
     /// Releases everything now.
     pub async fn finish(&self, node: &Node) {
         self.with(|inside| inside.machine.tail_lost());
@@ -271,7 +291,8 @@ impl Arriving {
             self.with(|_| {});
         }
         self.with(|inside| inside.machine.cut());
-        super::unplug(node, &self.wire, &self.mac).await;
+        let dropped = super::unplug(node, self.copy, &self.wire, &self.mac).await;
+        lock(&self.inside).behind_plug = dropped;
         self.end(node);
     }
 
@@ -310,7 +331,7 @@ impl Arriving {
             let mut inside = lock(&self.inside);
             inside.machine.cut();
             let mut counts = inside.machine.counts();
-            counts.dropped += inside.refused;
+            counts.dropped += inside.refused + inside.behind_plug;
             // With it goes the hold on the tap.
             (inside.past.take().is_some(), counts)
         };

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use super::super::copies::Copy;
 use super::super::node::Node;
-use super::super::{flip, wires};
+use super::super::{flip, hold, wires};
 use super::{Key, instant, lock, report, tail, tail_id};
 use crate::link::{Hold, TapView, Where, forwarding_settled};
 
@@ -81,6 +81,7 @@ pub(in super::super) async fn prepare(
                 continue;
             }
         };
+        hold::at("leaving").await;
         let leaving = Arc::new(Leaving {
             copy: copy.id,
             base,
@@ -100,7 +101,11 @@ pub(in super::super) async fn prepare(
         let keeper = tokio::spawn(keep(Arc::clone(node), Arc::clone(&leaving)));
         let writer = tokio::spawn(write(Arc::clone(node), Arc::clone(&leaving), to));
         lock(&leaving.tasks).extend([keeper, writer]);
-        node.cutovers.lock().leaving.insert(key, leaving);
+        node.cutovers.lock().leaving.insert(key, Arc::clone(&leaving));
+        if node.copies.get(copy.id).is_none() {
+            // Its QEMU ended meanwhile, and nobody else looks for what was not there yet.
+            leaving.end(node);
+        }
     }
 }
 
@@ -281,9 +286,13 @@ impl Leaving {
     /// Decided: the guest stays. What was held goes into its own tap, ahead of what comes now.
     pub async fn stays(&self, node: &Arc<Node>) {
         let (wire, mac) = (&self.wire, &self.mac);
-        if let Err(error) = node.links.plug(wire, mac).await {
-            tracing::error!(%wire, %error, "frames may overtake older ones");
-        }
+        let before = match node.links.plug(wire, mac).await {
+            Ok(before) => before,
+            Err(error) => {
+                tracing::error!(%wire, %error, "frames may overtake older ones");
+                0
+            }
+        };
         let past = super::injector(node, self.copy, wire, mac).await;
         wires::set(node, wire, mac, Where::Local).await;
         forwarding_settled().await;
@@ -296,8 +305,8 @@ impl Leaving {
             Some(mut past) => past.send_all(&frames, Instant::now() + READ).await,
             None => frames.len(),
         };
-        super::unplug(node, wire, mac).await;
-        node.count_frames(self.id, 0, lost as u64);
+        let dropped = super::unplug(node, self.copy, wire, mac).await;
+        node.count_frames(self.id, 0, lost as u64 + dropped.saturating_sub(before));
         self.end(node);
     }
 

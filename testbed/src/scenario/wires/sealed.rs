@@ -1,4 +1,5 @@
-//! On a LAN that is declared trusted frames travel by VXLAN; those of an encrypted wire never do.
+//! On a LAN that is declared trusted frames of a wire that was created travel by VXLAN; those of another, or of one that was
+//! created as encrypted, do not.
 //!
 //! Owns the run. Invariant: how frames travelled is told by the kernel's counters of the host that sends, not by a node.
 
@@ -35,19 +36,29 @@ pub fn sealed(labid: &str) -> Result<Value> {
     swarm.ask("h3", &["wire", "create", VAULT, "--encrypt"])?;
     let guest = swarm.start_guest("h1", &files, &GuestPlan::new("web", 5, 192))?;
     let mut world = World { swarm, guest };
-    let open = world.talk("lan", &world.swarm.station("h3", 1)?, true)?;
+    let station = world.swarm.station("h3", 1)?;
+    let unheard = world.talk("a wire that nobody created", &station, false)?;
+    world.swarm.ask("h1", &["wire", "create", WIRE])?;
+    world.listed(WIRE, false)?;
+    let open = world.talk("lan", &station, true)?;
+    drop(station);
     world.swarm.ask("h1", &["wire", "disconnect", "web", WIRE])?;
     world.swarm.ask("h1", &["wire", "connect", "web", VAULT])?;
     let vault = world.swarm.station_on("h3", VAULT, 2)?;
     let shut = world.talk(VAULT, &vault, false)?;
-    world.listed()?;
+    world.listed(VAULT, true)?;
     let back = world.swarm.node("h3")?.cli(&["wire", "create", VAULT], SOON)?;
     ensure!(!back.ok() && back.stderr.contains("encrypted"), "{back:?}");
     world.swarm.node_mut("h3")?.restart(SOON)?;
     let again = world.talk("vault, after a restart", &vault, false)?;
     drop(vault);
     world.swarm.down()?;
-    Ok(json!({ "open": open, "encrypted": shut, "encrypted_after_restart": again }))
+    Ok(json!({
+        "not_created": unheard,
+        "open": open,
+        "encrypted": shut,
+        "encrypted_after_restart": again,
+    }))
 }
 
 impl World {
@@ -87,13 +98,13 @@ impl World {
     }
 
     /// Every host knows of the wire, and who is on it.
-    fn listed(&self) -> Result<()> {
+    fn listed(&self, wire: &str, encrypted: bool) -> Result<()> {
         for host in ["h1", "h2", "h3"] {
             self.swarm.wait("the wire is known", SOON, |swarm| {
                 let all = swarm.ask(host, &["wire", "list"])?;
-                let found = all.as_array().and_then(|all| all.iter().find(|w| w["wire"] == VAULT));
+                let found = all.as_array().and_then(|all| all.iter().find(|w| w["wire"] == wire));
                 let on = |w: &Value| w["nics"].as_array().is_some_and(|n| n.len() == 2);
-                Ok(found.is_some_and(|w| w["encrypted"] == true && on(w)))
+                Ok(found.is_some_and(|w| w["encrypted"] == encrypted && on(w)))
             })?;
         }
         Ok(())

@@ -3,6 +3,8 @@
 //! Owns the run and the outside: a network that h1 and h2 have an interface in, and a client there whose way to the wire is
 //! by h1, for good. Invariant: by which host packets leave is told by the kernel's counters, not by a node.
 
+mod trouble;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -70,9 +72,12 @@ pub fn uplink(labid: &str) -> Result<Value> {
     world.moves("h2", "h2")?;
     world.swarm.node_mut("h2")?.restart(SOON)?;
     world.flows("after a restart", "h2")?;
-    let World { swarm, guest, client, download } = world;
+    let World { mut swarm, guest, client, download } = world;
     let bytes = download.end()?;
     another_way_out(&swarm, &guest)?;
+    trouble::interfaces(&swarm, &guest, &client)?;
+    trouble::two_words(&swarm)?;
+    trouble::gone_for_good(&mut swarm)?;
     client.delete()?;
     swarm.down()?;
     Ok(json!({ "moves": 4, "probes_sent": sent, "probes_lost": lost, "download_bytes": bytes }))
@@ -87,16 +92,20 @@ fn outside(swarm: &Swarm) -> Result<NetNs> {
         "link set br0 up".to_owned(),
     ])?;
     for (host, address) in WAYS_IN {
-        let inside = &swarm.lab.host(host)?.ns;
-        ns.batch(&[
-            format!("link add {host} master br0 type veth peer name {OUT} netns {}", inside.name()),
-            format!("link set {host} up"),
-        ])?;
-        inside
-            .batch(&[format!("addr add {address}/24 dev {OUT}"), format!("link set {OUT} up")])?;
+        way_in(swarm, &ns, host, address)?;
     }
     ns.batch(&[format!("route add {SUBNET} via {}", WAYS_IN[0].1)])?;
     Ok(ns)
+}
+
+/// The interface that a host has there.
+fn way_in(swarm: &Swarm, ns: &NetNs, host: &str, address: &str) -> Result<()> {
+    let inside = &swarm.lab.host(host)?.ns;
+    ns.batch(&[
+        format!("link add {host} master br0 type veth peer name {OUT} netns {}", inside.name()),
+        format!("link set {host} up"),
+    ])?;
+    inside.batch(&[format!("addr add {address}/24 dev {OUT}"), format!("link set {OUT} up")])
 }
 
 /// Both hosts that have an interface outside join the wire to it; what cannot work is refused.
@@ -125,7 +134,7 @@ fn connected(swarm: &Swarm) -> Result<()> {
         let known = |w: &Value| w["wire"] == WIRE && w["gateway"] == *given;
         Ok(wires.as_array().is_some_and(|all| all.iter().any(known)))
     })?;
-    refused("h2", &[OUT, "--gateway", "10.9.0.253/24"], "elsewhere")?;
+    refused("h2", &[OUT, "--gateway", "10.9.0.253/24"], "on h1")?;
     let second = ask("h2", &[OUT])?;
     ensure!(second.ok(), "{second:?}");
     Ok(())
