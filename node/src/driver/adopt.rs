@@ -73,6 +73,13 @@ impl Saved {
         record::governing(self.records(), vm).is_some_and(|r| r.is_off(vm))
     }
 
+    /// Whether it was minted here to be booted, and is not what is left of a VM that is off.
+    fn is_minted(&self, node: &Node, copy: &CopyRecord) -> bool {
+        let vm = copy.spec.id;
+        let rests = self.is_off(vm) && self.places(node, vm, copy.copy);
+        copy.is_prepared() && !rests
+    }
+
     /// Whether there ever was a record of the VM.
     fn knows(&self, vm: VmId) -> bool {
         record::governing(self.records(), vm).is_some()
@@ -102,10 +109,8 @@ fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, Drive
 pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, DriverError> {
     catalog::adopt(node, &saved.wires);
     saved.statuses.iter().for_each(|status| node.timelines.restore(status));
-    let (mut living, left) = find_living(node, &saved).await?;
-    let rests = |r: &CopyRecord| saved.is_off(r.spec.id) && saved.places(node, r.spec.id, r.copy);
-    let (minted, ended): (Vec<_>, Vec<_>) =
-        left.into_iter().partition(|r| r.is_prepared() && !rests(r));
+    let (mut living, mut ended) = find_living(node, &saved).await?;
+    let minted: Vec<_> = ended.extract_if(.., |r| saved.is_minted(node, r)).collect();
     end_superseded(node, &saved, &mut living).await?;
     for copy in living.values() {
         node.copies.insert(Arc::clone(copy));

@@ -57,10 +57,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let hard = Arc::new(Hard::open(&options.state).map_err(DriverError::of)?);
     let saved = Saved::read(&hard)?;
     let drained = leave::was_drained(&hard)?;
-    let caps = HostCaps::probe(&options.qemu).await.map_err(DriverError::of)?;
-    if let Err(refusal) = caps.check_migration() {
-        tracing::warn!(%refusal, "this host takes no part in moves");
-    }
+    let caps = probe(&options).await?;
     let config = NetConfig {
         advertise: options.advertise,
         store: Some(hard.id()),
@@ -124,6 +121,14 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         answers::serve(&node)?,
     ];
     Ok(Started { node, core, inputs, net_events, background: Background(background) })
+}
+
+async fn probe(options: &RunOptions) -> Result<HostCaps, DriverError> {
+    let caps = HostCaps::probe(&options.qemu).await.map_err(DriverError::of)?;
+    if let Err(refusal) = caps.check_migration() {
+        tracing::warn!(%refusal, "this host takes no part in moves");
+    }
+    Ok(caps)
 }
 
 fn open_images(

@@ -20,8 +20,8 @@ use crate::lab::node::godwit_binary;
 use crate::lab::qemus::double_runs;
 use crate::lab::wan::{LinkParams, WanMode};
 use crate::lab::{LabConfig, SiteConfig};
-use crate::scenario::faults::follow::Follow;
-use crate::scenario::faults::world::{REQUESTER, ended, hold_dir};
+use crate::scenario::faults::follow::{Follow, Pace};
+use crate::scenario::faults::world::{REQUESTER, copy_on, ended, hold_dir};
 use crate::scenario::steps::Steps;
 use crate::scenario::swarm::{GuestPlan, Swarm, run};
 
@@ -55,6 +55,7 @@ pub fn off() -> Result<Value> {
     step("one ends by itself", powered_off);
     step("all to the other site", there);
     step("it alone, aborted", aborted);
+    step("its new host dies bound, with its QEMU", died);
     step("the daemon that has it is killed and starts again", restarted);
     step("it alone, back", back);
     step("started again, its daemon killed between decree and boot", started);
@@ -200,6 +201,35 @@ fn aborted(world: &mut World) -> Result<Value> {
     let shown = ended(&world.swarm, &again, MOVE)?;
     ensure!(aborted.is_ok(), "{aborted:?}: {shown}");
     ensure!(shown["cause"] == "aborted on request", "{shown}");
+    ensure!(rests(world, "h4", &before)? == before, "other images");
+    Ok(json!({ "cause": shown["cause"] }))
+}
+
+/// A destination that was bound comes back without its QEMU: what it had received is listed, not left lying about.
+fn died(world: &mut World) -> Result<Value> {
+    let before = disks(world, "h4")?;
+    let loaded = hold_dir(&world.swarm, "h1")?.join("loaded");
+    std::fs::write(&loaded, b"")?;
+    let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+    let follow = Follow::placed(&state, CLUSTER, "", &[(MEMBER, "h1")], Pace::default())?;
+    world
+        .swarm
+        .wait("its new host is bound", OFF, |_| Ok(loaded.with_extension("reached").exists()))?;
+    world.swarm.node_mut("h1")?.kill9()?;
+    let copy = copy_on(&world.swarm, &world.qemus, MEMBER, "h1")?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(copy.pid), nix::sys::signal::SIGKILL)?;
+    std::fs::remove_file(&loaded)?;
+    let shown = ended(&world.swarm, &follow, MOVE)?;
+    ensure!(shown["phase"] == "stayed", "{shown}");
+    world.swarm.node_mut("h1")?.start_ready(Duration::from_secs(30))?;
+    let images = world.swarm.node("h1")?.state_dir().join("images");
+    world.swarm.wait("what it received is listed", OFF, |swarm| {
+        let listed = swarm.ask("h1", &["image", "list"])?;
+        let listed = listed.as_array().context("no list")?;
+        let is = |path: &PathBuf| listed.iter().any(|i| i["path"].as_str() == path.to_str());
+        let files: Vec<_> = std::fs::read_dir(&images)?.filter_map(Result::ok).collect();
+        Ok(!copy.dir.exists() && files.iter().all(|f| is(&f.path())))
+    })?;
     ensure!(rests(world, "h4", &before)? == before, "other images");
     Ok(json!({ "cause": shown["cause"] }))
 }
