@@ -29,6 +29,8 @@ use crate::scenario::swarm::{GuestPlan, Swarm, run};
 const OFF: Duration = Duration::from_secs(90);
 /// What a guest leaves on its first disk.
 const LEFT: &str = "written before the end";
+/// Ends a guest a moment later: who says so is answered.
+const END: &str = "(sleep 1; poweroff -f) >/dev/null 2>&1 </dev/null &";
 /// The member that is switched off, and its disks: forms and MiB. Random bytes, so that a move takes time.
 const MEMBER: &str = "b";
 const DISKS: [(DiskForm, u64); 2] = [(DiskForm::Raw, 24), (DiskForm::Qcow2, 32)];
@@ -157,7 +159,7 @@ fn powered_off(world: &mut World) -> Result<Value> {
         let mut control = world.control(MEMBER)?;
         control.shell(fill).await?;
         control.shell(&mark).await?;
-        control.shell("(sleep 1; poweroff -f) >/dev/null 2>&1 </dev/null &").await
+        control.shell(END).await
     })?;
     world.swarm.wait("the record says that it is off", OFF, |s| Ok(off_at(s)?.is_some()))?;
     let here = rests(world, "h2", &[])?;
@@ -324,5 +326,11 @@ fn on_again(world: &mut World) -> Result<Value> {
     let plan = GuestPlan { disks: own.collect(), ..plan(world, MEMBER, 12) };
     let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
     world.swarm.start_guest("h1", &files, &plan)?;
-    Ok(json!({ "read": reads(world)?, "said": out.stderr.trim() }))
+    let read = reads(world)?;
+    // It belongs to no cluster now: off and on again all the same.
+    run(async { world.control(MEMBER)?.shell(END).await })?;
+    world.swarm.wait("it is off", OFF, |_| Ok(disks(world, "h1").is_ok()))?;
+    world.swarm.ask("h4", &["vm", "start", MEMBER])?;
+    ensure!(reads(world)? == read && world.runs_on(MEMBER).as_deref() == Some("h1"), "elsewhere");
+    Ok(json!({ "read": read, "said": out.stderr.trim() }))
 }
