@@ -73,6 +73,13 @@ impl Saved {
         record::governing(self.records(), vm).is_some_and(|r| r.is_off(vm))
     }
 
+    /// Whether it was minted here to be booted, and is not what is left of a VM that is off.
+    fn is_minted(&self, node: &Node, copy: &CopyRecord) -> bool {
+        let vm = copy.spec.id;
+        let rests = self.is_off(vm) && self.places(node, vm, copy.copy);
+        copy.is_prepared() && !rests
+    }
+
     /// Whether there ever was a record of the VM.
     fn knows(&self, vm: VmId) -> bool {
         record::governing(self.records(), vm).is_some()
@@ -98,14 +105,25 @@ fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, Drive
         .map_err(|e| DriverError(format!("hard state is damaged ({e}): see docs/operations.md")))
 }
 
+/// The moves that bind copies of this host, each with whether its QEMU is there, loaded.
+async fn still_moving(saved: &Saved, living: &BTreeMap<CopyId, Arc<Copy>>) -> Vec<(Moving, bool)> {
+    let mut moving = Vec::new();
+    for m in &saved.moving {
+        let present = match living.get(&m.copy) {
+            Some(copy) => copy.qemu().run_state().await.is_ok_and(|s| s.status != "inmigrate"),
+            None => false,
+        };
+        moving.push((m.clone(), present));
+    }
+    moving
+}
+
 /// Finds living copies and gives them to the core as what they are: bound, running, or superseded.
 pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, DriverError> {
     catalog::adopt(node, &saved.wires);
     saved.statuses.iter().for_each(|status| node.timelines.restore(status));
-    let (mut living, left) = find_living(node, &saved).await?;
-    let rests = |r: &CopyRecord| saved.is_off(r.spec.id) && saved.places(node, r.spec.id, r.copy);
-    let (minted, ended): (Vec<_>, Vec<_>) =
-        left.into_iter().partition(|r| r.is_prepared() && !rests(r));
+    let (mut living, mut ended) = find_living(node, &saved).await?;
+    let minted: Vec<_> = ended.extract_if(.., |r| saved.is_minted(node, r)).collect();
     end_superseded(node, &saved, &mut living).await?;
     for copy in living.values() {
         node.copies.insert(Arc::clone(copy));
@@ -122,14 +140,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
             images::attach(node, copy);
         }
     }
-    let mut moving = Vec::new();
-    for m in &saved.moving {
-        let present = match living.get(&m.copy) {
-            Some(copy) => copy.qemu().run_state().await.is_ok_and(|s| s.status != "inmigrate"),
-            None => false,
-        };
-        moving.push((m.clone(), present));
-    }
+    let moving = still_moving(&saved, &living).await;
     let unbound: Vec<_> = living.values().filter(|c| !saved.binds(c.id)).cloned().collect();
     let epoch = |c: &Copy| record::governing(saved.records(), c.vm()).map(|r| r.epoch);
     let unbound: Vec<_> = unbound

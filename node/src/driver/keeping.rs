@@ -18,7 +18,7 @@ use super::node::Node;
 use crate::store::images::{Keep, Kind};
 use crate::vmm::{ResolvedDisk, ResolvedSpec, image, image_path, is_image_of, reserve};
 
-/// Of which VMs something is being kept.
+/// Of which VMs something is being kept, or ended.
 #[derive(Default)]
 pub(super) struct Keeping {
     vms: Mutex<BTreeMap<VmId, usize>>,

@@ -57,10 +57,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
     let hard = Arc::new(Hard::open(&options.state).map_err(DriverError::of)?);
     let saved = Saved::read(&hard)?;
     let drained = leave::was_drained(&hard)?;
-    let caps = HostCaps::probe(&options.qemu).await.map_err(DriverError::of)?;
-    if let Err(refusal) = caps.check_migration() {
-        tracing::warn!(%refusal, "this host takes no part in moves");
-    }
+    let caps = probe(&options).await?;
     let config = NetConfig {
         advertise: options.advertise,
         store: Some(hard.id()),
@@ -130,6 +127,14 @@ fn open_links(options: &RunOptions) -> Result<(Links, mpsc::Receiver<Outgoing>),
         mtu: link::DEFAULT_MTU,
     };
     Links::start(config).map_err(DriverError::of)
+}
+
+async fn probe(options: &RunOptions) -> Result<HostCaps, DriverError> {
+    let caps = HostCaps::probe(&options.qemu).await.map_err(DriverError::of)?;
+    if let Err(refusal) = caps.check_migration() {
+        tracing::warn!(%refusal, "this host takes no part in moves");
+    }
+    Ok(caps)
 }
 
 fn open_images(

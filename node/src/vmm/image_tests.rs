@@ -134,6 +134,12 @@ fn a_copy_gets_images_of_its_own() {
     let again = create(&placed).unwrap_err().to_string();
     assert!(again.contains("exists"), "an image that is there is never touched: {again}");
     assert!(placed.disks[0].path.exists());
+    let disk = &placed.disks[0];
+    let others = crate::vmm::ResolvedDisk { path: to.path().join("web.qcow2"), ..disk.clone() };
+    assert!(crate::vmm::is_image_of(to.path(), placed.id, disk), "of whichever copy");
+    assert!(!crate::vmm::is_image_of(to.path(), VmId([8; 16]), disk));
+    assert!(!crate::vmm::is_image_of(from.path(), placed.id, disk));
+    assert!(!crate::vmm::is_image_of(to.path(), placed.id, &others), "an operator's");
     remove(&placed, to.path(), copy).unwrap();
     remove(&placed, to.path(), copy).unwrap();
     assert_eq!(std::fs::read_dir(to.path()).unwrap().count(), 1, "the base alone");

@@ -20,8 +20,8 @@ use crate::lab::node::godwit_binary;
 use crate::lab::qemus::double_runs;
 use crate::lab::wan::{LinkParams, WanMode};
 use crate::lab::{LabConfig, SiteConfig};
-use crate::scenario::faults::follow::Follow;
-use crate::scenario::faults::world::{REQUESTER, ended, hold_dir};
+use crate::scenario::faults::follow::{Follow, Pace};
+use crate::scenario::faults::world::{REQUESTER, copy_on, ended, hold_dir};
 use crate::scenario::steps::Steps;
 use crate::scenario::swarm::{GuestPlan, Swarm, run};
 
@@ -29,6 +29,8 @@ use crate::scenario::swarm::{GuestPlan, Swarm, run};
 const OFF: Duration = Duration::from_secs(90);
 /// What a guest leaves on its first disk.
 const LEFT: &str = "written before the end";
+/// Ends a guest a moment later: who says so is answered.
+const END: &str = "(sleep 1; poweroff -f) >/dev/null 2>&1 </dev/null &";
 /// The member that is switched off, and its disks: forms and MiB. Random bytes, so that a move takes time.
 const MEMBER: &str = "b";
 const DISKS: [(DiskForm, u64); 2] = [(DiskForm::Raw, 24), (DiskForm::Qcow2, 32)];
@@ -55,6 +57,7 @@ pub fn off() -> Result<Value> {
     step("one ends by itself", powered_off);
     step("all to the other site", there);
     step("it alone, aborted", aborted);
+    step("its new host dies bound, with its QEMU", died);
     step("the daemon that has it is killed and starts again", restarted);
     step("it alone, back", back);
     step("started again, its daemon killed between decree and boot", started);
@@ -156,7 +159,7 @@ fn powered_off(world: &mut World) -> Result<Value> {
         let mut control = world.control(MEMBER)?;
         control.shell(fill).await?;
         control.shell(&mark).await?;
-        control.shell("(sleep 1; poweroff -f) >/dev/null 2>&1 </dev/null &").await
+        control.shell(END).await
     })?;
     world.swarm.wait("the record says that it is off", OFF, |s| Ok(off_at(s)?.is_some()))?;
     let here = rests(world, "h2", &[])?;
@@ -200,6 +203,35 @@ fn aborted(world: &mut World) -> Result<Value> {
     let shown = ended(&world.swarm, &again, MOVE)?;
     ensure!(aborted.is_ok(), "{aborted:?}: {shown}");
     ensure!(shown["cause"] == "aborted on request", "{shown}");
+    ensure!(rests(world, "h4", &before)? == before, "other images");
+    Ok(json!({ "cause": shown["cause"] }))
+}
+
+/// A destination that was bound comes back without its QEMU: what it had received is listed, not left lying about.
+fn died(world: &mut World) -> Result<Value> {
+    let before = disks(world, "h4")?;
+    let loaded = hold_dir(&world.swarm, "h1")?.join("loaded");
+    std::fs::write(&loaded, b"")?;
+    let state = world.swarm.node(REQUESTER)?.state_dir().to_owned();
+    let follow = Follow::placed(&state, CLUSTER, "", &[(MEMBER, "h1")], Pace::default())?;
+    world
+        .swarm
+        .wait("its new host is bound", OFF, |_| Ok(loaded.with_extension("reached").exists()))?;
+    world.swarm.node_mut("h1")?.kill9()?;
+    let copy = copy_on(&world.swarm, &world.qemus, MEMBER, "h1")?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(copy.pid), nix::sys::signal::SIGKILL)?;
+    std::fs::remove_file(&loaded)?;
+    let shown = ended(&world.swarm, &follow, MOVE)?;
+    ensure!(shown["phase"] == "stayed", "{shown}");
+    world.swarm.node_mut("h1")?.start_ready(Duration::from_secs(30))?;
+    let images = world.swarm.node("h1")?.state_dir().join("images");
+    world.swarm.wait("what it received is listed", OFF, |swarm| {
+        let listed = swarm.ask("h1", &["image", "list"])?;
+        let listed = listed.as_array().context("no list")?;
+        let is = |path: &PathBuf| listed.iter().any(|i| i["path"].as_str() == path.to_str());
+        let files: Vec<_> = std::fs::read_dir(&images)?.filter_map(Result::ok).collect();
+        Ok(!copy.dir.exists() && files.iter().all(|f| is(&f.path())))
+    })?;
     ensure!(rests(world, "h4", &before)? == before, "other images");
     Ok(json!({ "cause": shown["cause"] }))
 }
@@ -294,5 +326,11 @@ fn on_again(world: &mut World) -> Result<Value> {
     let plan = GuestPlan { disks: own.collect(), ..plan(world, MEMBER, 12) };
     let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
     world.swarm.start_guest("h1", &files, &plan)?;
-    Ok(json!({ "read": reads(world)?, "said": out.stderr.trim() }))
+    let read = reads(world)?;
+    // It belongs to no cluster now: off and on again all the same.
+    run(async { world.control(MEMBER)?.shell(END).await })?;
+    world.swarm.wait("it is off", OFF, |_| Ok(disks(world, "h1").is_ok()))?;
+    world.swarm.ask("h4", &["vm", "start", MEMBER])?;
+    ensure!(reads(world)? == read && world.runs_on(MEMBER).as_deref() == Some("h1"), "elsewhere");
+    Ok(json!({ "read": read, "said": out.stderr.trim() }))
 }
