@@ -17,6 +17,7 @@
 //!         opaque bytes ------------------------->  blob -> QEMU (device state after all pages)
 //! ```
 
+mod budget;
 mod buffers;
 pub mod corpus;
 pub mod dest;
@@ -29,6 +30,7 @@ pub mod source;
 mod stream;
 mod table;
 
+pub use budget::{Budget, Seat};
 pub use corpus::Corpus;
 pub use dest::{DestEnd, DestHandle, DestParams, DestProgress, DestinationSession, Settle};
 pub use error::RelayError;

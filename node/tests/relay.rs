@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use godwit::relay::corpus::{EmptyCorpus, MemoryCorpus};
 use godwit::relay::{
-    Connector, Corpus, DestEnd, DestParams, DestinationSession, ImageReader, Inlet, PageSink,
-    RelayError, SourceEnd, SourceParams, SourceSession, Stream,
+    Budget, Connector, Corpus, DestEnd, DestParams, DestinationSession, ImageReader, Inlet,
+    PageSink, RelayError, SourceEnd, SourceParams, SourceSession, Stream,
 };
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::chunk::layout::{DiskSpace, Layout};
@@ -147,6 +147,7 @@ impl Setup {
         let image = Arc::new(Mutex::new(self.disk.clone().map_or(vec![], |(image, _)| image)));
         let fake_dest = tokio::spawn(load(UnixListener::bind(&inward).unwrap()));
         let mut dest = DestinationSession::spawn(DestParams {
+            seat: Arc::<Budget>::default().join(),
             qemu_socket: inward,
             sink: memory.clone(),
             corpus: self.corpus.clone(),
@@ -160,6 +161,7 @@ impl Setup {
         .unwrap();
         let connect = self.connector(dest.streams());
         let mut source = SourceSession::spawn(SourceParams {
+            seat: Arc::<Budget>::default().join(),
             listener: UnixListener::bind(&outward).unwrap(),
             connect,
             key: KEY,

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use godwit::relay::corpus::EmptyCorpus;
 use godwit::relay::{
-    Connector, DestParams, DestinationSession, ImageReader, PageSink, SourceHandle, SourceParams,
-    SourceSession,
+    Budget, Connector, DestParams, DestinationSession, ImageReader, PageSink, SourceHandle,
+    SourceParams, SourceSession,
 };
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::chunk::layout::{DiskSpace, Layout};
@@ -54,6 +54,7 @@ impl PageSink for Nowhere {
 fn cut_off(dir: &Path, bytes: u64) -> SourceHandle {
     let connect: Connector = Box::new(|| Box::pin(std::future::pending()));
     SourceSession::spawn(SourceParams {
+        seat: Arc::<Budget>::default().join(),
         listener: UnixListener::bind(dir.join("out")).unwrap(),
         connect,
         key: KEY,
@@ -81,8 +82,7 @@ async fn a_full_store_does_not_hold_up_the_end_of_a_disk() {
         for at in (0..bytes).step_by(PART.len()) {
             writing.write(at, &PART)?;
             so_far.store(at, Ordering::SeqCst);
-            // The last of it waits in a batch of its own.
-            if at > RELAY_STORE_BYTES as u64 - (2 << 20) {
+            if at > RELAY_STORE_BYTES as u64 / 2 {
                 let _ = tell.try_send(());
             }
         }
@@ -112,6 +112,7 @@ async fn a_far_end_that_does_not_read_is_not_heard_for_ever() {
     let layout = Layout::new(1 << 20, &[]).unwrap();
     let (migration, pages) = (MigrationId([3; 16]), layout.pages());
     let dest = DestinationSession::spawn(DestParams {
+        seat: Arc::<Budget>::default().join(),
         qemu_socket: dir.path().join("in"),
         sink: Arc::new(Nowhere),
         corpus: Arc::new(EmptyCorpus),

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use godwit::relay::corpus::EmptyCorpus;
 use godwit::relay::dest::feed_blob;
 use godwit::relay::{
-    DestHandle, DestParams, DestinationSession, FileSink, SourceHandle, SourceParams,
+    Budget, DestHandle, DestParams, DestinationSession, FileSink, SourceHandle, SourceParams,
     SourceSession, Stream,
 };
 use godwit_protocol::chunk::ChunkKey;
@@ -179,6 +179,7 @@ async fn sessions(dir: &Path, memory: &File) -> (SourceHandle, DestHandle) {
     let key = ChunkKey([7; 32]);
     let migration = MigrationId([1; 16]);
     let dest = DestinationSession::spawn(DestParams {
+        seat: Arc::<Budget>::default().join(),
         qemu_socket: dir.join("in.sock"),
         sink: Arc::new(FileSink::new(memory.try_clone().unwrap())),
         corpus: Arc::new(EmptyCorpus),
@@ -194,6 +195,7 @@ async fn sessions(dir: &Path, memory: &File) -> (SourceHandle, DestHandle) {
     dest.attach(Box::new(far)).await.unwrap();
     let mut near = Some(Box::new(near) as Stream);
     let source = SourceSession::spawn(SourceParams {
+        seat: Arc::<Budget>::default().join(),
         listener: UnixListener::bind(dir.join("out.sock")).unwrap(),
         connect: Box::new(move || {
             let stream = near.take().ok_or(std::io::ErrorKind::ConnectionRefused.into());

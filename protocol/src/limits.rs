@@ -51,16 +51,20 @@ pub const TUNNEL_QUEUE_FRAMES: usize = 1024;
 pub const TUNNEL_PORT_FRAMES: u32 = 4096;
 /// Frames that wait in the kernel for a guest: what arrives while it stands still.
 pub const TAP_QUEUE_FRAMES: u32 = 20_000;
-/// Guest pages that a source node keeps until the destination has placed them, bytes: when it is
-/// full, QEMU's socket is not read.
-pub const RELAY_STORE_BYTES: usize = 40 << 20;
+/// Guest pages that a source node keeps until the destinations have placed them, bytes, of all its
+/// migrations: when it is full, QEMU's socket is not read.
+pub const RELAY_STORE_BYTES: usize = 44 << 20;
+/// What long compressed streams take of a node's memory, bytes, of all its migrations.
+pub const RELAY_STREAM_BYTES: usize = 60 << 20;
 /// Pages with content in one batch.
 pub const BATCH_PAGES: usize = 256;
+/// The same when a node has many migrations.
+pub const BATCH_PAGES_LEAST: usize = 16;
 /// Pages of zeros in one batch.
 pub const BATCH_ZEROS: usize = 1 << 17;
-/// Guest pages in one compressed message, bytes.
+/// Guest pages in one compressed message, bytes; less when a node has several migrations.
 pub const LITERAL_BYTES: usize = 4 << 20;
-/// Bytes of received messages that wait at a destination node to be placed.
+/// Bytes of received messages that wait at a destination node to be placed, of all its migrations.
 pub const PLACING_BYTES: usize = 16 << 20;
 /// Contents that a destination remembers by id.
 pub const KNOWN_CHUNKS: usize = 1 << 20;

@@ -16,7 +16,7 @@ use super::node::{Node, random};
 use super::worker::Worker;
 use super::{bulk, cutover, hold, off};
 use crate::relay::dest::feed_blob;
-use crate::relay::{DestHandle, DestParams, DestinationSession};
+use crate::relay::{DestHandle, DestParams, DestinationSession, Seat};
 use crate::vmm::probe::MemoryBudget;
 use crate::vmm::{Mode, ResolvedSpec, image};
 
@@ -58,6 +58,8 @@ impl Worker {
         self.node.takes_vms()?;
         self.node.caps.check_accepts(&spec, budget).await.map_err(|e| e.to_string())?;
         self.index_memory();
+        // Counted in before pages come: those of a cluster's other members are, too.
+        let seat = self.node.relaying.join();
         let id = CopyId(random().map_err(|e| e.to_string())?);
         let (node, dir) = (Arc::clone(&self.node), self.node.options.image_dir.clone());
         let make = {
@@ -66,7 +68,7 @@ impl Worker {
         };
         let made = tokio::task::spawn_blocking(make).await.map_err(|e| e.to_string());
         let started = match made.and_then(|made| made) {
-            Ok(room) => self.start(room, id, from).await,
+            Ok(room) => self.start(room, id, from, seat).await,
             Err(cause) => Err(cause),
         };
         if started.is_err() {
@@ -78,14 +80,20 @@ impl Worker {
         started
     }
 
-    async fn start(&mut self, room: Room, id: CopyId, from: HostId) -> Result<(), String> {
+    async fn start(
+        &mut self,
+        room: Room,
+        id: CopyId,
+        from: HostId,
+        seat: Arc<Seat>,
+    ) -> Result<(), String> {
         let copy = boot::start_copy(&self.node, &room.spec, id, Mode::Incoming)
             .await
             .map_err(|e| e.to_string())?;
         if !off::is_off(&self.node, self.vm).await {
             cutover::arrive(&self.node, self.id, &copy, from).await;
         }
-        self.open_session(&copy, room).await
+        self.open_session(&copy, room, seat).await
     }
 
     /// Memory of the VMs on this host is content that need not cross.
@@ -98,12 +106,18 @@ impl Worker {
         }
     }
 
-    async fn open_session(&mut self, copy: &Arc<Copy>, room: Room) -> Result<(), String> {
+    async fn open_session(
+        &mut self,
+        copy: &Arc<Copy>,
+        room: Room,
+        seat: Arc<Seat>,
+    ) -> Result<(), String> {
         let socket = copy.dir.join("in.sock");
         let qemu = copy.qemu();
         qemu.incoming_start(&socket, true).await.map_err(|e| e.to_string())?;
         let filling = images::open(copy, room.reserved).await?;
         let session = DestinationSession::spawn(DestParams {
+            seat,
             qemu_socket: socket,
             sink: filling.sink,
             corpus: bulk::corpus(&self.node, copy),

@@ -31,6 +31,7 @@ struct Engine {
 
 pub(super) async fn run(options: RunOptions) -> Result<(), DriverError> {
     restart::raise_descriptors();
+    restart::bound_heaps();
     let started = restart::start(options).await?;
     let restart::Started { node, core, mut inputs, mut net_events, background } = started;
     let mut engine = Engine { node, core, workers: BTreeMap::new() };

@@ -91,6 +91,8 @@ pub(super) struct Node {
     pub keeping: Arc<super::keeping::Keeping>,
     /// VMs of which a copy is about to be let rest.
     pub resting: Arc<super::keeping::Keeping>,
+    /// What the relays of all migrations may hold together.
+    pub relaying: Arc<crate::relay::Budget>,
     pub chunk_key: [u8; 32],
     pub copies: Copies,
     pub asks: Asks,

@@ -23,6 +23,10 @@ use crate::vmm::{HostCaps, reserve};
 
 /// Pages that the index of known content may hold: 64 GiB of images.
 const CORPUS_PAGES: usize = 16 << 20;
+/// Allocations from so many bytes on are mapped, and given back when they are freed.
+const MAPPED_BYTES: i32 = 128 << 10;
+/// Heaps for smaller ones.
+const HEAPS: i32 = 4;
 /// Statuses that a slow listener may lag behind.
 const STATUSES: usize = 256;
 
@@ -50,6 +54,22 @@ pub(super) fn raise_descriptors() {
         .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// What is freed goes back to the system. By itself the allocator raises the size from which it does with
+/// every large buffer that is freed, and keeps what was freed in up to eight heaps a processor.
+pub(super) fn bound_heaps() {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: plain calls on numbers; they say how later allocations are made.
+        let set = unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES)
+                & libc::mallopt(libc::M_ARENA_MAX, HEAPS)
+        };
+        if set == 0 {
+            tracing::warn!("the allocator keeps what it keeps by itself");
+        }
     }
 }
 
@@ -93,6 +113,7 @@ pub(super) async fn start(options: RunOptions) -> Result<Started, DriverError> {
         images,
         keeping: Arc::default(),
         resting: Arc::default(),
+        relaying: Arc::default(),
         chunk_key,
         copies: Copies::default(),
         asks: Asks::default(),

@@ -77,6 +77,8 @@ impl Worker {
     /// Dials the destination, copies the disks, then lets QEMU stream.
     pub(super) async fn transfer(&mut self, to: HostId, options: Options) -> Result<(), String> {
         off::settled(&self.node, self.vm).await?;
+        // Counted in before its pages come: those of a cluster's other members are, too.
+        let seat = self.node.relaying.join();
         let copy = match self.node.copies.running(self.vm) {
             Some(copy) => copy,
             None => off::show_disks(&self.node, self.vm).await?,
@@ -91,6 +93,7 @@ impl Worker {
         let connect = bulk::connector(&self.node, to, self.id);
         let images = Images::export(&copy).await?;
         let params = SourceParams {
+            seat,
             listener,
             connect,
             key: ChunkKey(self.node.chunk_key),

@@ -14,12 +14,18 @@ use super::pool::lock;
 const LARGE: usize = 128 << 10;
 /// Buffers above this are not kept, bytes.
 const HUGE: usize = 2 << 20;
-/// Most buffers that are kept.
-const KEPT: usize = 24;
+/// Most bytes of buffers that are kept.
+const KEPT: usize = 16 << 20;
 
 /// A shelf of buffers.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
+pub(super) struct Buffers(Arc<Mutex<Shelf>>);
+
+#[derive(Debug, Default)]
+struct Shelf {
+    kept: Vec<Vec<u8>>,
+    bytes: usize,
+}
 
 struct Lent {
     bytes: Vec<u8>,
@@ -36,9 +42,11 @@ impl Drop for Lent {
     fn drop(&mut self) {
         let mut bytes = std::mem::take(&mut self.bytes);
         let mut shelf = lock(&self.shelf.0);
-        if (LARGE..=HUGE).contains(&bytes.capacity()) && shelf.len() < KEPT {
+        let room = bytes.capacity();
+        if (LARGE..=HUGE).contains(&room) && shelf.bytes + room <= KEPT {
             bytes.clear();
-            shelf.push(bytes);
+            shelf.bytes += room;
+            shelf.kept.push(bytes);
         }
     }
 }
@@ -50,8 +58,12 @@ impl Buffers {
             return Vec::with_capacity(len);
         }
         let mut shelf = lock(&self.0);
-        match shelf.iter().rposition(|kept| kept.capacity() >= len) {
-            Some(at) => shelf.swap_remove(at),
+        match shelf.kept.iter().rposition(|kept| kept.capacity() >= len) {
+            Some(at) => {
+                let buffer = shelf.kept.swap_remove(at);
+                shelf.bytes -= buffer.capacity();
+                buffer
+            }
             None => {
                 drop(shelf);
                 Vec::with_capacity(len)

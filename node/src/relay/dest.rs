@@ -22,10 +22,10 @@ use godwit_protocol::id::MigrationId;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::RelayError;
 use super::corpus::Corpus;
 use super::frames::Stream;
 use super::sink::PageSink;
+use super::{RelayError, Seat};
 
 pub use feed::feed_blob;
 
@@ -35,6 +35,8 @@ pub type Settle =
 
 /// What a destination session needs.
 pub struct DestParams {
+    /// Its part of what this node's sessions may hold together.
+    pub seat: Arc<Seat>,
     /// Where the destination's QEMU listens (`migrate-incoming unix:PATH`, capability
     /// `x-ignore-shared`, started with `-S`). Connected to when the first bytes are there.
     pub qemu_socket: PathBuf,

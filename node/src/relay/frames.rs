@@ -84,13 +84,12 @@ impl Drop for Conn {
 
 impl Conn {
     /// Starts the tasks; no more leaves than the meter's cap says.
-    pub(super) fn start(stream: Stream, meter: Arc<Meter>) -> Self {
+    pub(super) fn start(stream: Stream, meter: Arc<Meter>, buffers: Buffers) -> Self {
         let (mut read, write) = tokio::io::split(stream);
         let (to_session, incoming) = mpsc::channel(QUEUE);
         let (outgoing, from_session) = mpsc::channel(QUEUE);
         let counter = Arc::clone(&meter);
         let reader = tokio::spawn(async move {
-            let buffers = Buffers::default();
             loop {
                 let frame = match receive(&mut read, &counter, &buffers).await {
                     Ok(Some(frame)) => Ok(frame),

@@ -3,11 +3,13 @@
 //! Owns zstd contexts and the estimate of what each level costs and saves on this very migration.
 //! Never trusts a length that came from the network: the caller names the most that it expects.
 
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use godwit_protocol::wire::bulk::Coding;
 
 use super::RelayError;
+use super::pool::lock;
 use super::stream::STREAM_LEVEL;
 
 /// Levels to choose from; 0 is raw: pages as they are, unasked, with a fast checksum.
@@ -140,26 +142,68 @@ impl Levels {
     }
 }
 
-/// Compresses on one thread.
-pub(super) struct Packer {
-    context: zstd::bulk::Compressor<'static>,
-    level: i32,
+/// Most compressors of a node: more would only wait for processors.
+const PACKERS: usize = 4;
+
+/// The compressors of single messages, which all threads of a node share.
+#[derive(Default)]
+pub(super) struct Packers {
+    made: Mutex<Made>,
+    freed: Condvar,
 }
 
-impl Packer {
-    pub(super) fn new() -> Result<Self, RelayError> {
-        Ok(Self { context: zstd::bulk::Compressor::new(1)?, level: 1 })
-    }
+#[derive(Default)]
+struct Made {
+    count: usize,
+    idle: Vec<Packer>,
+}
 
-    /// Packs `content` at `level`; raw if that saves less than a sixteenth.
+impl Packers {
+    /// Packs `content` at `level`; raw if that saves less than a sixteenth. Waits for no longer than
+    /// others take to pack a message.
     pub(super) fn pack(
-        &mut self,
+        &self,
         content: Vec<u8>,
         level: i32,
     ) -> Result<(Coding, Vec<u8>), RelayError> {
         if level == 0 || content.is_empty() {
             return Ok((Coding::Raw, content));
         }
+        let mut packer = self.take()?;
+        let packed = packer.pack(content, level);
+        lock(&self.made).idle.push(packer);
+        self.freed.notify_one();
+        packed
+    }
+
+    fn take(&self) -> Result<Packer, RelayError> {
+        let mut made = lock(&self.made);
+        loop {
+            if let Some(packer) = made.idle.pop() {
+                return Ok(packer);
+            }
+            if made.count < PACKERS {
+                let packer = Packer::new()?;
+                made.count += 1;
+                return Ok(packer);
+            }
+            made = self.freed.wait(made).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// One compressor.
+struct Packer {
+    context: zstd::bulk::Compressor<'static>,
+    level: i32,
+}
+
+impl Packer {
+    fn new() -> Result<Self, RelayError> {
+        Ok(Self { context: zstd::bulk::Compressor::new(1)?, level: 1 })
+    }
+
+    fn pack(&mut self, content: Vec<u8>, level: i32) -> Result<(Coding, Vec<u8>), RelayError> {
         if self.level != level {
             self.context.set_compression_level(level)?;
             self.level = level;
@@ -250,9 +294,9 @@ mod tests {
 
     #[test]
     fn packing_reads_back_and_is_bounded() {
-        let (mut packer, mut unpacker) = (Packer::new().unwrap(), Unpacker::new().unwrap());
+        let (packers, mut unpacker) = (Packers::default(), Unpacker::new().unwrap());
         let text: Vec<u8> = (0..50_000_u32).map(|i| (i / 100) as u8).collect();
-        let (coding, packed) = packer.pack(text.clone(), 3).unwrap();
+        let (coding, packed) = packers.pack(text.clone(), 3).unwrap();
         assert!(packed.len() < text.len() / 2);
         assert_eq!(unpacker.unpack(coding, packed.clone().into(), 50_000).unwrap(), text);
         assert!(unpacker.unpack(coding, packed.clone().into(), 49_999).is_err());

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::frames::{Connector, Meter};
-use super::{RelayError, pool::Pool};
+use super::{RelayError, Seat, pool::Pool};
 pub use inlet::{ImageReader, Inlet};
 use shared::Shared;
 use work::{Job, Worker};
@@ -34,6 +34,8 @@ const EVENTS: usize = 64;
 
 /// What a source session needs.
 pub struct SourceParams {
+    /// Its part of what this node's sessions may hold together.
+    pub seat: Arc<Seat>,
     /// Where the source's QEMU will connect (`migrate unix:PATH`).
     pub listener: UnixListener,
     /// Opens a bulk stream to the destination node; called again after a cut.
@@ -147,21 +149,13 @@ impl SourceSession {
     pub fn spawn(params: SourceParams) -> Result<SourceHandle, RelayError> {
         let spaces: Vec<DiskSpace> = params.disks.iter().map(|(space, _)| *space).collect();
         let layout = layout(params.ram_bytes, &spaces)?;
-        let shared = Arc::new(Shared::new(params.key.clone(), layout.clone()));
+        let shared = Arc::new(Shared::new(params.key.clone(), layout.clone(), params.seat));
         let (events_out, events) = mpsc::channel(EVENTS);
         let (abort, aborted) = mpsc::channel(1);
         let (progress_out, progress) = watch::channel(SourceProgress::default());
-        let workers = (0..WORKERS)
-            .map(|_| Worker::new(Arc::clone(&shared), events_out.clone()))
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut workers = workers.into_iter();
         let pool = Pool::start("relay-source", WORKERS, || {
-            let mut worker = workers.next();
-            move |job| {
-                if let Some(worker) = worker.as_mut() {
-                    worker.run(job);
-                }
-            }
+            let worker = Worker::new(Arc::clone(&shared), events_out.clone());
+            move |job| worker.run(job)
         })?;
         let pool = Arc::new(pool);
         let meter = Arc::new(Meter::default());

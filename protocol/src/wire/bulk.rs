@@ -59,6 +59,8 @@ pub enum Head {
         placed: u32,
         /// Bytes of device state received.
         opaque: u64,
+        /// How far a long compressed stream may look back: 2 to this power, bytes; 0: there may be none.
+        window: u8,
     },
     /// Source: a batch by ids. Payload: 16 bytes for each of `pages`; with `extents` for each part
     /// of [`crate::chunk::extent::parts`].

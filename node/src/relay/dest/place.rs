@@ -12,9 +12,7 @@ use godwit_protocol::chunk::layout::Layout;
 use godwit_protocol::chunk::pages::Runs;
 use godwit_protocol::chunk::{ChunkKey, Sum};
 use godwit_protocol::id::ChunkId;
-use godwit_protocol::limits::{
-    BATCH_PAGES, BATCH_ZEROS, BULK_MESSAGE_BYTES, CHUNK_BYTES, REGION_BYTES,
-};
+use godwit_protocol::limits::{BATCH_PAGES, BATCH_ZEROS, BULK_MESSAGE_BYTES, CHUNK_BYTES};
 use godwit_protocol::wire::bulk::{Coding, Head};
 
 use super::state::{Known, State};
@@ -25,6 +23,9 @@ use crate::relay::pack::Unpacker;
 use crate::relay::pool::lock;
 use crate::relay::sink::PageSink;
 use crate::relay::table::{Table, parts};
+
+/// Pages that are written and read back at a time.
+const BACK_PAGES: usize = 64;
 
 /// What the threads share.
 pub(super) struct Placer {
@@ -80,7 +81,7 @@ impl Placer {
 
 impl Worker {
     pub(super) fn new(placer: Arc<Placer>) -> Result<Self, RelayError> {
-        Ok(Self { placer, unpacker: Unpacker::new()?, back: vec![0; REGION_BYTES] })
+        Ok(Self { placer, unpacker: Unpacker::new()?, back: vec![0; BACK_PAGES * CHUNK_BYTES] })
     }
 
     /// Does what a message asks; answers what to say.
@@ -164,7 +165,7 @@ impl Worker {
             let mut at = 0;
             while at < count as usize {
                 let mine = |i: usize| i < count as usize && entries.batch(slot + i) == seq;
-                let run = (at..).take_while(|&i| mine(i)).count();
+                let run = (at..).take_while(|&i| mine(i)).take(BACK_PAGES).count();
                 if run > 0 {
                     let bytes = at * CHUNK_BYTES..(at + run) * CHUNK_BYTES;
                     let back = &mut self.back[..run * CHUNK_BYTES];

@@ -20,10 +20,11 @@ use super::feed::{Blob, feed};
 use super::place::{Placer, Worker};
 use super::{DestEnd, DestParams, DestProgress, Settle};
 use crate::relay::RelayError;
+use crate::relay::budget::Window;
 use crate::relay::frames::{Conn, Frame, Meter, Stream};
 use crate::relay::pack::Unpacker;
 use crate::relay::pool::{Pool, lock};
-use crate::relay::stream::StreamUnpacker;
+use crate::relay::stream::{StreamUnpacker, WINDOW_LOGS};
 
 const WORKERS: usize = 2;
 const TICK: Duration = Duration::from_millis(100);
@@ -32,6 +33,8 @@ const HELLO: Duration = Duration::from_secs(5);
 const ANSWERS: usize = 64;
 /// Messages that wait for a far end that does not read: with so many nothing more is heard of it.
 const UNSAID: usize = 1024;
+/// What may wait to be placed when many sessions share the node, bytes; one message may be more.
+const PLACING_LEAST: usize = 256 << 10;
 /// What a message counts for besides what it carries, bytes.
 const MESSAGE_BYTES: usize = 256;
 
@@ -76,6 +79,8 @@ pub(super) struct Session {
     pool: Arc<Pool<Frame>>,
     /// Unpacks what belongs to one long stream, in order, before it is placed.
     unstream: Pool<Frame>,
+    /// How far a long stream may look back: 2 to this power, bytes; 0: there is none.
+    looks_back: u8,
     done: mpsc::Receiver<Done>,
     progress: watch::Sender<DestProgress>,
     unpacker: Unpacker,
@@ -117,12 +122,15 @@ impl Session {
             }
         })?;
         let pool = Arc::new(pool);
-        let unstream = unstream(Arc::clone(&pool), done_out)?;
+        let window = params.seat.window(*WINDOW_LOGS.end());
+        let looks_back = window.as_ref().map_or(0, |window| window.log as u8);
+        let unstream = unstream(Arc::clone(&pool), done_out, window)?;
         Ok(Self {
             params,
             placer,
             pool,
             unstream,
+            looks_back,
             done,
             progress,
             unpacker: Unpacker::new()?,
@@ -172,7 +180,8 @@ impl Session {
         let (mut heard, mut whole) = (Instant::now(), None);
         let mut loaded = false;
         loop {
-            let room = self.placing < PLACING_BYTES && self.outbox.len() < UNSAID;
+            let most = self.params.seat.part(PLACING_BYTES, PLACING_LEAST);
+            let room = self.placing < most && self.outbox.len() < UNSAID;
             let saying = !self.outbox.is_empty();
             let (incoming, outgoing) = match conn.as_mut() {
                 Some(conn) => (Some(&mut conn.incoming), Some(&conn.outgoing)),
@@ -244,7 +253,8 @@ impl Session {
         stream: Stream,
         meter: &Arc<Meter>,
     ) -> Result<Option<Conn>, RelayError> {
-        let mut conn = Conn::start(stream, Arc::clone(meter));
+        let mut conn =
+            Conn::start(stream, Arc::clone(meter), self.params.seat.budget().buffers.clone());
         let hello = match timeout(HELLO, conn.incoming.recv()).await {
             Ok(Some(Ok(frame))) => frame.head,
             _ => return Ok(None),
@@ -267,7 +277,7 @@ impl Session {
         self.outbox.clear();
         let placed = lock(&self.placer.state).through();
         let opaque = lock(&self.blob).len() as u64;
-        self.outbox.push_back(Head::Welcome { placed, opaque }.into());
+        self.outbox.push_back(Head::Welcome { placed, opaque, window: self.looks_back }.into());
         if self.equal.is_some() {
             self.outbox.push_back(Head::Verdict { equal: true }.into());
         }
@@ -387,12 +397,16 @@ fn weight(head: &Head, content: usize) -> usize {
 }
 
 /// A thread that unpacks a long stream and hands its content to those who place it.
-fn unstream(pool: Arc<Pool<Frame>>, done: mpsc::Sender<Done>) -> std::io::Result<Pool<Frame>> {
-    let mut given = Some((pool, done));
+fn unstream(
+    pool: Arc<Pool<Frame>>,
+    done: mpsc::Sender<Done>,
+    window: Option<Window>,
+) -> std::io::Result<Pool<Frame>> {
+    let mut given = Some((pool, done, StreamUnpacker::new(window)));
     Pool::start("relay-unpack", 1, || {
-        let (given, mut unpacker) = (given.take(), StreamUnpacker::default());
+        let mut given = given.take();
         move |frame: Frame| {
-            let Some((pool, done)) = &given else { return };
+            let Some((pool, done, unpacker)) = &mut given else { return };
             let Head::Literals { segments, coding: Coding::Stream { len, begins } } = frame.head
             else {
                 return;

@@ -34,6 +34,8 @@ use crate::relay::stream::STREAM_LEVEL;
 const ID_BYTES: usize = 16;
 /// Pages of one message at quick levels, bytes.
 const QUICK_BYTES: usize = 1 << 20;
+/// The same and [`AHEAD_BYTES`] when many sessions share the node, at least.
+const LEAST_BYTES: usize = 256 << 10;
 /// Highest level while the guest stands still.
 const HURRIED_LEVEL: i32 = 3;
 /// Messages that are compressed at once.
@@ -171,7 +173,7 @@ impl Exchange {
     fn hashed(&mut self, batch: Batch, sum: Sum, sums: &[ChunkId]) {
         self.hashed += 1;
         self.count(batch.disk, |counts| counts.zero += batch.zeros.len() as u64);
-        let (seq, data) = (batch.seq, self.shared.buffers.share(batch.data));
+        let (seq, data) = (batch.seq, self.shared.buffers().share(batch.data));
         // What was named may be asked for; in the stop a round trip would be downtime.
         let ask = sum == Sum::Id && !self.shared.pushes();
         let ids = |ids: &mut dyn Iterator<Item = ChunkId>| -> Bytes {
@@ -304,7 +306,7 @@ impl Exchange {
                     kept.extend_from_slice(page);
                 }
             }
-            self.shared.store.give(entry.data.len() - kept.len());
+            self.shared.seat.give(entry.data.len() - kept.len());
             entry.data = kept.into();
         }
         entry.stage = Stage::Wanted;
@@ -327,7 +329,7 @@ impl Exchange {
                 self.count(entry.disk, |counts| counts.known += known);
             }
             self.placed += 1;
-            self.shared.store.give(entry.data.len());
+            self.shared.seat.give(entry.data.len());
         }
     }
 
@@ -358,13 +360,15 @@ impl Exchange {
 
     /// Has wanted pages compressed: many at once while the link is busy, few when it would idle.
     pub(super) fn pump(&mut self, line_idle: bool) {
-        while !self.wants.is_empty() && self.packing < PACKING && self.bulk_bytes < AHEAD_BYTES {
+        let ahead = self.shared.seat.part(AHEAD_BYTES, LEAST_BYTES);
+        while !self.wants.is_empty() && self.packing < PACKING && self.bulk_bytes < ahead {
             let level = self.level();
-            let streams = level == STREAM_LEVEL;
+            let streams = level == STREAM_LEVEL && self.shared.window.load(Ordering::Relaxed) > 0;
             if streams && self.streaming {
                 return;
             }
             let most = if level > HURRIED_LEVEL { LITERAL_BYTES } else { QUICK_BYTES };
+            let most = self.shared.seat.part(most, LEAST_BYTES);
             let starving = line_idle && self.packing == 0 && self.bulk.is_empty();
             let (mut bytes, mut segments, mut parts) = (0, Vec::new(), Vec::new());
             let mut disk = false;
@@ -462,7 +466,7 @@ impl Exchange {
     pub(super) fn refresh(&mut self) {
         let shared = &self.shared;
         let progress = &mut self.progress;
-        progress.unplaced_bytes = shared.store.used() as u64;
+        progress.unplaced_bytes = shared.seat.stored() as u64;
         let whole = self.entries.values().filter(|entry| entry.stage != Stage::Offered);
         progress.literal_bytes = whole.map(|entry| entry.data.len() as u64).sum();
         progress.literal_ppm = (self.levels.ratio() * 1e6) as u64;

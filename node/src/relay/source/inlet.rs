@@ -14,14 +14,15 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::digest::REGION_PAGES;
-use godwit_protocol::limits::{BATCH_PAGES, BATCH_ZEROS, CHUNK_BYTES};
+use godwit_protocol::limits::{BATCH_ZEROS, CHUNK_BYTES};
 
 use super::Job;
 use super::blocks::Blocks;
 use super::reader::{Batch, HURRIED_PAGES};
 use super::session::Event;
-use super::shared::{NoRoom, Shared};
+use super::shared::Shared;
 use crate::relay::RelayError;
+use crate::relay::budget::NoRoom;
 use crate::relay::pool::{Pool, lock};
 use crate::relay::table::parts;
 
@@ -112,7 +113,8 @@ impl Inlet {
             self.make_room(&mut filling, block)?;
             let batch = &mut filling.batch;
             if batch.data.is_empty() {
-                batch.data = self.shared.buffers.take(BATCH_PAGES * CHUNK_BYTES);
+                let pages = self.shared.seat.batch_pages();
+                batch.data = self.shared.buffers().take(pages * CHUNK_BYTES);
             }
             batch.pages.push(self.pages.start + block);
             batch.data.extend_from_slice(content);
@@ -198,7 +200,8 @@ impl Inlet {
     /// Sends the batch if it is full or names the block already.
     fn make_room(&self, filling: &mut Filling, block: u32) -> io::Result<()> {
         let (batch, page) = (&filling.batch, self.pages.start + block);
-        let full = batch.pages.len() >= BATCH_PAGES || batch.zeros.len() >= BATCH_ZEROS;
+        let most = self.shared.seat.batch_pages();
+        let full = batch.pages.len() >= most || batch.zeros.len() >= BATCH_ZEROS;
         if full || batch.is_long() || batch.pages.contains(page) || batch.zeros.contains(page) {
             self.flush(filling)?;
         }

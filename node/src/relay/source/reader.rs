@@ -16,17 +16,15 @@ use godwit_protocol::chunk::pages::{RUNS, Runs};
 use godwit_protocol::chunk::qemu::tail::Tail;
 use godwit_protocol::chunk::qemu::{Parser, Sink};
 use godwit_protocol::limits::{BATCH_PAGES, BATCH_ZEROS, CHUNK_BYTES, DEVICE_STATE_BYTES};
-use godwit_protocol::wire::bulk::Coding;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Job;
 use super::session::Event;
 use super::shared::Shared;
 use crate::relay::RelayError;
-use crate::relay::pack::Packer;
 use crate::relay::pool::Pool;
 
-const BUFFER: usize = 1 << 20;
+const BUFFER: usize = 256 << 10;
 /// Opaque bytes that are sent at once.
 const OPAQUE: usize = 128 << 10;
 /// Pages of a batch once the guest stands still: the first bytes leave sooner.
@@ -76,7 +74,6 @@ struct Filler {
     hash: blake3::Hasher,
     held: bool,
     tail: Tail,
-    packer: Packer,
     failed: Option<RelayError>,
 }
 
@@ -88,12 +85,9 @@ pub(super) fn run(
     pool: Arc<Pool<Job>>,
     events: tokio::sync::mpsc::Sender<Event>,
 ) {
-    let outcome = Packer::new().and_then(|packer| {
-        let pages = parser.main_pages() as usize;
-        let mut filler = Filler::new(shared, pool, events.clone(), packer, pages);
-        filler.read_all(&mut socket, &mut parser)
-    });
-    if let Err(cause) = outcome {
+    let pages = parser.main_pages() as usize;
+    let mut filler = Filler::new(shared, pool, events.clone(), pages);
+    if let Err(cause) = filler.read_all(&mut socket, &mut parser) {
         // The session may be gone already, and with it the interest in the cause.
         let _ = events.blocking_send(Event::Failed(cause));
     }
@@ -104,7 +98,6 @@ impl Filler {
         shared: Arc<Shared>,
         pool: Arc<Pool<Job>>,
         events: tokio::sync::mpsc::Sender<Event>,
-        packer: Packer,
         pages: usize,
     ) -> Self {
         Self {
@@ -120,7 +113,6 @@ impl Filler {
             hash: blake3::Hasher::new(),
             held: false,
             tail: Tail::default(),
-            packer,
             failed: None,
         }
     }
@@ -196,7 +188,7 @@ impl Filler {
         if self.offset > DEVICE_STATE_BYTES as u64 {
             return Err(RelayError::StateTooLarge(DEVICE_STATE_BYTES));
         }
-        let (coding, payload): (Coding, Vec<u8>) = self.packer.pack(content, 3)?;
+        let (coding, payload) = self.shared.seat.budget().packers.pack(content, 3)?;
         let payload = Bytes::from(payload);
         self.tell(Event::Opaque { offset, len, held: self.held, coding, payload })
     }
@@ -216,7 +208,8 @@ impl Filler {
     /// Makes room for one more page in the batch; true if this is its first time ever.
     fn admit(&mut self, index: u32) -> bool {
         let hurried = self.shared.hurried.load(Ordering::Relaxed);
-        let most = if hurried { HURRIED_PAGES } else { BATCH_PAGES };
+        let most =
+            self.shared.seat.batch_pages().min(if hurried { HURRIED_PAGES } else { BATCH_PAGES });
         // The parser has checked the index against the size of the block.
         let last = self.named[index as usize];
         let full = self.batch.pages.len() >= most
@@ -245,8 +238,8 @@ impl Sink for Filler {
         }
         if self.batch.data.is_empty() {
             let hurried = self.shared.hurried.load(Ordering::Relaxed);
-            let pages = if hurried { HURRIED_PAGES } else { BATCH_PAGES };
-            self.batch.data = self.shared.buffers.take(pages * CHUNK_BYTES);
+            let pages = if hurried { HURRIED_PAGES } else { self.shared.seat.batch_pages() };
+            self.batch.data = self.shared.buffers().take(pages * CHUNK_BYTES);
         }
         self.batch.pages.push(index);
         self.batch.data.extend_from_slice(content);

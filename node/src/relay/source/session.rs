@@ -257,7 +257,7 @@ impl Session {
                 return Ok(None);
             }
         };
-        let mut conn = Conn::start(stream, Arc::clone(&self.meter));
+        let mut conn = Conn::start(stream, Arc::clone(&self.meter), self.shared.buffers());
         let hello = Head::Hello {
             version: WIRE_VERSION,
             migration: self.params.migration,
@@ -280,7 +280,8 @@ impl Session {
             answer
         };
         match answer {
-            Some(Ok(Frame { head: Head::Welcome { placed, opaque }, .. })) => {
+            Some(Ok(Frame { head: Head::Welcome { placed, opaque, window }, .. })) => {
+                self.shared.window.store(window.into(), Ordering::Relaxed);
                 self.note_rtt(said.elapsed().as_micros() as u64);
                 self.go_on(placed, opaque);
                 Ok(Some(conn))
@@ -354,9 +355,10 @@ impl Session {
             self.note_rtt(now.saturating_sub(stamp).max(1));
             return Ok(false);
         }
-        if let Head::Welcome { placed: 0, opaque: 0 } = frame.head
+        if let Head::Welcome { placed: 0, opaque: 0, window } = frame.head
             && let Some(said) = self.unanswered.take()
         {
+            self.shared.window.store(window.into(), Ordering::Relaxed);
             self.note_rtt(said.elapsed().as_micros() as u64);
             return Ok(false);
         }

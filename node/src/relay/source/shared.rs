@@ -1,87 +1,35 @@
 //! What the source's reader thread, workers, session and handle share.
 //!
-//! Owns the store's budget, the orders to the reader and the way back to QEMU.
+//! Owns the session's seat in the node's budget, the orders to the reader and the way back to QEMU.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::chunk::layout::Layout;
-use godwit_protocol::limits::RELAY_STORE_BYTES;
 
 use super::reader::Batch;
 use super::work::Job;
 use crate::relay::RelayError;
+use crate::relay::budget::{NoRoom, Seat};
 use crate::relay::buffers::Buffers;
 use crate::relay::pool::{Pool, lock};
 use crate::relay::stream::StreamPacker;
 use crate::relay::table::Table;
 
-/// How long a full store or a hold waits before orders are looked at again.
+/// How long a hold waits before orders are looked at again.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// Why nothing is stored. The session ends then.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NoRoom {
-    /// Told to stop.
-    Stopped,
-    /// There was none in time.
-    Late,
-}
-
-/// Bytes of guest pages that are stored, up to [`RELAY_STORE_BYTES`].
-#[derive(Debug, Default)]
-pub(super) struct Store {
-    used: Mutex<usize>,
-    freed: Condvar,
-}
-
-impl Store {
-    /// Waits for room, until `by` once that is set: it may be while this waits.
-    pub(super) fn take(
-        &self,
-        bytes: usize,
-        stop: &AtomicBool,
-        by: &OnceLock<Instant>,
-    ) -> Result<(), NoRoom> {
-        let mut used = lock(&self.used);
-        // One batch always fits, however large it is.
-        while *used > 0 && *used + bytes > RELAY_STORE_BYTES {
-            if stop.load(Ordering::Relaxed) {
-                return Err(NoRoom::Stopped);
-            }
-            if by.get().is_some_and(|by| Instant::now() > *by) {
-                return Err(NoRoom::Late);
-            }
-            used = self.freed.wait_timeout(used, LOOK).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        if stop.load(Ordering::Relaxed) {
-            return Err(NoRoom::Stopped);
-        }
-        *used += bytes;
-        Ok(())
-    }
-
-    pub(super) fn give(&self, bytes: usize) {
-        let mut used = lock(&self.used);
-        *used = used.saturating_sub(bytes);
-        self.freed.notify_all();
-    }
-
-    pub(super) fn used(&self) -> usize {
-        *lock(&self.used)
-    }
-}
 
 /// See the module.
 pub(super) struct Shared {
     pub(super) key: ChunkKey,
     pub(super) table: Table,
-    pub(super) store: Store,
-    pub(super) buffers: Buffers,
+    pub(super) seat: Arc<Seat>,
+    /// How far the destination lets the long stream look back: 2 to this power; 0: not at all.
+    pub(super) window: AtomicU32,
     /// The long stream of the present connection; one message at a time is packed into it.
     pub(super) stream: Mutex<Option<StreamPacker>>,
     pub(super) stop: AtomicBool,
@@ -98,13 +46,13 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(key: ChunkKey, layout: Layout) -> Self {
+    pub(super) fn new(key: ChunkKey, layout: Layout, seat: Arc<Seat>) -> Self {
         let zero = key.zero_id();
         Self {
             key,
             table: Table::new(layout, zero),
-            store: Store::default(),
-            buffers: Buffers::default(),
+            seat,
+            window: AtomicU32::new(0),
             stream: Mutex::default(),
             stop: AtomicBool::new(false),
             hurried: AtomicBool::new(false),
@@ -118,17 +66,22 @@ impl Shared {
         }
     }
 
-    /// Numbers a batch and has it hashed, once there is room for its pages; see [`Store::take`].
+    /// Numbers a batch and has it hashed, once there is room for its pages; see [`Seat::take`].
     pub(super) fn send(
         &self,
         pool: &Pool<Job>,
         mut batch: Batch,
         by: &OnceLock<Instant>,
     ) -> Result<(), NoRoom> {
-        self.store.take(batch.data.len(), &self.stop, by)?;
+        self.seat.take(batch.data.len(), &self.stop, by)?;
         batch.seq = self.batches.fetch_add(1, Ordering::AcqRel) + 1;
         pool.put(Job::Hash(batch), true);
         Ok(())
+    }
+
+    /// Where large buffers come from.
+    pub(super) fn buffers(&self) -> Buffers {
+        self.seat.budget().buffers.clone()
     }
 
     /// Whether new batches go without asking.
@@ -186,7 +139,7 @@ impl Shared {
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
         self.released.notify_all();
-        self.store.freed.notify_all();
+        self.seat.wake();
         if let Some(socket) = lock(&self.qemu).take() {
             // Already closed by QEMU is as good.
             let _ = socket.shutdown(std::net::Shutdown::Both);

@@ -4,6 +4,7 @@
 //! through.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -17,8 +18,6 @@ use tokio::sync::mpsc;
 use super::reader::Batch;
 use super::session::{Event, Parcel};
 use super::shared::Shared;
-use crate::relay::RelayError;
-use crate::relay::pack::Packer;
 use crate::relay::pool::lock;
 use crate::relay::stream::StreamPacker;
 use crate::relay::table::parts;
@@ -43,21 +42,19 @@ pub(super) enum Job {
 pub(super) struct Worker {
     shared: Arc<Shared>,
     events: mpsc::Sender<Event>,
-    packer: Packer,
 }
 
 impl Worker {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        events: mpsc::Sender<Event>,
-    ) -> Result<Self, RelayError> {
-        Ok(Self { shared, events, packer: Packer::new()? })
+    pub(super) fn new(shared: Arc<Shared>, events: mpsc::Sender<Event>) -> Self {
+        Self { shared, events }
     }
 
-    pub(super) fn run(&mut self, job: Job) {
+    pub(super) fn run(&self, job: Job) {
         let event = match job {
             Job::Hash(batch) => self.hash(batch),
-            Job::Pack { parcel, parts, level, stream: None } => self.pack(parcel, &parts, level),
+            Job::Pack { parcel, parts, level, stream: None } => {
+                self.pack(parcel, &parts, level, None)
+            }
             Job::Pack { parcel, parts, level, stream: Some(generation) } => {
                 self.pack_stream(parcel, &parts, level, generation)
             }
@@ -93,15 +90,15 @@ impl Worker {
         }
     }
 
-    fn pack(&mut self, parcel: Parcel, parts: &[Bytes], level: i32) -> Event {
+    fn pack(&self, parcel: Parcel, parts: &[Bytes], level: i32, stream: Option<u32>) -> Event {
         let began = Instant::now();
         let content = parts.concat();
         let from = content.len();
-        match self.packer.pack(content, level) {
+        match self.shared.seat.budget().packers.pack(content, level) {
             Ok((coding, payload)) => {
                 let payload = Bytes::from(payload);
                 let took = began.elapsed();
-                Event::Packed { parcel, level, stream: None, from, took, coding, payload }
+                Event::Packed { parcel, level, stream, from, took, coding, payload }
             }
             Err(cause) => Event::Failed(cause),
         }
@@ -112,12 +109,18 @@ impl Worker {
         let mut stream = lock(&self.shared.stream);
         let begins = stream.as_ref().is_none_or(|stream| stream.generation != generation);
         if begins {
-            match StreamPacker::new(generation) {
-                Ok(new) => *stream = Some(new),
+            // What the one before held is there for this one.
+            *stream = None;
+            let window = self.shared.seat.window(self.shared.window.load(Ordering::Relaxed));
+            match window.map(|window| StreamPacker::new(generation, window)).transpose() {
+                Ok(new) => *stream = new,
                 Err(cause) => return Event::Failed(cause),
             }
         }
-        let Some(packer) = stream.as_mut() else { return Event::Failed(RelayError::Aborted) };
+        let Some(packer) = stream.as_mut() else {
+            drop(stream);
+            return self.pack(parcel, parts, level, Some(generation));
+        };
         let from: usize = parts.iter().map(Bytes::len).sum();
         match packer.pack(parts) {
             Ok(payload) => {
