@@ -50,6 +50,9 @@ impl Worker {
         }
         // What is being kept of it is content for this very move, and its memory still counts.
         let (keeping, vm) = (Arc::clone(&self.node.keeping), self.vm);
+        if keeping.holds(vm) {
+            self.node.images.hurry_memory();
+        }
         let kept = move || keeping.wait(vm, std::time::Instant::now() + KEEPING);
         if !tokio::task::spawn_blocking(kept).await.map_err(|e| e.to_string())? {
             tracing::warn!(%vm, "a migration begins before what was here of it is kept");

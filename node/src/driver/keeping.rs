@@ -53,6 +53,11 @@ impl Keeping {
         Mark { keeping: Arc::clone(self), vm }
     }
 
+    /// Whether something of `vm` is being kept.
+    pub fn holds(&self, vm: VmId) -> bool {
+        lock(&self.vms).contains_key(&vm)
+    }
+
     /// Waits until nothing of `vm` is being kept (blocks); whether that is so.
     pub fn wait(&self, vm: VmId, deadline: Instant) -> bool {
         let mut vms = lock(&self.vms);

@@ -285,6 +285,11 @@ impl Images {
         self.library.keep_memory(memory, vm, copy, in_vain)
     }
 
+    /// Somebody waits for memory that is being written: it goes without pace.
+    pub fn hurry_memory(&self) {
+        self.library.gentle.set_free(true);
+    }
+
     /// Ends what was kept for the next try of a move of this VM: one has ended here.
     pub fn end_in_vain(&self, vm: VmId) {
         self.library.end_in_vain(vm, |_, _| true);

@@ -11,7 +11,7 @@ use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use godwit_protocol::id::{CopyId, VmId};
 use godwit_protocol::limits::CHUNK_BYTES;
@@ -19,6 +19,7 @@ use godwit_protocol::limits::CHUNK_BYTES;
 use super::entry::{Kept, Listed};
 use super::library::{Library, Table, delete};
 use super::{IMAGES, Image, ImageError, Keep, Kind};
+use crate::store::pace::Pace;
 use crate::store::scan::is_zero;
 use crate::store::source::ReadAt;
 
@@ -26,6 +27,9 @@ use crate::store::source::ReadAt;
 const GRACE: Duration = Duration::from_secs(3600);
 /// Bytes copied at a time.
 const BUFFER: usize = 1 << 20;
+/// How long memory is written gently: guests that have just moved have everything to do, and on a small machine
+/// with the same processors. Then it goes at full speed: what is not written yet is memory that nobody else can have.
+const GENTLE_FOR: Duration = Duration::from_secs(10);
 
 /// Wall clock, seconds since 1970.
 pub fn wall_s() -> u64 {
@@ -203,7 +207,8 @@ impl Library {
         let file = options.create_new(true).write(true).mode(0o600).open(&path);
         let file = file.map_err(unusable)?;
         let room = || (self.settings.room)(&dir);
-        let kept = match copy_data(memory, &file, most, &room) {
+        self.gentle.set_free(self.lock().stopped);
+        let kept = match copy_data(memory, &file, most, &room, &self.gentle) {
             Ok(true) => {
                 let real = path.canonicalize().map_err(unusable)?;
                 let keep = Keep { vm, owned: true, in_vain };
@@ -242,15 +247,16 @@ fn same_part(a: &Path, b: &Path) -> bool {
     part(a).is_some() && part(a) == part(b)
 }
 
-/// Copies what is not zero to the same place of an empty file; false: it is more than `most` bytes, or
-/// there is no more `room`.
+/// Copies what is not zero to the same place of an empty file; false: it is more than `most` bytes, there
+/// is no more `room`, or it was told to stop.
 fn copy_data(
     from: &dyn ReadAt,
     to: &File,
     most: u64,
     room: &dyn Fn() -> io::Result<u64>,
+    pace: &Pace,
 ) -> io::Result<bool> {
-    let len = from.len();
+    let (len, began) = (from.len(), Instant::now());
     let mut buffer = vec![0_u8; BUFFER];
     let (mut at, mut written) = (0, 0_u64);
     while at < len {
@@ -262,6 +268,12 @@ fn copy_data(
             let want = usize::try_from(end - at).unwrap_or(BUFFER).min(BUFFER);
             // Asked each time: others write there, too.
             if room()? < want as u64 {
+                return Ok(false);
+            }
+            if began.elapsed() >= GENTLE_FOR {
+                pace.set_free(true);
+            }
+            if pace.take(want).is_err() {
                 return Ok(false);
             }
             let part = &mut buffer[..want];

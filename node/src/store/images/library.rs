@@ -23,6 +23,8 @@ use crate::store::pace::Pace;
 const PREFIX: &[u8] = b"image/";
 /// Bytes per second that indexing in the background reads at most.
 const BACKGROUND: u64 = 200_000_000;
+/// Bytes per second at which the memory of a VM that has just moved is written, at first.
+const GENTLE: u64 = 50_000_000;
 /// A live disk changes all the time: its index may be that old.
 const LIVE: Duration = Duration::from_secs(60);
 /// How long a file that could not be used and did not change is left alone.
@@ -59,6 +61,8 @@ pub struct Library {
     pub corpus: Arc<Corpus>,
     pub settings: Settings,
     pub pace: Pace,
+    /// Of the memory that is being written; freed when somebody waits for it.
+    pub gentle: Pace,
     table: Mutex<Table>,
     /// The queue or what is being read has changed.
     pub changed: Condvar,
@@ -84,8 +88,9 @@ impl Library {
                 }
             }
         }
-        let (table, pace) = (Mutex::new(table), Pace::new(BACKGROUND));
-        Ok(Self { hard, corpus, settings, pace, table, changed: Condvar::new() })
+        let (pace, gentle) = (Pace::new(BACKGROUND), Pace::new(GENTLE));
+        let (table, changed) = (Mutex::new(table), Condvar::new());
+        Ok(Self { hard, corpus, settings, pace, gentle, table, changed })
     }
 
     pub fn lock(&self) -> MutexGuard<'_, Table> {
@@ -99,6 +104,7 @@ impl Library {
     pub fn stop(&self) {
         self.lock().stopped = true;
         self.pace.stop();
+        self.gentle.set_free(true);
         self.changed.notify_all();
     }
 
