@@ -100,7 +100,7 @@ pub(super) fn disks(node: &Node, left: &Left) {
     // Another file may lie there too: the operator's, or one that a stopped VM left to them.
     let owned = |disk: &ResolvedDisk| is_image_of(dir, vm, disk);
     let full = spec.moving().any(owned) && reserve::room(dir).is_ok_and(|room| room == 0);
-    if full && !whole {
+    if full && !whole && spared.is_empty() {
         tracing::warn!(path = %dir.display(), "removed, not kept: its file system is nearly full");
         return discard(node, spec, copy);
     }

@@ -112,21 +112,30 @@ async fn run(node: &Arc<Node>, vm: VmId, id: CopyId) -> Result<(), ApiError> {
     if !node.with_core(named).await? {
         return Err(ApiError::plain("its record has changed"));
     }
+    let older = {
+        // Before the guest runs: what comes later is of a later copy.
+        let node = Arc::clone(node);
+        tokio::task::spawn_blocking(move || older(&node, vm, id)).await.map_err(ApiError::plain)?
+    };
     boot::let_run(node, &copy).await?;
     let node = Arc::clone(node);
     // Not waited for: a daemon that starts removes it, too.
-    tokio::task::spawn_blocking(move || forget_older(&node, vm, id));
+    tokio::task::spawn_blocking(move || forget(&node, older));
     Ok(())
 }
 
-/// What describes the copies before this one goes; their images are this one's. Blocks.
-fn forget_older(node: &Node, vm: VmId, id: CopyId) {
-    let dirs = copy_dirs(&node.vm_dir()).unwrap_or_default();
-    let older = |dir: &PathBuf| {
-        let record = CopyRecord::read(dir).ok().filter(|r| r.spec.id == vm && r.copy != id)?;
-        node.copies.get(record.copy).is_none().then_some((dir.clone(), record.copy))
+/// What describes the copies before this one. Blocks.
+fn older(node: &Node, vm: VmId, id: CopyId) -> Vec<(PathBuf, CopyId)> {
+    let older = |dir: PathBuf| {
+        let record = CopyRecord::read(&dir).ok().filter(|r| r.spec.id == vm && r.copy != id)?;
+        node.copies.get(record.copy).is_none().then_some((dir, record.copy))
     };
-    for (dir, copy) in dirs.iter().filter_map(older) {
+    copy_dirs(&node.vm_dir()).unwrap_or_default().into_iter().filter_map(older).collect()
+}
+
+/// That goes; their images are this one's. Blocks.
+fn forget(node: &Node, older: Vec<(PathBuf, CopyId)>) {
+    for (dir, copy) in older {
         node.images.detach_disks(copy);
         if let Err(error) = std::fs::remove_dir_all(&dir) {
             tracing::warn!(dir = %dir.display(), %error, "its directory stays");

@@ -102,16 +102,19 @@ pub(super) async fn connect(
     let kept = Kept { wire, interface, word, given_up: None };
     let Kept { wire, interface, .. } = &kept;
     wires::ensure(node, wire).await?;
-    set(node, &kept).await?;
     let told = async {
+        set(node, &kept).await?;
         put(node, wire, Some(&kept)).await?;
         tell(node, &kept, false).await
     };
     if let Err(error) = told.await {
-        // One that was there before has its place, and can be told.
-        if !node.uplinks.own().contains_key(wire) {
-            node.links.remove_uplink(wire).await.map_err(ApiError::plain)?;
-            put(node, wire, None).await?;
+        let before = node.uplinks.own().get(wire).map(|own| own.kept.clone());
+        node.links.remove_uplink(wire).await.map_err(ApiError::plain)?;
+        put(node, wire, before.as_ref()).await?;
+        // One that was there before is taken up again by who looks after them.
+        if let Some(before) = before {
+            node.uplinks.put(before, Some(error.message.clone()));
+            node.uplinks.heard();
         }
         return Err(error);
     }
@@ -152,8 +155,9 @@ pub(super) async fn adopt(node: &Arc<Node>, core: &mut Core, kept: Vec<Kept>) {
         let set = set(node, &kept).await;
         let gone = set.is_err();
         let told = route(node, &kept, gone).and_then(|r| ports::announce(core, node.now(), r));
-        if let Err(error) = told {
-            tracing::error!(error = %error.message, "an uplink is not told to others");
+        let untold = told.err().map(|error| error.message);
+        if let Some(error) = &untold {
+            tracing::error!(error, "an uplink is not told to others");
         }
         if let Err(error) = &set {
             tracing::warn!(wire = %kept.wire, error = %error.message, "it has no way out here for now");
@@ -161,7 +165,7 @@ pub(super) async fn adopt(node: &Arc<Node>, core: &mut Core, kept: Vec<Kept>) {
                 tracing::error!(wire = %kept.wire, %error, "what is left of it stays");
             }
         }
-        node.uplinks.put(kept, set.err().map(|error| error.message));
+        node.uplinks.put(kept, set.err().map(|error| error.message).or(untold));
     }
 }
 
@@ -210,6 +214,8 @@ async fn look_at(node: &Arc<Node>, Own { kept, down }: Own) -> Result<(), ApiErr
     let newer = words::newest(&others).filter(|w| *w > kept.word && !w.agrees(&kept.word));
     if let Some(newer) = newer {
         tracing::warn!(wire = %kept.wire, ours = %kept.word, theirs = %newer, "another gateway was named later: ours is given up");
+        // Until all of it is done it counts as down, and is looked at again.
+        node.uplinks.put(kept.clone(), Some(format!("{newer} was named later")));
         take_down(node, &kept).await?;
         let kept = Kept { given_up: Some(newer), ..kept };
         put(node, &kept.wire, Some(&kept)).await?;
@@ -220,6 +226,7 @@ async fn look_at(node: &Arc<Node>, Own { kept, down }: Own) -> Result<(), ApiErr
     match (works, down) {
         (Ok(()), Some(_)) => {
             let up = async {
+                wires::ensure(node, &kept.wire).await?;
                 set(node, &kept).await?;
                 tell(node, &kept, false).await
             };
@@ -235,8 +242,9 @@ async fn look_at(node: &Arc<Node>, Own { kept, down }: Own) -> Result<(), ApiErr
         }
         (Err(cause), None) => {
             tracing::warn!(wire = %kept.wire, %cause, "it has no way out here for now");
+            // First: if taking it down fails, it is taken up anew when the interface is back.
+            node.uplinks.put(kept.clone(), Some(cause));
             take_down(node, &kept).await?;
-            node.uplinks.put(kept, Some(cause));
         }
         (Err(cause), Some(_)) => node.uplinks.put(kept, Some(cause)),
         (Ok(()), None) => {}

@@ -119,7 +119,10 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
         node.with_core(move |core, now| {
             let vm = copy_.vm();
             let epoch = core.record_of(vm).map_or(Epoch::default(), |r| r.epoch);
-            core.runs(now, vm, copy_.id, boot::route(&node_, &copy_, epoch));
+            // It may have ended meanwhile, and the core knows.
+            if copy_.qemu().exit().is_none() {
+                core.runs(now, vm, copy_.id, boot::route(&node_, &copy_, epoch));
+            }
             epoch
         })
         .await

@@ -169,11 +169,9 @@ impl Packers {
         if level == 0 || content.is_empty() {
             return Ok((Coding::Raw, content));
         }
-        let mut packer = self.take()?;
-        let packed = packer.pack(content, level);
-        lock(&self.made).idle.push(packer);
-        self.freed.notify_one();
-        packed
+        let mut lent = Lent { packers: self, packer: Some(self.take()?) };
+        let packer = lent.packer.as_mut().ok_or(RelayError::Aborted)?;
+        packer.pack(content, level)
     }
 
     fn take(&self) -> Result<Packer, RelayError> {
@@ -189,6 +187,19 @@ impl Packers {
             }
             made = self.freed.wait(made).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+}
+
+/// A compressor that comes back whatever becomes of its borrower.
+struct Lent<'a> {
+    packers: &'a Packers,
+    packer: Option<Packer>,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        lock(&self.packers.made).idle.extend(self.packer.take());
+        self.packers.freed.notify_one();
     }
 }
 

@@ -69,11 +69,14 @@ impl CopyRecord {
     }
 
     /// Describes a copy that will be started once a record names it ([`Mode::On`]), in a directory of its own. Durable
-    /// when it returns.
+    /// when it returns. One that is described is left as it is: by now it may have a QEMU.
     ///
     /// # Errors
     /// What making and writing give.
     pub fn prepare(dir: &Path, copy: CopyId, spec: ResolvedSpec) -> io::Result<()> {
+        if Self::read(dir).is_ok_and(|record| record.copy == copy) {
+            return Ok(());
+        }
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         Self::new(copy, spec, Mode::On).write(dir)?;
         dir.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())

@@ -22,7 +22,13 @@ impl Core {
     pub fn ended(&mut self, now: Time, vm: VmId, copy: CopyId) {
         self.runs_no_more(vm, copy);
         self.minted.retain(|_, minted| minted.copy != copy);
-        self.ended.insert(vm, copy);
+        let places = |r: &Record, copy| r.places(vm, self.me.host, copy);
+        let known = self.ended.get(&vm).copied();
+        // An older copy whose end is told late is no news.
+        let newer = self.record_of(vm).zip(known).is_some_and(|(r, known)| places(r, known));
+        if !newer || known == Some(copy) {
+            self.ended.insert(vm, copy);
+        }
         self.turn_off(now);
         self.drain(now);
     }
@@ -184,7 +190,8 @@ impl Core {
     /// What [`Core::remove`] began.
     pub(super) fn finish_removals(&mut self, now: Time) {
         for vm in self.removing.keys().copied().collect::<Vec<_>>() {
-            if self.record_of(vm).is_some_and(|r| self.may_change(r)) {
+            let may = |r: &Record| self.may_change(r) && !self.is_led(now, r.cluster);
+            if self.record_of(vm).is_some_and(may) {
                 // Refused only if another change is under way: looked at again.
                 let _ = self.delete(now, vm);
             }

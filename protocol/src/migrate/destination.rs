@@ -311,7 +311,11 @@ impl Destination {
         match (body, &self.state) {
             (Body::PrepareBallot(_), State::Receiving(_)) => out.push(Action::PrepareBallot),
             (Body::Proposer(seat), _) => self.on_proposer(seat, out),
-            (Body::Stopped(release), _) => self.on_released(release, out),
+            (Body::Stopped(release), _) => {
+                self.on_released(release, out);
+                // It asks, too: this may be said again.
+                self.on_said(now, Body::Where, out);
+            }
             (Body::Cancel(cause), State::Checking(_) | State::Receiving(_)) => {
                 self.give_up(cause, out);
             }

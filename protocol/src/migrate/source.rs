@@ -460,7 +460,7 @@ impl Migration for Source {
                     && matches!(self.state, State::Transfer { .. } | State::Stopped { .. }) =>
             {
                 // One that was restarted unbound says that it knows nothing of the move.
-                out.push(Action::Send(host, Body::Where));
+                out.push(Action::Send(host, self.at_it()));
             }
             Happened::Abort => match self.state {
                 State::Describing { .. } | State::Preparing { .. } | State::Transfer { .. } => {

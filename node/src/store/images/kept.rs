@@ -207,8 +207,10 @@ impl Library {
         let file = options.create_new(true).write(true).mode(0o600).open(&path);
         let file = file.map_err(unusable)?;
         let room = || (self.settings.room)(&dir);
+        let copied = copy_data(memory, &file, most, &room, &self.gentle);
+        // Whoever was in a hurry has what it waited for.
         self.gentle.set_free(self.lock().stopped);
-        let kept = match copy_data(memory, &file, most, &room, &self.gentle) {
+        let kept = match copied {
             Ok(true) => {
                 let real = path.canonicalize().map_err(unusable)?;
                 let keep = Keep { vm, owned: true, in_vain };

@@ -27,6 +27,7 @@ impl Destination {
             }
             (Body::LoadedToo(copy, release), _)
                 if release.vm != self.status.vm
+                    && self.is_next(&release)
                     && self.team.iter().any(|s| s.vm == release.vm && s.to == from) =>
             {
                 self.loaded.insert(release.vm, (copy, release));
@@ -46,10 +47,19 @@ impl Destination {
 
     /// The source says that its guest stands still.
     pub(super) fn on_released(&mut self, release: Release, out: &mut Vec<Action>) {
+        if release.vm != self.status.vm || !self.is_next(&release) {
+            return;
+        }
         let new = self.release.replace(release).is_none();
         if let (true, State::Loaded { .. }, Some(copy)) = (new, &self.state, self.copy) {
             self.tell_loaded(copy, out);
         }
+    }
+
+    /// Whether it releases what the record places, for the epoch that decides.
+    fn is_next(&self, release: &Release) -> bool {
+        let placed = self.record.placement_of(release.vm);
+        release.epoch == self.record.epoch.next() && placed.is_some_and(|p| p.copy == release.copy)
     }
 
     /// Loaded: a member tells the lead, and the destination that proposes if it knows it. Whoever lacks the

@@ -37,7 +37,7 @@ impl Source {
             }
             State::Stopped { ask_at, .. } if now >= *ask_at => {
                 *ask_at = now.plus_ms(wait::ASK_MS);
-                out.push(Action::Send(self.peer, Body::Where));
+                out.push(Action::Send(self.peer, self.at_it()));
             }
             State::Starting { ask_at, until } if now >= *ask_at => {
                 let in_vain = now >= *until;
