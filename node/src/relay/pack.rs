@@ -204,17 +204,22 @@ impl Drop for Lent<'_> {
 }
 
 /// One compressor.
-struct Packer {
+pub(super) struct Packer {
     context: zstd::bulk::Compressor<'static>,
     level: i32,
 }
 
 impl Packer {
-    fn new() -> Result<Self, RelayError> {
+    pub(super) fn new() -> Result<Self, RelayError> {
         Ok(Self { context: zstd::bulk::Compressor::new(1)?, level: 1 })
     }
 
-    fn pack(&mut self, content: Vec<u8>, level: i32) -> Result<(Coding, Vec<u8>), RelayError> {
+    /// Packs `content` at `level`; raw if that saves less than a sixteenth.
+    pub(super) fn pack(
+        &mut self,
+        content: Vec<u8>,
+        level: i32,
+    ) -> Result<(Coding, Vec<u8>), RelayError> {
         if self.level != level {
             self.context.set_compression_level(level)?;
             self.level = level;

@@ -22,6 +22,7 @@ use super::Job;
 use super::session::Event;
 use super::shared::Shared;
 use crate::relay::RelayError;
+use crate::relay::pack::Packer;
 use crate::relay::pool::Pool;
 
 const BUFFER: usize = 256 << 10;
@@ -74,6 +75,8 @@ struct Filler {
     hash: blake3::Hasher,
     held: bool,
     tail: Tail,
+    /// Small, and its own: device state does not wait for what others compress.
+    packer: Packer,
     failed: Option<RelayError>,
 }
 
@@ -85,9 +88,12 @@ pub(super) fn run(
     pool: Arc<Pool<Job>>,
     events: tokio::sync::mpsc::Sender<Event>,
 ) {
-    let pages = parser.main_pages() as usize;
-    let mut filler = Filler::new(shared, pool, events.clone(), pages);
-    if let Err(cause) = filler.read_all(&mut socket, &mut parser) {
+    let outcome = Packer::new().and_then(|packer| {
+        let pages = parser.main_pages() as usize;
+        let mut filler = Filler::new(shared, pool, events.clone(), packer, pages);
+        filler.read_all(&mut socket, &mut parser)
+    });
+    if let Err(cause) = outcome {
         // The session may be gone already, and with it the interest in the cause.
         let _ = events.blocking_send(Event::Failed(cause));
     }
@@ -98,6 +104,7 @@ impl Filler {
         shared: Arc<Shared>,
         pool: Arc<Pool<Job>>,
         events: tokio::sync::mpsc::Sender<Event>,
+        packer: Packer,
         pages: usize,
     ) -> Self {
         Self {
@@ -113,6 +120,7 @@ impl Filler {
             hash: blake3::Hasher::new(),
             held: false,
             tail: Tail::default(),
+            packer,
             failed: None,
         }
     }
@@ -188,7 +196,7 @@ impl Filler {
         if self.offset > DEVICE_STATE_BYTES as u64 {
             return Err(RelayError::StateTooLarge(DEVICE_STATE_BYTES));
         }
-        let (coding, payload) = self.shared.seat.budget().packers.pack(content, 3)?;
+        let (coding, payload) = self.packer.pack(content, 3)?;
         let payload = Bytes::from(payload);
         self.tell(Event::Opaque { offset, len, held: self.held, coding, payload })
     }
