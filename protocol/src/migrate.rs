@@ -237,6 +237,8 @@ pub mod wait {
     pub const PREPARE_MS: u64 = 60_000;
     /// Default deadline of the transfer.
     pub const TRANSFER_MS: u64 = 3_600_000;
+    /// How long the lead waits for a moment at which little is left, once all may be stopped.
+    pub const CALM_MS: u64 = 1_000;
     /// Phase 1 before the stop.
     pub const BALLOT_MS: u64 = 3_000;
     /// From the stop to a decision, before an end drives one.

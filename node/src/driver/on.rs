@@ -92,7 +92,10 @@ pub(super) fn boot(node: &Arc<Node>, vm: VmId, id: CopyId) {
     tokio::spawn(async move {
         let Err(error) = run(&node, vm, id).await else { return };
         tracing::warn!(%vm, copy = %id, %error, "it cannot be started and is off again");
-        worker::end(&node, id).await;
+        if let Some(copy) = worker::end(&node, id).await {
+            // Not off before it is gone: it may have taken the `cont` of which nothing was heard.
+            copy.qemu().exited().await;
+        }
         let cause = format!("it could not be started and is off again: {error}");
         node.starts.lock().await.insert(vm, cause);
         // Fails only when the engine has ended.

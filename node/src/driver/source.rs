@@ -209,6 +209,7 @@ impl Worker {
         sending.tasks.iter().for_each(JoinHandle::abort);
         // All members are stopped together: none is held back for another now.
         sending.session.set_bandwidth(sending.limit);
+        sending.session.brace();
         // Before the stop, while the guest still empties its taps.
         let rest = cutover::hold(&self.node, &sending.copy).await;
         // Before the stop: QEMU waits in it for what its mirrors have under way.

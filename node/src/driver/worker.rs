@@ -20,6 +20,9 @@ use crate::vmm::{self, CopyRecord};
 const EFFECTS: usize = 32;
 /// How long a QEMU may take to leave before it is killed.
 const QUIT: std::time::Duration = std::time::Duration::from_secs(2);
+/// How long a copy that has moved away stays as it is: ending it frees gigabytes, while the last frames of its
+/// guest still pass through this host.
+const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What a worker has to do; while it is about to let a copy rest, with the mark of that.
 pub(super) type Todo = (Effect, Option<Mark>);
@@ -190,6 +193,9 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
 async fn retire(node: &Arc<Node>, vm: VmId, id: CopyId) {
     // Before others can hear that it is gone and try again.
     let mark = node.keeping.begin(vm);
+    if node.copies.get(id).is_some_and(|copy| copy.ran()) {
+        tokio::time::sleep(LINGER).await;
+    }
     let copy = end(node, id).await;
     let (node, here) = (Arc::clone(node), off::kept(node, vm).await);
     // Not waited for: nobody needs it before the next migration of this VM.

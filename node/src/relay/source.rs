@@ -216,7 +216,14 @@ impl SourceHandle {
         self.meter.cap.store(bytes_per_s, Ordering::Relaxed);
     }
 
-    /// The guest is about to stop: from now on batches are small and go without asking.
+    /// The guest is about to be stopped: what was read goes without asking, as a round trip would be downtime, and
+    /// nothing is read until [`Self::begin_cutover`], so that the path is free by then.
+    pub fn brace(&self) {
+        self.shared.braced.store(true, Ordering::Relaxed);
+        self.shared.hold(true);
+    }
+
+    /// The guest stops: from now on batches are small and go without asking.
     pub fn begin_cutover(&self) {
         self.shared.hurried.store(true, Ordering::Relaxed);
         self.shared.hold(false);

@@ -29,7 +29,8 @@ use crate::wire::record::{Cause, Placement, Record};
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     /// The members are asked, and their pages cross.
-    Gathering { until: Time, ballot: Ballot },
+    /// `calm_by`: when all are stopped at the latest, if they may be; counted from when they first might.
+    Gathering { until: Time, ballot: Ballot, calm_by: Option<Time> },
     /// Bound: all are told to stop; until a decision or a deadline.
     Stopping { until: Time, stopped_by: Time },
     /// Decided; the members tell how they end.
@@ -117,7 +118,8 @@ impl Lead {
             0 => wait::TRANSFER_MS,
             s => s.saturating_mul(1000),
         };
-        let state = State::Gathering { until: now.plus_ms(limit_ms), ballot: Ballot::None };
+        let state =
+            State::Gathering { until: now.plus_ms(limit_ms), ballot: Ballot::None, calm_by: None };
         let (say_at, shown_at) = (now, now);
         let mut this =
             Self { status, record, options, members, state, started: now, say_at, shown_at };
@@ -238,17 +240,23 @@ impl Lead {
             self.members.iter().all(fits)
         };
         let (near, converged) = (all(&|f| f.near), all(&|f| f.converged));
+        let calm = share::is_calm(self.members.iter().filter_map(Member::figures));
         match (&mut self.state, cause) {
             (State::Gathering { .. }, Some(cause)) => self.give_up(cause, out),
-            (State::Gathering { ballot, .. }, None) => match ballot.step(now, near, converged) {
-                Next::Ask => {
-                    if let (Some(team), Some(seat)) = (self.team(), self.proposer()) {
-                        out.push(self.tell(seat.to, seat.vm, Body::PrepareBallot(team)));
+            (State::Gathering { ballot, calm_by, .. }, None) => {
+                // What all have left crosses together: a little later it may be much less.
+                let by = converged.then(|| *calm_by.get_or_insert(now.plus_ms(wait::CALM_MS)));
+                let may_stop = by.is_some_and(|by| calm || now >= by);
+                match ballot.step(now, near, may_stop) {
+                    Next::Ask => {
+                        if let (Some(team), Some(seat)) = (self.team(), self.proposer()) {
+                            out.push(self.tell(seat.to, seat.vm, Body::PrepareBallot(team)));
+                        }
                     }
+                    Next::Stop => self.stop(now, out),
+                    Next::Wait => {}
                 }
-                Next::Stop => self.stop(now, out),
-                Next::Wait => {}
-            },
+            }
             (State::Stopping { .. }, Some(cause)) => out.push(Action::Resolve(clip(cause))),
             (State::Settling { .. }, _) if self.members.iter().all(Member::is_over) => {
                 self.finish(false, out);

@@ -400,8 +400,7 @@ impl Session {
         let p = &self.exchange.progress;
         let ahead = Duration::from_micros(p.rtt_us) + READ_AHEAD;
         let enough = (p.link_bytes_per_s * ahead.as_secs_f64() * SHRINK).max(READ_AHEAD_BYTES);
-        let hurried = self.shared.hurried.load(Ordering::Relaxed);
-        self.shared.hold(p.passes > 0 && !hurried && p.unplaced_bytes as f64 > enough);
+        self.shared.hold(p.passes > 0 && p.unplaced_bytes as f64 > enough);
     }
 
     fn publish(&mut self, connected: bool) {

@@ -33,6 +33,9 @@ pub(super) struct Shared {
     /// The long stream of the present connection; one message at a time is packed into it.
     pub(super) stream: Mutex<Option<StreamPacker>>,
     pub(super) stop: AtomicBool,
+    /// The guest is about to be stopped.
+    pub(super) braced: AtomicBool,
+    /// What is left is what the guest waits for.
     pub(super) hurried: AtomicBool,
     /// The link outruns the processor: pages go as they are, without asking.
     pub(super) raw: AtomicBool,
@@ -55,6 +58,7 @@ impl Shared {
             window: AtomicU32::new(0),
             stream: Mutex::default(),
             stop: AtomicBool::new(false),
+            braced: AtomicBool::new(false),
             hurried: AtomicBool::new(false),
             raw: AtomicBool::new(false),
             batches: AtomicU32::new(0),
@@ -86,15 +90,19 @@ impl Shared {
 
     /// Whether new batches go without asking.
     pub(super) fn pushes(&self) -> bool {
-        self.hurried.load(Ordering::Relaxed) || self.raw.load(Ordering::Relaxed)
+        [&self.braced, &self.hurried, &self.raw].iter().any(|flag| flag.load(Ordering::Relaxed))
     }
 
     pub(super) fn set_qemu(&self, socket: UnixStream) {
         *lock(&self.qemu) = Some(socket);
     }
 
+    /// Whether QEMU's stream is read; the cutover's own word counts for more.
     pub(super) fn hold(&self, on: bool) {
-        *lock(&self.hold) = on;
+        let mut hold = lock(&self.hold);
+        let is = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        *hold = (on || is(&self.braced)) && !is(&self.hurried);
+        drop(hold);
         self.released.notify_all();
     }
 

@@ -9,6 +9,8 @@ use crate::wire::migrate::Figures;
 
 /// What a member that may be stopped keeps at least, bytes per second: control words and a little.
 const LEAST_BYTES_PER_S: u64 = 64 << 10;
+/// What may be left when all are stopped, if that comes soon: milliseconds of the path.
+const CALM_LEFT_MS: u128 = 40;
 /// Pause between two statuses of the same phase, milliseconds.
 const SHOWN_MS: u64 = 250;
 
@@ -43,6 +45,14 @@ pub(super) fn shares(members: &[Option<Figures>], limit_bytes_per_s: u64) -> Vec
         }
     };
     known.iter().map(share).collect()
+}
+
+/// Whether what all have left crosses in [`CALM_LEFT_MS`].
+pub(super) fn is_calm(members: impl Iterator<Item = Figures>) -> bool {
+    let (left, link) = members.fold((0, 0), |(left, link), f| {
+        (left + u128::from(f.left_bytes), link + u128::from(f.link_bytes_per_s))
+    });
+    left * 1000 <= link * CALM_LEFT_MS
 }
 
 /// From the first to the last of these moments, if all are known.
@@ -134,6 +144,16 @@ mod tests {
         assert!(many / few == 2 || many / few == 3, "{shares:?}");
         let sum: u64 = shares.iter().sum();
         assert!(sum > 3_200_000 && sum <= 3_300_000, "{shares:?}");
+    }
+
+    #[test]
+    fn it_is_calm_when_what_all_have_left_is_little_for_the_path_of_all() {
+        let calm = |left: [u64; 2]| is_calm(left.iter().filter_map(|left| member(*left, true)));
+        // 2 MB/s together: 80 kB.
+        assert!(calm([0, 80_000]) && calm([40_000, 40_000]));
+        assert!(!calm([41_000, 40_000]));
+        let unmeasured = Figures { link_bytes_per_s: 0, ..member(1, true).unwrap() };
+        assert!(!is_calm([unmeasured].into_iter()), "it waits until the deadline");
     }
 
     #[test]
