@@ -113,7 +113,7 @@ fn disk_args(index: usize, disk: &ResolvedDisk, add: &mut impl FnMut(&str, Strin
         let name = format!("{}-backing{}", disk.id, depth + 1);
         let file = file_node(&name, &layer.path);
         let image = image_node(&name, layer.format, Some(&below));
-        for mut node in [file, image] {
+        for mut node in [local(file), image] {
             node["read-only"] = true.into();
             add("-blockdev", node.to_string());
         }
@@ -121,9 +121,11 @@ fn disk_args(index: usize, disk: &ResolvedDisk, add: &mut impl FnMut(&str, Strin
     }
     let mut file = file_node(&disk.id, &disk.path);
     if !disk.readonly {
-        // Demanded, not taken if convenient: locks are what keeps two QEMUs from one image. The page cache is dropped by
-        // QEMU when a moved image is activated (its default).
+        // Demanded, not taken if convenient: locks are what keeps two QEMUs from one image.
         file["locking"] = "on".into();
+    }
+    if disk.moves() {
+        file = local(file);
     }
     // A shared image's chain is QEMU's to find, as it is the same on every host.
     let image = image_node(&disk.id, disk.format, disk.moves().then_some(&below));
@@ -154,6 +156,13 @@ fn file_node(name: &str, path: &Path) -> Value {
     })
 }
 
+/// A file that no other host writes. Otherwise QEMU forgets in `cont`, so within the pause, what the page cache has of a
+/// file: a shared one may have been written elsewhere since it was opened.
+fn local(mut file: Value) -> Value {
+    file["drop-cache"] = false.into();
+    file
+}
+
 fn image_node(name: &str, format: DiskFormat, below: Option<&Value>) -> Value {
     let file = format!("{name}-file");
     let mut node = json!({ "driver": format.name(), "node-name": name, "file": file });
@@ -166,7 +175,7 @@ fn image_node(name: &str, format: DiskFormat, below: Option<&Value>) -> Value {
 /// The firmware's own flash; its variables are a disk.
 fn firmware(firmware: &FileRef, add: &mut impl FnMut(&str, String)) {
     let image = image_node(FIRMWARE, DiskFormat::Raw, None);
-    for mut node in [file_node(FIRMWARE, &firmware.path), image] {
+    for mut node in [local(file_node(FIRMWARE, &firmware.path)), image] {
         node["read-only"] = true.into();
         add("-blockdev", node.to_string());
     }

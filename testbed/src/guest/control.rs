@@ -3,6 +3,7 @@
 //! Owns one connection. Every request has a deadline and an id; after a failure the next request connects again, because
 //! the socket of a VM that moved is another one. Never assumes that an answer belongs to its request without the id.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::wire::{Envelope, MAX_LINE, Reply, Request, Stats, Verified};
+use super::wire::{Envelope, MAX_LINE, Reply, Request, Stats, Talked, Verified};
 
 /// How long a guest that runs may take to answer; verifying many pages under emulation is the longest.
 const REPLY_DEADLINE: Duration = Duration::from_secs(60);
@@ -125,6 +126,23 @@ impl GuestControl {
     pub async fn shell(&mut self, line: &str) -> Result<String> {
         let reply = self.request(&Request::Shell { line: line.to_owned() }).await?;
         Ok(reply.output.unwrap_or_default())
+    }
+
+    /// Has the guest send numbered datagrams to another one's echo, until [`GuestControl::hush`].
+    ///
+    /// # Errors
+    /// If the guest talks already, or does not answer in time.
+    pub async fn talk(&mut self, to: Ipv4Addr, rate_pps: u32) -> Result<()> {
+        self.request(&Request::Talk { to, rate_pps }).await.map(drop)
+    }
+
+    /// Ends that: what came back.
+    ///
+    /// # Errors
+    /// If the guest does not talk, or does not answer in time.
+    pub async fn hush(&mut self) -> Result<Talked> {
+        let reply = self.request(&Request::Hush).await?;
+        reply.talked.context("Guest answered without a result")
     }
 
     /// The guest's counters; `reset` starts its longest gaps again from zero afterwards.

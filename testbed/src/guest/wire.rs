@@ -4,6 +4,8 @@
 //! language. Never does I/O. Invariant: a reply carries the id of its request, so an answer to an earlier, abandoned
 //! request is never taken for the answer to this one.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 /// Longest line in bytes that either side accepts.
@@ -68,6 +70,15 @@ pub enum Request {
         /// The line.
         line: String,
     },
+    /// Send numbered datagrams to another guest's echo until [`Request::Hush`].
+    Talk {
+        /// The other guest.
+        to: Ipv4Addr,
+        /// Datagrams per second.
+        rate_pps: u32,
+    },
+    /// End that, wait for what is under way, and tell what was seen.
+    Hush,
     /// Counters.
     Stats {
         /// Start the longest gaps again from zero after reporting them.
@@ -104,6 +115,21 @@ pub struct Verified {
     /// The first corrupt page.
     #[serde(default)]
     pub first_corrupt: Option<Corrupt>,
+}
+
+/// Outcome of [`Request::Hush`]: datagrams, counted where they were sent and came back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Talked {
+    /// Sent.
+    pub sent: u64,
+    /// Of these, never come back.
+    pub lost: u64,
+    /// Come back after a later one.
+    pub reordered: u64,
+    /// Come back more than once.
+    pub duplicated: u64,
+    /// Dropped by the sender's own socket for want of room (in `lost`, too).
+    pub socket_dropped: u64,
 }
 
 /// Outcome of [`Request::Stats`].
@@ -155,6 +181,9 @@ pub struct Reply {
     /// For [`Request::Stats`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stats: Option<Stats>,
+    /// For [`Request::Hush`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub talked: Option<Talked>,
     /// For [`Request::Shell`]: the end of what it wrote, at most [`MAX_OUTPUT`] bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<String>,
@@ -163,7 +192,7 @@ pub struct Reply {
 impl Reply {
     /// A bare yes.
     pub fn ok(id: u32) -> Self {
-        Reply { id, ok: true, error: None, verified: None, stats: None, output: None }
+        Reply { id, ok: true, error: None, verified: None, stats: None, talked: None, output: None }
     }
 
     /// A refusal with its cause.

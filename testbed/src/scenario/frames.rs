@@ -1,27 +1,32 @@
-//! Frames: numbered datagrams into and out of a guest from two sites, while it moves, stays, and is aborted.
+//! Frames: numbered datagrams into and out of each member of a cluster, and between the members, while all of them move,
+//! stay, and are aborted.
 //!
-//! Owns the runs. Invariant: what is lost, out of order or doubled is what the probers outside saw; what the guest's own
-//! sockets had no room for is counted apart, by the guest, and so are datagrams that the WAN's full queue dropped: a
-//! tunnel loses what the link under it loses.
+//! Owns the runs. Invariant: what is lost, out of order or doubled is what the senders saw; what a guest's own sockets had
+//! no room for is counted apart, by the guest, and so are datagrams that the WAN's full queue dropped: a tunnel loses what
+//! the link under it loses.
 
 use std::fs;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use godwit::api::types::Migration;
 use godwit_protocol::wire::migrate::Phase;
 use serde_json::{Value, json};
 
-use super::faults::world::{hold_dir, let_hold};
+use super::cluster::world::{CLUSTER, two_sites};
+use super::faults::world::{REQUESTER, hold_dir, let_hold};
 use super::roundtrip::moves::{Moving, Wish};
 use super::swarm::{Guest, GuestPlan, Swarm, run};
-use crate::guest::wire::{Stats, UDP_SINK_PORT};
-use crate::guest::{Cache, GuestFiles, GuestKind};
-use crate::lab::LabConfig;
+use crate::guest::wire::{Talked, UDP_SINK_PORT};
+use crate::guest::{Cache, GuestControl, GuestFiles, GuestKind};
 use crate::lab::prober::{ECHO_PORT, ProbeConfig, ProbeReport, Prober, Station};
 
-/// Datagrams per second of each prober, and of the one of the fast run.
+/// Where the members are on each side.
+const SIDES: [[(&str, &str); 2]; 2] = [[("a", "h1"), ("b", "h2")], [("a", "h4"), ("b", "h5")]];
+/// Which station probes which member: one of the first site both, one beside a destination the first.
+const PROBED: [(usize, usize); 3] = [(0, 0), (0, 1), (1, 0)];
+/// Datagrams per second of each prober and each member, and of the fast run.
 const PROBES: u32 = 500;
 const FAST: u32 = 5000;
 /// How long anything may take that is not a move.
@@ -50,93 +55,132 @@ pub fn full() -> Result<Value> {
 
 struct World {
     swarm: Swarm,
-    guest: Guest,
+    guests: Vec<Guest>,
     stations: Vec<Station>,
     probers: Vec<Prober>,
-    host: &'static str,
+    /// Which of [`SIDES`].
+    side: usize,
     log: Vec<Value>,
+}
+
+/// What the senders saw.
+#[derive(Default)]
+struct Seen {
+    probers: Vec<ProbeReport>,
+    talks: Vec<Talked>,
 }
 
 /// Runs it.
 pub fn frames(plan: &Plan) -> Result<Value> {
     let files = GuestFiles::prepare(GuestKind::Busybox, &Cache::open()?)?;
-    let swarm = Swarm::up(&LabConfig::demo(plan.labid), let_hold)?;
-    let guest = swarm.start_guest("h1", &files, &GuestPlan::new("web", 5, 192))?;
-    run(async { swarm.control("h1", &guest)?.churn(8, 250, false).await })?;
-    let stations = vec![swarm.station("h3", 1)?, swarm.station("h2", 2)?];
+    let swarm = Swarm::up(&two_sites(plan.labid, 80), let_hold)?;
+    let mut guests = Vec::new();
+    for (at, (name, host)) in SIDES[0].into_iter().enumerate() {
+        let guest = swarm.start_guest(host, &files, &GuestPlan::new(name, 5 + at as u8, 192))?;
+        run(async { swarm.control(host, &guest)?.churn(8, 250, false).await })?;
+        guests.push(guest);
+    }
+    swarm.ask(REQUESTER, &["cluster", "create", CLUSTER, "--vms", "a,b"])?;
+    let stations = vec![swarm.station(REQUESTER, 1)?, swarm.station("h4", 2)?];
     let mut world =
-        World { swarm, guest, stations, probers: Vec::new(), host: "h1", log: Vec::new() };
+        World { swarm, guests, stations, probers: Vec::new(), side: 0, log: Vec::new() };
     let began = Instant::now();
-    let reports = world.probed(&[0, 1], PROBES, |world| {
+    let seen = world.probed(|world| {
         (0..plan.moves).try_for_each(|_| world.moves())?;
         (0..plan.aborted).try_for_each(|n| if n % 2 == 0 { world.aborts() } else { world.stays() })
     })?;
     let fast = if plan.fast { world.fast()? } else { json!({}) };
-    let guest_dropped = world.stats()?.udp_dropped;
+    let guest_dropped = world.dropped()?;
+    let held = world.held()?;
     let World { swarm, stations, log, .. } = world;
     let wan = swarm.lab.wan()?.stats()?;
     let in_wan = wan.forward.udp_queue_dropped + wan.backward.udp_queue_dropped;
     drop(stations);
     swarm.down()?;
-    let sum = |of: fn(&ProbeReport) -> u64| reports.iter().map(of).sum::<u64>();
-    let apart = guest_dropped + sum(|r| r.socket_dropped);
+    let sum = |probed: fn(&ProbeReport) -> u64, talked: fn(&Talked) -> u64| {
+        seen.probers.iter().map(probed).sum::<u64>() + seen.talks.iter().map(talked).sum::<u64>()
+    };
+    let apart = guest_dropped + sum(|r| r.socket_dropped, |t| t.socket_dropped);
     let in_fast = |key: &str| fast[key].as_u64().unwrap_or(0);
-    let lost = (sum(|r| r.lost) + in_fast("lost")).saturating_sub(apart);
-    let reordered = sum(|r| r.reordered) + in_fast("reordered");
-    let duplicated = sum(|r| r.duplicated) + in_fast("duplicated");
+    let lost = (sum(|r| r.lost, |t| t.lost) + in_fast("lost")).saturating_sub(apart);
+    let reordered = sum(|r| r.reordered, |t| t.reordered) + in_fast("reordered");
+    let duplicated = sum(|r| r.duplicated, |t| t.duplicated) + in_fast("duplicated");
     Ok(json!({
         "scenario": "frames",
-        "passed": lost <= in_wan && reordered == 0 && duplicated == 0,
+        // Without a frame that was held nothing was shown.
+        "passed": lost <= in_wan && reordered == 0 && duplicated == 0 && held > 0,
         "moves": plan.moves,
         "aborted": plan.aborted,
-        "sent": sum(|r| r.sent) + in_fast("sent"),
+        "sent": sum(|r| r.sent, |t| t.sent) + in_fast("sent"),
         "lost": lost,
         "reordered": reordered,
         "duplicated": duplicated,
+        "held": held,
         "dropped_by_guest_sockets": guest_dropped,
-        "dropped_by_prober_sockets": apart - guest_dropped,
+        "dropped_by_senders_sockets": apart - guest_dropped,
         "datagrams_dropped_by_wan_queue": in_wan,
         "seconds": began.elapsed().as_secs(),
         "fast": fast,
-        "probers": reports,
+        "probers": seen.probers,
+        "members": seen.talks,
         "runs": log,
     }))
 }
 
 impl World {
-    /// Does the work while probers talk to the guest from these stations.
-    fn probed(
-        &mut self,
-        from: &[usize],
-        rate_pps: u32,
-        work: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<Vec<ProbeReport>> {
-        let target = SocketAddr::from((self.guest.plan.ip(), ECHO_PORT));
-        let config = ProbeConfig { target, rate_pps, size: 64 };
-        let station = |at: &usize| self.stations.get(*at).context("no such station");
-        let start = |at| Prober::start(Some(station(at)?.ns()), &config);
-        self.probers = from.iter().map(start).collect::<Result<Vec<_>>>()?;
+    /// Does the work while the stations talk to the members, and these to each other.
+    fn probed(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<Seen> {
+        for (station, member) in PROBED {
+            let target = SocketAddr::from((self.guests[member].plan.ip(), ECHO_PORT));
+            let config = ProbeConfig { target, rate_pps: PROBES, size: 64 };
+            self.probers.push(Prober::start(Some(self.stations[station].ns()), &config)?);
+        }
         for prober in &self.probers {
-            ensure!(prober.wait_unique(200, SOON), "the guest does not answer on its wire");
+            ensure!(prober.wait_unique(200, SOON), "a guest does not answer on its wire");
         }
         let early = self.probers.iter().map(|p| p.snapshot().reordered).sum::<u64>();
         ensure!(early == 0, "{early} out of order before anything moved: the lab's own fault");
+        let other = |at: usize| self.guests[self.guests.len() - 1 - at].plan.ip();
+        for at in 0..self.guests.len() {
+            let to = other(at);
+            run(async { self.control(at)?.talk(to, PROBES).await })?;
+        }
         let done = work(self);
-        let reports: Vec<ProbeReport> = self.probers.drain(..).map(|p| p.stop(DRAIN)).collect();
-        println!("{}", json!(reports));
-        done.map(|()| reports)
+        let mut seen = Seen::default();
+        for at in 0..self.guests.len() {
+            seen.talks.push(run(async { self.control(at)?.hush().await })?);
+        }
+        seen.probers = self.probers.drain(..).map(|p| p.stop(DRAIN)).collect();
+        println!("{}", json!([seen.probers, seen.talks]));
+        done.map(|()| seen)
     }
 
-    fn stats(&self) -> Result<Stats> {
-        run(async { self.swarm.control(self.host, &self.guest)?.stats(false).await })
+    fn control(&self, at: usize) -> Result<GuestControl> {
+        self.swarm.control(SIDES[self.side][at].1, &self.guests[at])
     }
 
-    /// One move while many frames a second go into the guest, which counts them and answers none.
+    /// What the guests' own sockets had no room for.
+    fn dropped(&self) -> Result<u64> {
+        let each = |at| Ok(run(async { self.control(at)?.stats(false).await })?.udp_dropped);
+        (0..self.guests.len()).map(each).sum()
+    }
+
+    /// Frames that were held for the members, by the hosts' own count.
+    fn held(&self) -> Result<u64> {
+        let mut held = 0;
+        for host in self.swarm.lab.hosts() {
+            let all = self.swarm.ask(&host.name, &["migrations"])?;
+            let members = all.as_array().into_iter().flatten().filter(|m| m["name"] != CLUSTER);
+            held += members.filter_map(|m| m["frames_held"].as_u64()).sum::<u64>();
+        }
+        Ok(held)
+    }
+
+    /// One move while many frames a second go into a member, which counts them and answers none.
     fn fast(&mut self) -> Result<Value> {
-        let target = SocketAddr::from((self.guest.plan.ip(), UDP_SINK_PORT));
+        let target = SocketAddr::from((self.guests[0].plan.ip(), UDP_SINK_PORT));
         let config = ProbeConfig { target, rate_pps: FAST, size: 64 };
-        let station = self.stations.first().context("no station")?;
-        let prober = Prober::start(Some(station.ns()), &config)?;
+        let prober = Prober::start(Some(self.stations[0].ns()), &config)?;
         let end = Instant::now() + SOON;
         // Nobody answers its first one, behind which the others wait for a second.
         while prober.sent() < u64::from(FAST) {
@@ -146,12 +190,13 @@ impl World {
         let done = self.moves();
         let sent = prober.stop(Duration::ZERO).sent;
         done?;
-        let mut seen = self.stats()?;
+        let stats = |world: &Self| run(async { world.control(0)?.stats(false).await });
+        let mut seen = stats(self)?;
         let end = Instant::now() + SOON;
         while seen.sink_unique < sent && Instant::now() < end {
             // The guest is behind; its counters are all there is to look at.
             std::thread::sleep(Duration::from_millis(200));
-            seen = self.stats()?;
+            seen = stats(self)?;
         }
         Ok(json!({
             "sent": sent,
@@ -161,8 +206,8 @@ impl World {
         }))
     }
 
-    fn far(&self) -> &'static str {
-        if self.host == "h1" { "h2" } else { "h1" }
+    fn wish(&self) -> Wish<'static> {
+        Wish { place: &SIDES[1 - self.side], ..Wish::new(REQUESTER, CLUSTER, "") }
     }
 
     fn note(&mut self, what: &str, m: &Migration) {
@@ -171,46 +216,43 @@ impl World {
             "what": what, "from": m.from_name, "to": m.to_name, "phase": s.phase, "cause": s.cause,
             "total_ms": s.total_ms, "downtime_ms": s.downtime_us.map(|us| us as f64 / 1000.0),
             "sent_by_then": self.probers.iter().map(Prober::sent).collect::<Vec<_>>(),
-            "held": s.frames_held, "dropped": s.frames_dropped,
         });
         println!("{figures}");
         self.log.push(figures);
     }
 
     fn moves(&mut self) -> Result<()> {
-        let far = self.far();
-        let m = Moving::start(&self.swarm, &Wish::new("h3", "web", far))?.end()?;
+        let m = Moving::start(&self.swarm, &self.wish())?.end()?;
         self.note("move", &m);
         ensure!(m.status.phase == Phase::Moved, "{:?}: {}", m.status.phase, m.status.cause);
-        self.host = far;
+        self.side = 1 - self.side;
         Ok(())
     }
 
-    /// Given up by request, while the guest runs.
+    /// Given up by request, while the guests run.
     fn aborts(&mut self) -> Result<()> {
-        let wish = Wish { bandwidth: SLOW, ..Wish::new("h3", "web", self.far()) };
+        let wish = Wish { bandwidth: SLOW, ..self.wish() };
         let moving = Moving::start(&self.swarm, &wish)?;
         let mut id = String::new();
         self.swarm.wait("pages cross", SOON, |s| {
-            let all = s.ask("h3", &["migrations"])?;
+            let all = s.ask(REQUESTER, &["migrations"])?;
             let crosses = |m: &&Value| m["phase"] == "transfer";
             let found = all.as_array().and_then(|all| all.iter().find(crosses)?["id"].as_str());
             id = found.unwrap_or_default().to_owned();
             Ok(!id.is_empty())
         })?;
-        self.swarm.ask("h3", &["abort", &id])?;
+        self.swarm.ask(REQUESTER, &["abort", &id])?;
         let m = moving.end()?;
         self.note("abort", &m);
         ensure!(m.status.phase == Phase::Stayed, "{:?}: {}", m.status.phase, m.status.cause);
         Ok(())
     }
 
-    /// Decided to stay when the guest stands still: a page is altered on its way.
+    /// Decided to stay when the guests stand still: a page of one of them is altered on its way.
     fn stays(&mut self) -> Result<()> {
-        let far = self.far();
-        let fault = hold_dir(&self.swarm, far)?.join("alter-page");
+        let fault = hold_dir(&self.swarm, SIDES[1 - self.side][0].1)?.join("alter-page");
         fs::write(&fault, "")?;
-        let ended = Moving::start(&self.swarm, &Wish::new("h3", "web", far))?.end();
+        let ended = Moving::start(&self.swarm, &self.wish())?.end();
         fs::remove_file(&fault)?;
         let m = ended?;
         self.note("stay", &m);

@@ -8,6 +8,7 @@
 mod disks;
 mod net;
 mod serve;
+mod talk;
 mod ticker;
 mod workload;
 
@@ -22,8 +23,17 @@ use godwit_testbed::guest::wire::{
 };
 
 use disks::Disks;
+use talk::Talk;
 use ticker::Ticker;
 use workload::Workload;
+
+/// What the guest does besides echoing.
+struct Agent {
+    workload: Workload,
+    disks: Disks,
+    ticker: Ticker,
+    talk: Talk,
+}
 
 /// The control channel.
 const CONTROL_SERIAL: &str = "/dev/ttyS1";
@@ -44,13 +54,14 @@ fn start() -> Result<(), String> {
     let workload = Workload::start(seed).map_err(|e| format!("writer: {e}"))?;
     let disks = Disks::start(seed).map_err(|e| format!("disk writer: {e}"))?;
     let ticker = Ticker::start().map_err(|e| format!("ticker: {e}"))?;
+    let agent = Agent { workload, disks, ticker, talk: Talk::default() };
     net::loopback_up().map_err(|e| format!("lo: {e}"))?;
     if let Some(address) = net::Address::from_cmdline(&cmdline)? {
         net::configure("eth0", address).map_err(|e| format!("eth0: {e}"))?;
     }
     let sink = serve::udp_sink(UDP_SINK_PORT).map_err(|e| format!("UDP {UDP_SINK_PORT}: {e}"))?;
     let handler: serve::Handler = Arc::new(move |envelope| {
-        let mut reply = answer(&workload, &disks, &ticker, envelope);
+        let mut reply = answer(&agent, envelope);
         if let Some(stats) = &mut reply.stats {
             let seen = sink.lock().unwrap_or_else(PoisonError::into_inner).report(0, 0);
             stats.sink_unique = seen.unique;
@@ -71,7 +82,8 @@ fn start() -> Result<(), String> {
     Ok(())
 }
 
-fn answer(workload: &Workload, disks: &Disks, ticker: &Ticker, envelope: Envelope) -> Reply {
+fn answer(agent: &Agent, envelope: Envelope) -> Reply {
+    let Agent { workload, disks, ticker, talk } = agent;
     let id = envelope.id;
     let refuse = |cause: String| Reply::refuse(id, cause);
     match envelope.request {
@@ -88,6 +100,12 @@ fn answer(workload: &Workload, disks: &Disks, ticker: &Ticker, envelope: Envelop
             .map_or_else(refuse, |seen| Reply { verified: Some(seen), ..Reply::ok(id) }),
         Request::Shell { line } => disks::shell(&line, MAX_OUTPUT)
             .map_or_else(refuse, |said| Reply { output: Some(said), ..Reply::ok(id) }),
+        Request::Talk { to, rate_pps } => {
+            talk.start(to, rate_pps).map_or_else(refuse, |()| Reply::ok(id))
+        }
+        Request::Hush => {
+            talk.end().map_or_else(refuse, |seen| Reply { talked: Some(seen), ..Reply::ok(id) })
+        }
         Request::Stop => {
             workload.stop();
             Reply::ok(id)

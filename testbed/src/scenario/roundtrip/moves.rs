@@ -21,11 +21,13 @@ pub(in crate::scenario) struct Wish<'a> {
     pub to: &'a str,
     pub bandwidth: u64,
     pub deadline_s: u64,
+    /// Where members go, by name.
+    pub place: &'a [(&'a str, &'a str)],
 }
 
 impl<'a> Wish<'a> {
     pub fn new(on: &'a str, vm: &'a str, to: &'a str) -> Self {
-        Self { on, vm, to, bandwidth: 0, deadline_s: 0 }
+        Self { on, vm, to, bandwidth: 0, deadline_s: 0, place: &[] }
     }
 }
 
@@ -43,7 +45,7 @@ impl Moving {
             bandwidth_bytes_per_s: wish.bandwidth,
             max_downtime_ms: 0,
             disk_bandwidth_bytes_per_s: 0,
-            place: Default::default(),
+            place: wish.place.iter().map(|(vm, host)| ((*vm).into(), (*host).into())).collect(),
             dry_run: false,
             deadline_s: wish.deadline_s,
             id: None,

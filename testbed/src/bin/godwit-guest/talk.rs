@@ -1,0 +1,42 @@
+//! One conversation with another guest's echo: the prober of the lab, run in here.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use godwit_testbed::guest::wire::{Talked, UDP_ECHO_PORT};
+use godwit_testbed::lab::prober::{ProbeConfig, Prober};
+
+/// Bytes of a datagram.
+const SIZE: usize = 64;
+/// How long what is under way may take at the end.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// There is one at a time.
+#[derive(Default)]
+pub struct Talk(Mutex<Option<Prober>>);
+
+impl Talk {
+    pub fn start(&self, to: Ipv4Addr, rate_pps: u32) -> Result<(), String> {
+        let mut talk = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if talk.is_some() {
+            return Err("it talks already".to_owned());
+        }
+        let target = SocketAddr::from((to, UDP_ECHO_PORT));
+        let config = ProbeConfig { target, rate_pps, size: SIZE };
+        *talk = Some(Prober::start(None, &config).map_err(|e| format!("{e:#}"))?);
+        Ok(())
+    }
+
+    pub fn end(&self) -> Result<Talked, String> {
+        let talk = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let seen = talk.ok_or("it does not talk")?.stop(DRAIN);
+        Ok(Talked {
+            sent: seen.sent,
+            lost: seen.lost,
+            reordered: seen.reordered,
+            duplicated: seen.duplicated,
+            socket_dropped: seen.socket_dropped,
+        })
+    }
+}
