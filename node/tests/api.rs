@@ -51,6 +51,7 @@ fn status(id: MigrationId, phase: Phase, done_ppm: u32) -> Migration {
         downtime_us: None,
         members: vec![],
         stop_spread_us: None,
+        stop_budget_us: 0,
         resume_spread_us: None,
         timeline: vec![],
     };

@@ -212,6 +212,7 @@ impl Worker {
         sending.session.brace();
         // Before the stop, while the guest still empties its taps.
         let rest = cutover::hold(&self.node, &sending.copy).await;
+        hold::at("held").await;
         // Before the stop: QEMU waits in it for what its mirrors have under way.
         sending.session.begin_cutover();
         let qemu = sending.copy.qemu();

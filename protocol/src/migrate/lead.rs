@@ -147,7 +147,8 @@ impl Lead {
             forgotten: false,
         };
         let members = moving.team.iter().map(member).collect();
-        let status = Status { phase: Phase::Stopped, ..status };
+        let stop_budget_us = wait::STOPPED_MS * 1000;
+        let status = Status { phase: Phase::Stopped, stop_budget_us, ..status };
         out.push(Action::Resolve("the lead's node restarted while the guests stood still".into()));
         let until = now.plus_ms(wait::DECISION_MS);
         let state = State::Stopping { until, stopped_by: until };
@@ -284,6 +285,7 @@ impl Lead {
         let (until, stopped_by) = (now.plus_ms(phase_ms), now.plus_ms(wait::STOPPED_MS));
         self.state = State::Stopping { until, stopped_by };
         self.status.phase = Phase::Stopped;
+        self.status.stop_budget_us = wait::STOPPED_MS * 1000;
         self.say(now, out);
         self.show(now, true, out);
     }

@@ -303,6 +303,9 @@ pub struct Status {
     pub members: Vec<MemberStatus>,
     /// A cluster: from the first to the last STOP, microseconds, by the hosts' clocks.
     pub stop_spread_us: Option<u64>,
+    /// The longest that it may be, microseconds: if not all are stopped by then, a decision is driven. 0: not a cluster, or none
+    /// was told to stop.
+    pub stop_budget_us: u64,
     /// A cluster: from the first to the last RESUME.
     pub resume_spread_us: Option<u64>,
     /// Frames for the guest that waited at its old host while it moved.
@@ -368,6 +371,7 @@ impl Status {
             downtime_us: None,
             members: Vec::new(),
             stop_spread_us: None,
+            stop_budget_us: 0,
             resume_spread_us: None,
             frames_held: 0,
             frames_dropped: 0,

@@ -45,6 +45,7 @@ pub fn small() -> Result<Value> {
     step("a host is drained and is not", &mut world, drained);
     step("most voters are lost, and come back", &mut world, forced);
     step("one leaves, one ends, the rest part", &mut world, parted);
+    steps.step("a voter is revoked", || revoked(&mut world));
     let double = double_runs(&world.qemus.seen());
     world.down()?;
     let passed = steps.passed() && double.is_empty();
@@ -231,4 +232,31 @@ fn parted(world: &mut World) -> Result<Value> {
     let runs = ["a", "c"].map(|vm| world.runs_on(vm));
     ensure!(runs == [Some("h1".into()), Some("h5".into())], "{runs:?}");
     Ok(json!({ "runs": runs }))
+}
+
+/// Its votes go to another host first, and then it is no member any more.
+fn revoked(world: &mut World) -> Result<Value> {
+    world.swarm.ask("h1", &["cluster", "create", CLUSTER, "--vms", "a,c"])?;
+    let voters = |swarm: &super::Swarm| {
+        let shown = swarm.ask("h1", &["cluster", "show", CLUSTER])?;
+        let names = shown["voters"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        Ok::<_, anyhow::Error>(names.map(str::to_owned).collect::<Vec<_>>())
+    };
+    world.swarm.wait("three voters", MOVE, |swarm| Ok(voters(swarm)?.len() >= 3))?;
+    let had = voters(&world.swarm)?;
+    let out = had.iter().find(|host| !["h1", "h5"].contains(&host.as_str()));
+    let out = out.with_context(|| format!("all voters run a guest: {had:?}"))?.clone();
+    let refused = world.swarm.node("h1")?.cli(&["revoke", "h5"], MOVE)?;
+    ensure!(!refused.ok() && refused.stderr.contains("VMs run on h5: c"), "{refused:?}");
+    world.swarm.ask("h1", &["revoke", &out])?;
+    let has = voters(&world.swarm)?;
+    ensure!(has.len() >= 3 && !has.contains(&out), "{out} is revoked, and they vote: {has:?}");
+    world.swarm.wait("nobody counts it as a host", MOVE, |swarm| {
+        let hosts = swarm.ask("h5", &["hosts"])?;
+        let alive = |h: &Value| h["name"] == out.as_str() && h["state"] == "alive";
+        Ok(!hosts.as_array().into_iter().flatten().any(alive))
+    })?;
+    // And it decides without it.
+    world.swarm.ask("h5", &["cluster", "delete", CLUSTER])?;
+    Ok(json!({ "revoked": out, "voters_before": had, "voters_after": has }))
 }

@@ -45,7 +45,8 @@ fn together(status: &Status) -> String {
         return String::new();
     };
     let ms = |us: u64| show_ms(us.div_ceil(1000));
-    format!(" (stopped within {}, resumed within {})", ms(stop), ms(resume))
+    let (budget, stop, resume) = (ms(status.stop_budget_us), ms(stop), ms(resume));
+    format!(" (stopped within {stop} of {budget}, resumed within {resume})")
 }
 
 /// Exit code of a migration that was waited for; none: it has not ended.
@@ -160,6 +161,7 @@ pub(super) mod tests {
             downtime_us: Some(209_001),
             members: vec![],
             stop_spread_us: None,
+            stop_budget_us: 3_000_000,
             resume_spread_us: None,
             timeline: vec![],
         }

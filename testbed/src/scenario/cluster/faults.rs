@@ -6,6 +6,8 @@ mod case;
 mod judge;
 mod split;
 
+use std::time::Instant;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
@@ -19,7 +21,9 @@ const MEMBERS: [(&str, &str); 2] = [("a", "h1"), ("b", "h2")];
 /// Each fault at each step; those that may end a guest come last, because the others share theirs.
 #[must_use]
 fn matrix() -> Vec<Case> {
-    let all = |fault: &Fault| Phase::ALL.map(|phase| Case { fault: *fault, phase });
+    let steps = || Phase::ALL.into_iter().chain([Phase::Held]);
+    let all =
+        |fault: &Fault| steps().map(|phase| Case { fault: *fault, phase }).collect::<Vec<_>>();
     let mut cases: Vec<Case> = Fault::ALL.iter().flat_map(all).collect();
     cases.sort_by_key(Case::may_lose);
     cases
@@ -49,6 +53,7 @@ pub fn full() -> Result<Value> {
 /// # Errors
 /// If the lab cannot be removed.
 pub fn run(labid: &str, wanted: &dyn Fn(&str) -> bool) -> Result<Value> {
+    let began = Instant::now();
     let mut world: Option<World> = None;
     let mut reports: Vec<Value> = Vec::new();
     let mut skipped: Vec<Value> = Vec::new();
@@ -84,6 +89,7 @@ pub fn run(labid: &str, wanted: &dyn Fn(&str) -> bool) -> Result<Value> {
     Ok(json!({
         "passed": !reports.is_empty() && reports.iter().all(|r| r["passed"] == true),
         "runs": reports.len(),
+        "seconds": began.elapsed().as_secs(),
         "double_runs": sum("double_runs"),
         "split_clusters": sum("split_clusters"),
         "corrupt_pages": sum("pages_corrupt"),
@@ -118,7 +124,7 @@ mod tests {
     #[test]
     fn every_fault_meets_every_step_and_names_are_unique() {
         let names: std::collections::BTreeSet<_> = matrix().iter().map(Case::name).collect();
-        assert_eq!((names.len(), matrix().len()), (7 * 5, 7 * 5));
+        assert_eq!((names.len(), matrix().len()), (7 * 6, 7 * 6));
         assert!(some().iter().all(|name| names.contains(name)));
     }
 }

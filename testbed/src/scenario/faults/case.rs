@@ -53,6 +53,8 @@ pub enum Phase {
     Mirrored,
     /// Pages cross, the guest runs at the source.
     Transfer,
+    /// Frames for the guest wait at the source, which is bound; the guest still runs there.
+    Held,
     /// The guest stands still; the destination has all, and is not bound.
     Stopped,
     /// The destination is bound; nothing is proposed.
@@ -73,6 +75,11 @@ impl Phase {
         matches!(self, Self::Transfer | Self::Disk)
     }
 
+    /// Whether it is the source that stands still.
+    pub(crate) fn at_source(self) -> bool {
+        matches!(self, Self::Mirrored | Self::Held)
+    }
+
     /// Its name; of one that does not move on also the point at which a node stands still.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -80,6 +87,7 @@ impl Phase {
             Self::Disk => "disk",
             Self::Mirrored => "mirrored",
             Self::Transfer => "transfer",
+            Self::Held => "held",
             Self::Stopped => "stopped",
             Self::Loaded => "loaded",
             Self::Decided => "decided",
@@ -151,7 +159,7 @@ impl Case {
         let destination = if source == "h1" { "h2" } else { "h1" }.to_owned();
         world.settled(&guest.name, &source)?;
         world.clear_holds()?;
-        let held = if self.phase == Phase::Mirrored { &source } else { &destination };
+        let held = if self.phase.at_source() { &source } else { &destination };
         let hold = world.hold_dir(held)?;
         let mut point = Point::of(&hold, self.phase);
         if let Fault::LateAccept { ms } = self.fault {
@@ -234,7 +242,7 @@ impl Case {
         });
         let ran = !destination.ran().is_empty();
         let fits = match self.phase {
-            Phase::Transfer | Phase::Disk => source.runs() && !ran,
+            Phase::Transfer | Phase::Disk | Phase::Held => source.runs() && !ran,
             Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided => {
                 !source.runs() && !ran
             }
@@ -258,7 +266,7 @@ impl Case {
         let covers = |ran: &[(u64, Option<u64>)]| ran_at(ran, at_us);
         let ran = destination.iter().any(|(from, _)| (scene.started_us..=at_us).contains(from));
         let fits = match self.phase {
-            Phase::Transfer | Phase::Disk => covers(&source) && !ran,
+            Phase::Transfer | Phase::Disk | Phase::Held => covers(&source) && !ran,
             Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided => {
                 !covers(&source) && !ran
             }

@@ -80,11 +80,11 @@ impl World {
         let back = talk.snapshot().unique + ANSWERS;
         ensure!(talk.wait_unique(back, SOON), "{what}: the guest is not reached any more");
         let report = talk.stop(DRAIN);
-        let ProbeReport { sent, lost, reordered, .. } = report;
+        let ProbeReport { sent, lost, reordered, duplicated, .. } = report;
         let frames = self.vxlan_frames()? - before;
         let fits = if by_vxlan { frames >= ANSWERS } else { frames <= OTHERS };
         ensure!(fits, "{what}: {frames} frames of {sent} left by VXLAN");
-        ensure!((lost, reordered) == (0, 0), "{what}: {report:?}");
+        ensure!((lost, reordered, duplicated) == (0, 0, 0), "{what}: {report:?}");
         Ok(json!({ "sent": sent, "by_vxlan": frames, "lost": lost, "reordered": reordered }))
     }
 

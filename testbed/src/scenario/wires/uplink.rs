@@ -67,8 +67,8 @@ pub fn uplink(labid: &str) -> Result<Value> {
         world.moves(to, out_by)?;
     }
     let probes = prober.stop(DRAIN);
-    let ProbeReport { sent, lost, duplicated, .. } = probes;
-    ensure!((lost, duplicated) == (0, 0), "{probes:?}");
+    let ProbeReport { sent, lost, reordered, duplicated, .. } = probes;
+    ensure!((lost, reordered, duplicated) == (0, 0, 0), "{probes:?}");
     world.moves("h2", "h2")?;
     world.swarm.node_mut("h2")?.restart(SOON)?;
     world.flows("after a restart", "h2")?;

@@ -79,7 +79,7 @@ pub struct Case {
 struct Scene {
     from: Vec<String>,
     to: Vec<String>,
-    /// The member whose destination stands still, and is looked at.
+    /// The member of which one end stands still, and is looked at.
     held: usize,
     follow: Follow,
     started: Instant,
@@ -147,7 +147,8 @@ impl Case {
         let to: Vec<String> =
             if there { ["h4", "h5"] } else { ["h1", "h2"] }.map(Into::into).into();
         let held = usize::from(self.fault != Fault::Proposer);
-        let point = Point::of(&hold_dir(&world.swarm, &to[held])?, self.phase);
+        let at = if self.phase.at_source() { &from[held] } else { &to[held] };
+        let point = Point::of(&hold_dir(&world.swarm, at)?, self.phase);
         point.hold()?;
         // What the destinations still have from an earlier move makes this one short.
         let link = if self.phase.moves_on() { SLOW } else { 0 };
@@ -201,6 +202,7 @@ impl Case {
             let held = member == scene.held;
             let fits = match self.phase {
                 Phase::Transfer | Phase::Disk => covers(&source) && !arrived,
+                Phase::Held => (!held || covers(&source)) && !arrived,
                 // Nothing is decided before all are loaded.
                 Phase::Mirrored | Phase::Stopped | Phase::Loaded => !covers(&source) && !arrived,
                 Phase::Decided => !covers(&source) && (!held || !arrived),
