@@ -20,8 +20,8 @@ use crate::vmm::{self, CopyRecord};
 const EFFECTS: usize = 32;
 /// How long a QEMU may take to leave before it is killed.
 const QUIT: std::time::Duration = std::time::Duration::from_secs(2);
-/// How long a copy that has moved away stays as it is: ending it frees gigabytes, while the last frames of its
-/// guest still pass through this host.
+/// How long the QEMU of a copy that has moved away stands still before it is ended: that frees gigabytes, while the last
+/// frames of its guest still pass through this host.
 const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What a worker has to do; while it is about to let a copy rest, with the mark of that.
@@ -193,10 +193,13 @@ fn retry_cont(node: &Arc<Node>, id: MigrationId, copy: &Arc<Copy>) {
 async fn retire(node: &Arc<Node>, vm: VmId, id: CopyId) {
     // Before others can hear that it is gone and try again.
     let mark = node.keeping.begin(vm);
-    if node.copies.get(id).is_some_and(|copy| copy.ran()) {
-        tokio::time::sleep(LINGER).await;
+    let copy = let_go(node, id);
+    if let Some(copy) = &copy {
+        if has_moved(copy).await {
+            tokio::time::sleep(LINGER).await;
+        }
+        end_qemu(node, copy).await;
     }
-    let copy = end(node, id).await;
     let (node, here) = (Arc::clone(node), off::kept(node, vm).await);
     // Not waited for: nobody needs it before the next migration of this VM.
     tokio::task::spawn_blocking(move || {
@@ -220,6 +223,13 @@ async fn retire(node: &Arc<Node>, vm: VmId, id: CopyId) {
         }
         drop(mark);
     });
+}
+
+/// Its guest ran here and was stopped; what the record forbids while it runs is ended at once.
+async fn has_moved(copy: &Copy) -> bool {
+    let qemu = copy.qemu();
+    let stands = copy.ran() && !qemu.is_still() && qemu.exit().is_none();
+    stands && qemu.run_state().await.is_ok_and(|status| !status.running)
 }
 
 /// The guest runs here: others may reach it, its disks are content, and what earlier tries left of it
@@ -255,12 +265,22 @@ pub(super) async fn discard(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
 
 /// Ends a copy's QEMU. What the copy has on the disk stays.
 pub(super) async fn end(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
+    let copy = let_go(node, id)?;
+    end_qemu(node, &copy).await;
+    Some(copy)
+}
+
+/// Nobody finds the copy here any more.
+fn let_go(node: &Arc<Node>, id: CopyId) -> Option<Arc<Copy>> {
     let copy = node.copies.remove(id)?;
     node.corpus.forget_memory(id);
     cutover::gone(node, id);
-    if let Err(error) = copy.qemu().quit(QUIT).await {
-        tracing::error!(copy = %id, %error, "its QEMU does not end");
-    }
-    wires::runs_no_more(node, &copy).await;
     Some(copy)
+}
+
+async fn end_qemu(node: &Arc<Node>, copy: &Arc<Copy>) {
+    if let Err(error) = copy.qemu().quit(QUIT).await {
+        tracing::error!(copy = %copy.id, %error, "its QEMU does not end");
+    }
+    wires::runs_no_more(node, copy).await;
 }

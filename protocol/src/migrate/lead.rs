@@ -244,10 +244,12 @@ impl Lead {
         let calm = share::is_calm(self.members.iter().filter_map(Member::figures));
         match (&mut self.state, cause) {
             (State::Gathering { .. }, Some(cause)) => self.give_up(cause, out),
-            (State::Gathering { ballot, calm_by, .. }, None) => {
-                // What all have left crosses together: a little later it may be much less.
-                let by = converged.then(|| *calm_by.get_or_insert(now.plus_ms(wait::CALM_MS)));
-                let may_stop = by.is_some_and(|by| calm || now >= by);
+            (State::Gathering { until, ballot, calm_by }, None) => {
+                // What all have left crosses together: a little later it may be much less. If that time is not left, they
+                // are stopped at once.
+                let last = now.plus_ms(wait::CALM_MS);
+                let by = converged.then(|| *calm_by.get_or_insert(last));
+                let may_stop = by.is_some_and(|by| calm || now >= by || last >= *until);
                 match ballot.step(now, near, may_stop) {
                     Next::Ask => {
                         if let (Some(team), Some(seat)) = (self.team(), self.proposer()) {
