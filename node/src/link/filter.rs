@@ -17,6 +17,8 @@ use super::{LinkError, Links, names};
 pub(super) const FAMILY_NETDEV: u8 = 5;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
+/// Tags of IEEE 802.1Q and 802.1ad.
+const TAGS: [u16; 2] = [0x8100, 0x88a8];
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 const ICMP: u8 = libc::IPPROTO_ICMP as u8;
@@ -129,6 +131,13 @@ fn add(batch: &mut Batch, device: &str, rules: &[Rule]) {
         Expression::Accept,
     ];
     batch.rule(FAMILY_NETDEV, TABLE, device, &discovery);
+    // The kernel takes one tag off what comes by the bridge, none off what goes past a plug, and rules do not look behind
+    // another. A guest may: Linux skips any number of priority tags.
+    let denies = rules.iter().any(|rule| !rule.allow);
+    for tag in TAGS.into_iter().filter(|_| denies) {
+        let hidden = [Expression::EtherProtocol(tag), Expression::Count, Expression::Drop];
+        batch.rule(FAMILY_NETDEV, TABLE, device, &hidden);
+    }
     for rule in rules {
         for (family, protocol) in parts(rule) {
             let mut all = vec![Expression::EtherProtocol(family)];

@@ -1,5 +1,7 @@
 //! Filters and connections of NICs against the real kernel.
 
+use std::net::UdpSocket;
+
 use godwit::link::TapView;
 use godwit_protocol::id::{Mac, VmId};
 use godwit_protocol::wire::filter::Rule;
@@ -23,6 +25,7 @@ fn packet(to: Mac, protocol: u8, from: u8, port: u16, text: &str) -> Vec<u8> {
     (ip[10], ip[11]) = (a, b);
     let mut transport = [0; 20];
     transport[2..4].copy_from_slice(&port.to_be_bytes());
+    transport[4..6].copy_from_slice(&(length - 20).to_be_bytes());
     [&to.0[..], &mac(9).0, &[8, 0], &ip, &transport, text.as_bytes()].concat()
 }
 
@@ -108,5 +111,99 @@ fn a_nic_gets_onto_a_wire_behind_its_filter_and_off_it() {
         guest.silence();
         let tables = lan.world.a.shell(&["nft", "list", "table", "netdev", "godwit"]);
         assert!(!tables.contains("udp"), "{tables}");
+    });
+}
+
+/// Priority tags of IEEE 802.1Q and 802.1ad, and a tag of VLAN 5.
+const Q: [u8; 4] = [0x81, 0, 0xe0, 0];
+const AD: [u8; 4] = [0x88, 0xa8, 0, 0];
+const VLAN: [u8; 4] = [0x81, 0, 0, 5];
+
+fn tagged(frame: &[u8], tags: &[[u8; 4]]) -> Vec<u8> {
+    [&frame[..12], &tags.concat(), &frame[12..]].concat()
+}
+
+/// What has been sent to a guest until now.
+fn reached(guest: &Guest, near: &Guest) -> Vec<Vec<u8>> {
+    near.send(guest.mac, END);
+    let next = || guest.receive(Duration::from_secs(2)).unwrap();
+    std::iter::from_fn(|| Some(next()).filter(|f| text(f).as_deref() != Some(END))).collect()
+}
+
+const END: &str = "that is all";
+
+/// Linux in the place of a guest: its tap gets what reaches the guest's.
+struct Linux {
+    nic: Guest,
+    dns: UdpSocket,
+}
+
+impl Linux {
+    async fn boot(lan: &Lan) -> Self {
+        let host = &lan.world.b;
+        let before = host.devices();
+        let nic = Guest { mac: mac(1), fd: lan.b.open_loose_tap(VM, &mac(1)).await.unwrap() };
+        let device = host.devices().into_iter().find(|d| !before.contains(d)).unwrap();
+        host.shell(&["ip", "addr", "add", "10.0.0.200/24", "dev", &device]);
+        host.shell(&["ip", "link", "set", &device, "address", &mac(1).colons(), "up"]);
+        let dns = UdpSocket::bind("10.0.0.200:53").unwrap();
+        dns.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        Self { nic, dns }
+    }
+
+    /// The texts of the datagrams that it takes from these frames.
+    fn takes(&self, frames: &[Vec<u8>]) -> Vec<String> {
+        for frame in frames.iter().chain([&packet(mac(1), UDP, 5, 53, END)]) {
+            self.nic.send_raw(&[0; 10], frame);
+        }
+        let next = || {
+            let mut bytes = [0; 100];
+            let length = self.dns.recv(&mut bytes).unwrap();
+            String::from_utf8_lossy(&bytes[12..length]).into_owned()
+        };
+        std::iter::from_fn(|| Some(next()).filter(|text| text != END)).collect()
+    }
+}
+
+#[test]
+fn tags_carry_nothing_past_a_filter() {
+    run(|world| async move {
+        let lan = lan(world).await;
+        let (red, one) = (wire("red"), &lan.one);
+        let near = Guest::boot(&lan.world.a, &lan.a, &red, mac(3)).await;
+        let linux = Linux::boot(&lan).await;
+        lan.world.a.enter();
+        let view = TapView::new(one.fd.try_clone().unwrap());
+        let mut past = lan.a.injector(&red, &one.mac, view).await.unwrap();
+        let ways = [&[][..], &[Q], &[AD], &[Q, Q], &[AD, Q], &[Q, AD], &[AD, AD], &[Q, Q, Q]];
+        // By the bridge, and past a plug.
+        let names: Vec<_> =
+            ways.iter().map(|w| [format!("{w:x?}"), format!("{w:x?} held")]).collect();
+        let (all, names) = (names.concat(), &names);
+        let seen = [&names[0][..], &names[1][..1], &names[2][..1]].concat();
+        for (filter, expected) in [
+            (&[][..], &all),
+            (&["deny any"], &vec![]),
+            (&["deny udp 53"], &vec![]),
+            (&["deny tcp"], &seen),
+            (&["allow udp"], &all),
+        ] {
+            lan.a.set_filter(&red, &one.mac, &rules(filter)).await.unwrap();
+            for (tags, [by_bridge, held]) in ways.iter().zip(names) {
+                let datagram = |text| tagged(&packet(one.mac, UDP, 5, 53, text), tags);
+                near.send_raw(&[0; 10], &datagram(by_bridge));
+                past.send(&datagram(held));
+            }
+            assert_eq!(linux.takes(&reached(one, &near)), *expected, "{filter:?}");
+        }
+        // One tag hides nothing on a bridge: rules look behind it, ARP passes.
+        let arp = [&one.mac.0[..], &near.mac.0, &[8, 6], &[0; 28]].concat();
+        let vlan = tagged(&packet(one.mac, UDP, 5, 54, "in a VLAN"), &[VLAN]);
+        let sent = [arp.clone(), tagged(&arp, &[Q]), tagged(&arp, &[VLAN]), vlan];
+        for (filter, pass) in [("deny any", 3), ("deny udp 54", 3), ("deny udp 53", 4)] {
+            lan.a.set_filter(&red, &one.mac, &rules(&[filter])).await.unwrap();
+            sent.iter().for_each(|frame| near.send_raw(&[0; 10], frame));
+            assert_eq!(reached(one, &near), sent[..pass], "{filter}");
+        }
     });
 }
