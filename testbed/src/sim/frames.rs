@@ -342,6 +342,19 @@ impl Nic {
                 }
             }
             Event::AtNew(by, frame) => self.at_new(by, frame),
+            Event::Dies(end) => self.dies(end),
+            Event::Starts(end) => {
+                self.away = false;
+                if end == NEW {
+                    self.unplug();
+                }
+            }
+            tail => self.handle_tail(tail),
+        }
+    }
+
+    fn handle_tail(&mut self, event: Event) {
+        match event {
             Event::Tail(stream, number, item) if self.stream == Some(stream) && !self.stays => {
                 if let Item::Frame(frame) = &item {
                     self.came.push(frame.clone());
@@ -355,13 +368,11 @@ impl Nic {
                     old.acknowledged(came);
                 }
             }
-            Event::Tail(..) | Event::Acknowledged(..) => {}
             Event::TailBreaks => {
                 self.stream = None;
-                self.new.tail_broken(now);
+                self.new.tail_broken(self.now());
             }
-            Event::TailOpens if self.died.is_some() => {}
-            Event::TailOpens => {
+            Event::TailOpens if self.died.is_none() => {
                 self.streams += 1;
                 self.stream = Some(self.streams);
                 self.next = self.new.tail_opened();
@@ -369,13 +380,7 @@ impl Nic {
                     self.stream = None;
                 }
             }
-            Event::Dies(end) => self.dies(end),
-            Event::Starts(end) => {
-                self.away = false;
-                if end == NEW {
-                    self.unplug();
-                }
-            }
+            _ => {}
         }
     }
 
