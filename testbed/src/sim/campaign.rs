@@ -80,6 +80,9 @@ fn on_all<T: Send>(numbers: core::ops::Range<u64>, job: impl Fn(u64) -> T + Sync
     done.into_iter().map(|(_, answer)| answer).collect()
 }
 
+/// A campaign of fewer seeds is not judged by what it saw: it replays.
+const JUDGED: u64 = 1000;
+
 /// What a campaign found.
 #[derive(Debug)]
 pub struct Report {
@@ -110,6 +113,30 @@ pub fn run_seeds(first: u64, seeds: u64) -> Report {
         }
     }
     Report { seeds, violations, trace: hasher.digest(), seen, clusters }
+}
+
+impl Report {
+    /// What a campaign of so many seeds must have seen and has not.
+    #[must_use]
+    pub fn unseen(&self) -> Vec<&'static str> {
+        let seen = &self.seen;
+        let all = [
+            ("committed", seen.committed),
+            ("aborted", seen.aborted),
+            ("unknown_resolved", seen.unknown_resolved),
+            ("partitions", seen.partitions),
+            ("crashes", seen.crashes),
+            ("torn_writes", seen.torn_writes),
+        ];
+        let judged = self.seeds >= JUDGED;
+        all.into_iter().filter(|(_, n)| judged && *n == 0).map(|(name, _)| name).collect()
+    }
+
+    /// Whether nothing was breached, and enough was seen to say so.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.violations.is_empty() && self.unseen().is_empty()
+    }
 }
 
 /// The first seed of its range that catches a mutant, and whether for the right reason.
@@ -180,7 +207,7 @@ pub fn report(seeds: u64, swarm: usize) -> Value {
     let seen = &found.seen;
     let replays: Vec<_> = found.violations.iter().map(|o| o.replay(None)).collect();
     json!({
-        "passed": found.violations.is_empty()
+        "passed": found.passed()
             && caught == mutants.len()
             && spread.most_ms < swarm::MOST_MS,
         "seeds": found.seeds,
@@ -194,6 +221,7 @@ pub fn report(seeds: u64, swarm: usize) -> Value {
             "partitions": seen.partitions,
             "crashes": seen.crashes,
             "torn_writes": seen.torn_writes,
+            "unseen": found.unseen(),
             "pauses": seen.pauses,
             "strangers": seen.strangers,
             "seeds_of_clusters": found.clusters,

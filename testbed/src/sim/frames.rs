@@ -1,11 +1,12 @@
 //! One NIC that moves while others send to its guest: the production code of both ends, in virtual time.
 //!
 //! Owns senders, links that keep their order, the taps, and what goes wrong: a tail that breaks off for a time or for good,
-//! markers that are lost, routes that are told late, holds that are too small, a move that ends with *stay*.
+//! markers that are lost, routes that are told late, holds that are too small, a move that ends with *stay*, and the
+//! daemon of one end that dies and starts again: its hold ends with it, a plug is taken off when it takes the guest up.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use godwit_protocol::cutover::{Arrival, Departure, Output};
+use godwit_protocol::cutover::{Arrival, Counts, Departure, Output};
 use godwit_protocol::id::HostId;
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::tail::Item;
@@ -53,6 +54,9 @@ enum Event {
     Acknowledged(u32, u64),
     TailBreaks,
     TailOpens,
+    /// The daemon of that end.
+    Dies(usize),
+    Starts(usize),
 }
 
 struct Nic {
@@ -71,6 +75,17 @@ struct Nic {
     next: u64,
     /// It is not opened again.
     torn: bool,
+    /// The end whose daemon died, and whether it still is away.
+    died: Option<usize>,
+    away: bool,
+    /// What came by the tail.
+    came: Vec<Frame>,
+    /// What waits in the tap of the guest that stands still, as nothing holds it any more.
+    unheld: Vec<Frame>,
+    /// What was lost with a daemon.
+    lost: Vec<Frame>,
+    /// What machines that are gone had counted.
+    counted: Counts,
     flipped: Vec<bool>,
     sent: Vec<u16>,
     plug: Option<VecDeque<Frame>>,
@@ -87,8 +102,11 @@ pub fn run(seed: u64, mutant: Mutant) -> World {
     let mut nic = Nic::random(&mut world);
     nic.play(&mut world);
     let old = nic.old.as_ref().map(Departure::counts).unwrap_or_default();
-    let counts = [old, nic.new.counts()];
-    let found = check::frames::delivered(&nic.got, &nic.sent, counts, nic.torn);
+    let counts = [old, nic.new.counts(), nic.counted];
+    nic.lost.append(&mut nic.unheld);
+    // Those that came and were not acknowledged are counted, too.
+    let exact = !nic.torn && nic.died != Some(NEW);
+    let found = check::frames::delivered(&nic.got, &nic.sent, &nic.lost, &counts, exact);
     world.judge(Invariant::Frames, found);
     nic.got.iter().for_each(|f| world.trace.moment(Time(u64::from(f.number)), 200, f.from));
     world
@@ -117,6 +135,12 @@ impl Nic {
             streams: 0,
             next: 0,
             torn: false,
+            died: None,
+            away: false,
+            came: Vec::new(),
+            unheld: Vec::new(),
+            lost: Vec::new(),
+            counted: Counts::default(),
             flipped: vec![false; hosts],
             sent: vec![0; hosts],
             plug: Some(VecDeque::new()),
@@ -145,6 +169,16 @@ impl Nic {
             if !this.torn {
                 this.at(breaks + 1 + world.below(600), Event::TailOpens);
             }
+        }
+        if world.chance(0.25) {
+            let end = if stays || world.chance(0.5) { OLD } else { NEW };
+            // The old one before the guest runs or after, the new one after.
+            let from = if end == OLD { stop } else { runs };
+            let most = if stays { runs - from } else { runs - from + 400 };
+            let dies = from + world.below(most);
+            this.at(dies, Event::Dies(end));
+            this.at(dies + 50 + world.below(1500), Event::Starts(end));
+            world.seen.crashes += 1;
         }
         this
     }
@@ -183,11 +217,56 @@ impl Nic {
         Time(self.now_ms * 1000)
     }
 
+    fn is_away(&self, end: usize) -> bool {
+        self.away && self.died == Some(end)
+    }
+
     fn at_old(&mut self, frame: Frame) {
+        let (away, passes) = (self.is_away(OLD), self.flipped[OLD]);
         match &mut self.old {
             Some(old) => old.frame(frame),
-            None => self.got.push(frame),
+            None if self.died != Some(OLD) => self.got.push(frame),
+            // Nobody takes it out of the tunnel.
+            None if away && frame.from != OLD => self.lost.push(frame),
+            None if passes => {
+                self.at(self.now_ms + self.delay[OLD][NEW], Event::AtNew(OLD, frame));
+            }
+            None => self.unheld.push(frame),
         }
+    }
+
+    fn at_new(&mut self, by: usize, frame: Frame) {
+        match self.died {
+            Some(NEW) if self.away => self.lost.push(frame),
+            Some(NEW) => self.got.push(frame),
+            _ => self.new.fresh(host(by), frame),
+        }
+    }
+
+    /// The daemon of that end dies: what its machine holds is lost, and nobody goes on with it.
+    fn dies(&mut self, end: usize) {
+        (self.died, self.away, self.stream) = (Some(end), true, None);
+        self.new.tail_broken(self.now());
+        if end == NEW {
+            let mut new = std::mem::replace(&mut self.new, Arrival::new(self.limit));
+            self.gone(new.counts());
+            new.tail_lost();
+            while let Some(output) = new.poll_output(true) {
+                if let Output::Inject(frame) = output {
+                    self.lost.push(frame);
+                }
+            }
+        } else if let Some(mut old) = self.old.take() {
+            self.gone(old.counts());
+            // What has come to the new host is there when the guest runs.
+            let there = |frame: &Frame| !self.stays && self.came.contains(frame);
+            self.lost.extend(old.stay().into_iter().filter(|frame| !there(frame)));
+        }
+    }
+
+    fn gone(&mut self, counts: Counts) {
+        self.counted.dropped += counts.dropped;
+        self.counted.late |= counts.late;
     }
 
     fn emit(&mut self, from: usize) {
@@ -201,6 +280,7 @@ impl Nic {
                 None => self.got.push(frame),
             },
             (_, false) => self.at(ms + self.delay[from][OLD], Event::AtOld(frame)),
+            (_, true) if self.is_away(from) => self.lost.push(frame),
             (_, true) => self.at(ms + self.delay[from][NEW], Event::AtNew(from, frame)),
         }
         if ms < SENDS_MS {
@@ -229,12 +309,16 @@ impl Nic {
                     old.stopped(Vec::new(), 0);
                 }
             }
+            // It is for a daemon to do, and to hear.
+            Event::Stay | Event::Route(OLD) if self.is_away(OLD) => self.at(self.now_ms + 1, event),
             Event::Stay => {
                 // What was held goes into the own tap, and the next comes there by itself.
                 if let Some(mut old) = self.old.take() {
                     self.got.extend(old.stay());
-                    self.torn |= old.counts().dropped > 0;
+                    self.gone(old.counts());
                 }
+                self.got.append(&mut self.unheld);
+                self.died = None;
             }
             Event::Runs => {
                 if self.mutant == Mutant::UnplugEarly {
@@ -245,8 +329,9 @@ impl Nic {
             }
             Event::Route(OLD) => {
                 let others = self.others();
-                if let Some(old) = &mut self.old {
-                    old.moved(now, others);
+                match &mut self.old {
+                    Some(old) => old.moved(now, others),
+                    None => self.flipped[OLD] = true,
                 }
             }
             Event::Route(from) => self.flip(from),
@@ -256,8 +341,24 @@ impl Nic {
                     old.marker(host(from));
                 }
             }
-            Event::AtNew(from, frame) => self.new.fresh(host(from), frame),
+            Event::AtNew(by, frame) => self.at_new(by, frame),
+            Event::Dies(end) => self.dies(end),
+            Event::Starts(end) => {
+                self.away = false;
+                if end == NEW {
+                    self.unplug();
+                }
+            }
+            tail => self.handle_tail(tail),
+        }
+    }
+
+    fn handle_tail(&mut self, event: Event) {
+        match event {
             Event::Tail(stream, number, item) if self.stream == Some(stream) && !self.stays => {
+                if let Item::Frame(frame) = &item {
+                    self.came.push(frame.clone());
+                }
                 self.new.tail(number, item);
                 let heard = Event::Acknowledged(stream, number + 1);
                 self.at(self.now_ms + self.tail_delay, heard);
@@ -267,12 +368,11 @@ impl Nic {
                     old.acknowledged(came);
                 }
             }
-            Event::Tail(..) | Event::Acknowledged(..) => {}
             Event::TailBreaks => {
                 self.stream = None;
-                self.new.tail_broken(now);
+                self.new.tail_broken(self.now());
             }
-            Event::TailOpens => {
+            Event::TailOpens if self.died.is_none() => {
                 self.streams += 1;
                 self.stream = Some(self.streams);
                 self.next = self.new.tail_opened();
@@ -280,6 +380,7 @@ impl Nic {
                     self.stream = None;
                 }
             }
+            _ => {}
         }
     }
 

@@ -31,7 +31,7 @@ pub enum Mutant {
     LostReply,
     /// A record is taken to name a host, not a copy.
     HostOnly,
-    /// The record of a cluster began below its members' own epochs.
+    /// A VM is added to a cluster with a record below the VM's own ones.
     MergeBelow,
     /// The proposer waits for its own member only.
     Alone,
@@ -84,7 +84,7 @@ pub const ALL: &[Case] = &[
     case(Mutant::NewVoter, "new-voter-without-record", &[Invariant::Epochs], 230),
     case(Mutant::LostReply, "resume-on-lost-reply", &[Invariant::OneCopy], 0),
     case(Mutant::HostOnly, "placement-without-copy", &[Invariant::OneCopy, Invariant::Content], 0),
-    case(Mutant::MergeBelow, "merge-below-epoch", &[Invariant::Ends], 0),
+    case(Mutant::MergeBelow, "merge-below-epoch", &[Invariant::Epochs], 0),
     case(Mutant::Alone, "propose-for-one-member", &[Invariant::Teams], 130),
     case(Mutant::EarlyRead, "read-before-stop", &[Invariant::Content], 0),
     case(Mutant::Sleepy, "no-deadline-when-bound", &[Invariant::Ends], 0),

@@ -4,12 +4,13 @@
 //! encoded as on the wire, for its length and for the trace.
 
 use godwit_protocol::core::Core;
-use godwit_protocol::id::{HostId, Name};
+use godwit_protocol::id::{Epoch, HostId, Name};
 use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::control::Control;
 use godwit_protocol::wire::epoch::{Body as Vote, Message};
 use godwit_protocol::wire::migrate::Body;
+use godwit_protocol::wire::record::{Cause, Record};
 use godwit_protocol::wire::route;
 
 use super::check::{self, Invariant};
@@ -108,10 +109,27 @@ impl World {
                 }
                 Some(Control::Migrate(m))
             }
+            (Mutant::MergeBelow, Control::Epoch(mut m)) => {
+                if let Vote::Accept { record, .. } | Vote::Decided(record) = &mut m.body {
+                    self.merge_below(record);
+                }
+                Some(Control::Epoch(m))
+            }
             (Mutant::ToldOnce, Control::Route(m)) => {
                 matches!(m, route::Message::Push(_)).then_some(Control::Route(m))
             }
             (_, message) => Some(message),
+        }
+    }
+
+    /// [`Mutant::MergeBelow`]: the record that adds a VM is the cluster's next, and claims that the VM's own was no
+    /// higher. To voters it looks right: only who adds the VM reads its own record.
+    fn merge_below(&self, record: &mut Record) {
+        let Cause::Add { above, .. } = &mut record.cause else { return };
+        let earlier = (record.cluster, Epoch(0))..(record.cluster, record.epoch);
+        let base = self.decided.range(earlier).next_back().map(|((_, epoch), _)| *epoch);
+        if let Some(base) = base.filter(|base| base < above) {
+            (*above, record.epoch) = (base, base.next());
         }
     }
 
@@ -177,7 +195,7 @@ impl World {
     fn note_unknown(&mut self, message: &Control) {
         let Control::Epoch(m) = message else { return };
         let Vote::Accept { record, .. } = &m.body else { return };
-        if matches!(record.cause, godwit_protocol::wire::record::Cause::Stay(_)) {
+        if matches!(record.cause, Cause::Stay(_)) {
             self.seen.unknown_resolved += 1;
         }
     }

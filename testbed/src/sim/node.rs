@@ -205,7 +205,7 @@ impl World {
             None => {
                 self.seen.decided(record);
                 drop(self.decided.insert(number, record.clone()));
-                Ok(())
+                check::epochs::owned_once(self)
             }
         };
         self.judge(Invariant::Epochs, found);

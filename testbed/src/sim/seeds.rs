@@ -2,8 +2,8 @@
 //!
 //! Owns the kinds of seeds and how a run ends: faults stop, then everything must end, and end well.
 
-use godwit_protocol::id::{Epoch, VmId};
-use godwit_protocol::wire::record::{Cause, Record};
+use godwit_protocol::id::VmId;
+use godwit_protocol::wire::record::Cause;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -12,7 +12,7 @@ use super::event::Event;
 use super::faults::Faults;
 use super::frames;
 use super::mutant::Mutant;
-use super::world::{CLUSTER, VM, World, host, vm, voter};
+use super::world::{CLUSTER, VM, World, host, vm};
 
 /// No migration may take longer than this once faults have stopped, virtual milliseconds.
 const BOUND_MS: u64 = 400_000;
@@ -84,7 +84,6 @@ pub fn settle(world: &mut World) {
     }
     world.judge(Invariant::Ends, check::ends::nothing_left(world));
     world.judge(Invariant::Teams, check::teams::together(world));
-    world.judge(Invariant::Epochs, epochs::owned_once(world));
 }
 
 /// Whether every migration has ended, and everyone knows where everything runs.
@@ -147,9 +146,6 @@ fn cluster(seed: u64, mutant: Mutant) -> World {
     world.gossip = rng.random_bool(0.2);
     let hosts: Vec<usize> = (0..vms).map(|_| rng.random_range(0..nodes)).collect();
     world.add_cluster(10, &hosts, voters);
-    if mutant == Mutant::MergeBelow {
-        merge_below(&mut world);
-    }
     let vms = vms + usize::from(kind(seed) == Kind::Power);
     if kind(seed) == Kind::Power {
         one_more_is_off(&mut world, &mut rng, vm(vms - 1));
@@ -200,22 +196,6 @@ fn lose_store(world: &mut World, rng: &mut StdRng, voters: usize) {
     }
 }
 
-/// [`Mutant::MergeBelow`]: members whose own records are above the cluster's.
-fn merge_below(world: &mut World) {
-    let first = world.decided.values().next().cloned();
-    for placed in first.into_iter().flat_map(|r| r.placement) {
-        world.decree(Record {
-            cluster: placed.vm,
-            name: placed.name.clone(),
-            epoch: Epoch(50),
-            voters: vec![voter(0)],
-            placement: vec![placed],
-            departed: Vec::new(),
-            cause: Cause::Joined(CLUSTER),
-        });
-    }
-}
-
 /// Three VMs of their own on hosts 0, 1 and 2 of four, at epochs far apart.
 #[must_use]
 pub fn three_lone(seed: u64, faults: Faults) -> World {
@@ -249,7 +229,6 @@ fn joining(mut world: World, seed: u64, mutant: Mutant) -> World {
         world.broken(Invariant::Ends, what);
     }
     world.run(60_000);
-    world.judge(Invariant::Epochs, epochs::owned_once(&world));
     for vm in world.vms.clone() {
         let placed = epochs::newest(&world, vm).and_then(|r| r.placement_of(vm)).map(|p| p.host);
         let runs = world.running(vm).map(|(_, at)| host(at));

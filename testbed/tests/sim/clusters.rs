@@ -2,8 +2,9 @@
 
 use godwit_protocol::id::{Epoch, VmId};
 use godwit_protocol::wire::record::{Cause, Record};
-use godwit_testbed::sim::check::epochs;
+use godwit_testbed::sim::check::{Invariant, epochs};
 use godwit_testbed::sim::faults::Faults;
+use godwit_testbed::sim::mutant::Mutant;
 use godwit_testbed::sim::seeds::three_lone;
 use godwit_testbed::sim::world::{CLUSTER, World, vm};
 
@@ -47,6 +48,25 @@ fn three_vms_make_a_cluster_above_all_their_epochs_and_part_again() {
     assert!((0..3).all(|k| newest(&world, vm(k)).is_lone()));
     assert_eq!(world.core(0).clusters().count(), 0);
     owned_once(&world);
+}
+
+/// Voters cannot know the VM's own epochs: they vote for such a record, and the checker sees it.
+#[test]
+fn a_record_below_a_members_own_is_seen() {
+    for (mutant, epoch) in [(Mutant::None, 42), (Mutant::MergeBelow, 2)] {
+        let mut world = three_lone(1, Faults::quiet());
+        (world.strict, world.mutant) = (false, mutant);
+        world.create_cluster(3);
+        world.run(500);
+        world.join(1);
+        world.run(3000);
+        let added = |r: &&Record| matches!(r.cause, Cause::Add { .. });
+        let first = world.decided.values().find(added).unwrap();
+        assert_eq!((first.epoch, first.voters.len()), (Epoch(epoch), 1));
+        let breach = world.breach.as_ref().map(|b| (b.invariant, &b.what[..11]));
+        let seen = (mutant == Mutant::MergeBelow).then_some((Invariant::Epochs, "owned twice"));
+        assert_eq!(breach, seen);
+    }
 }
 
 #[test]

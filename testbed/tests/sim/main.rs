@@ -13,6 +13,7 @@ use godwit_protocol::wire::migrate::Status;
 use godwit_testbed::sim::campaign::{self, Report};
 use godwit_testbed::sim::mutant::{self, Mutant};
 use godwit_testbed::sim::swarm;
+use godwit_testbed::sim::trace::Coverage;
 use godwit_testbed::sim::world::{World, migration};
 
 /// How many seeds: more of them are `godwit-lab sim --seeds N`.
@@ -52,6 +53,37 @@ fn seeds_end_well() {
         (seen.cutover_faults, SEEDS / 2),
     ];
     assert!(least.iter().all(|(n, least)| n >= least), "the faults miss: {seen:?}");
+}
+
+/// Fewer seeds than a thousand are a replay, which need not see everything.
+#[test]
+fn a_campaign_that_missed_something_does_not_pass() {
+    let seen = Coverage {
+        committed: 1,
+        aborted: 1,
+        unknown_resolved: 1,
+        partitions: 1,
+        crashes: 1,
+        torn_writes: 1,
+        ..Coverage::default()
+    };
+    let of = |seeds, seen| {
+        let report = Report { seeds, violations: Vec::new(), trace: 0, seen, clusters: 0 };
+        (report.passed(), report.unseen())
+    };
+    assert_eq!(of(1000, seen), (true, Vec::new()));
+    let without = [
+        ("committed", Coverage { committed: 0, ..seen }),
+        ("aborted", Coverage { aborted: 0, ..seen }),
+        ("unknown_resolved", Coverage { unknown_resolved: 0, ..seen }),
+        ("partitions", Coverage { partitions: 0, ..seen }),
+        ("crashes", Coverage { crashes: 0, ..seen }),
+        ("torn_writes", Coverage { torn_writes: 0, ..seen }),
+    ];
+    for (name, seen) in without {
+        assert_eq!(of(1000, seen), (false, vec![name]));
+        assert_eq!(of(999, seen), (true, Vec::new()));
+    }
 }
 
 /// Seeds that found what was wrong with the core, and say what. A change of the simulator makes other
