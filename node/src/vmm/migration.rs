@@ -61,6 +61,9 @@ const NEVER: [&str; 4] = ["xbzrle", "multifd", "postcopy-ram", "auto-converge"];
 /// is interrupted while QEMU iterates).
 const LOOK_WHEN_DONE: u64 = 1000;
 
+/// How soon QEMU is asked again whether it has left the run state of a migration's end.
+const FINISHING: Duration = Duration::from_millis(2);
+
 fn uri(socket: &Path) -> Result<String, ProcessError> {
     socket_path(socket).map(|path| format!("unix:{path}"))
 }
@@ -215,12 +218,23 @@ impl Qemu {
         expect_completed(info)
     }
 
-    /// Waits until the outgoing migration has ended, whichever way: `completed`, `failed` or `cancelled`.
+    /// Waits until the outgoing migration has ended, whichever way (`completed`, `failed` or `cancelled`), and the VM's
+    /// run state with it: `cont` is not refused any more.
     ///
     /// # Errors
     /// [`ProcessError::Exited`] or [`ProcessError::Deadline`].
     pub async fn wait_outgoing(&self, deadline: Duration) -> Result<MigrateInfo, ProcessError> {
-        self.wait_migration("the end of sending", is_end, deadline).await
+        let end = Instant::now() + deadline;
+        let what = "the end of sending";
+        let info = self.wait_migration(what, is_end, deadline).await?;
+        // QEMU tells the migration's end before it leaves this state, of which it tells nothing.
+        while self.run_state().await?.status == "finish-migrate" {
+            if Instant::now() >= end {
+                return Err(ProcessError::Deadline { what: what.into(), after: deadline });
+            }
+            tokio::time::sleep(FINISHING).await;
+        }
+        Ok(info)
     }
 
     /// Waits until a stopped source holds before it gives its disks away. A destination that is lost meanwhile shows only
