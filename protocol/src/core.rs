@@ -34,6 +34,7 @@ use crate::wire::control::Control;
 use crate::wire::migrate::Status;
 use crate::wire::record::{Cause, Placement, Record, Voter};
 use crate::wire::route::Route;
+use crate::wire::wiring::Wiring;
 use power::Minted;
 
 /// What a node is when its core starts.
@@ -366,13 +367,15 @@ impl Core {
         vm: VmId,
         name: Name,
         copy: CopyId,
+        nics: Vec<Wiring>,
     ) -> Result<(), epoch::ProposeError> {
+        let host = self.me.host;
         let record = Record {
             cluster: vm,
             name: name.clone(),
             epoch: Epoch(1),
             voters: vec![self.me],
-            placement: vec![Placement { vm, name, host: self.me.host, copy, off: false }],
+            placement: vec![Placement { vm, name, host, copy, off: false, nics }],
             departed: Vec::new(),
             cause: Cause::Create,
         };

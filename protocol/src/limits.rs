@@ -25,7 +25,8 @@ pub const MOVES: usize = 1024;
 pub const DEPARTED: usize = 2 * CLUSTER_VMS;
 /// Most disks of a VM.
 pub const DISKS: usize = 16;
-/// Most rules of a NIC.
+/// Most rules of a VM, over all its NICs: with as many members as it may have, a record with all their rules (25 bytes
+/// each) is well below [`CONTROL_MESSAGE_BYTES`].
 pub const RULES: usize = 64;
 /// Most NICs of a VM.
 pub const NICS: usize = 8;

@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{CopyId, Epoch, HostId, MigrationId, VmId};
 use crate::wire::migrate::{Body, Options, Seat, Status};
 use crate::wire::record::Record;
+use crate::wire::wiring::Wiring;
 
 /// Which end of a migration a host is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,9 +104,14 @@ pub enum Effect {
     Receive {
         /// The VM's description.
         spec: Vec<u8>,
+        /// How its NICs are connected, whatever the description says.
+        nics: Vec<Wiring>,
         /// The other end.
         source: HostId,
     },
+    /// Before the stop: the NICs of this end's copy are connected like that, by the record of that epoch. Answered with
+    /// [`Happened::Rewired`] or [`Happened::TransferFailed`].
+    Rewire(Epoch, Vec<Wiring>),
     /// Source: tell what a destination has to know of the VM, or why it cannot move.
     Describe,
     /// Source: what the exchange may take of the path, bytes per second; 0: what the path gives.
@@ -196,6 +202,8 @@ pub enum Happened {
     },
     /// Destination: a QEMU waits.
     Received,
+    /// The copy's NICs are connected as the record of that epoch says.
+    Rewired(Epoch),
     /// Destination: this host cannot take the VM. Source: it cannot move.
     Refused(String),
     /// Source: figures.

@@ -11,3 +11,4 @@ pub mod migrate;
 pub mod record;
 pub mod route;
 pub mod tail;
+pub mod wiring;

@@ -131,7 +131,8 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
             wires::adopt(node, &nic.wire).await;
         }
         if copy.ran() && !saved.binds(copy.id) {
-            nics::adopt(node, copy).await;
+            let record = record::governing(saved.records(), copy.vm());
+            nics::adopt(node, copy, record.as_ref()).await;
             for nic in copy.wired() {
                 wires::take_up(node, &nic).await;
             }

@@ -11,6 +11,7 @@ use godwit_protocol::wire::codec::WIRE_VERSION;
 use godwit_protocol::wire::control::{Answer, Ask};
 use godwit_protocol::wire::migrate::Options;
 use godwit_protocol::wire::route::Route;
+use godwit_protocol::wire::wiring::Change;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -140,14 +141,14 @@ async fn token(node: &Node, ttl_s: u64) -> Result<Token, ApiError> {
 
 async fn of_wires(node: &Arc<Node>, request: Request) -> Result<Value, ApiError> {
     match request {
-        Request::WireConnect { vm, wire, mac, disconnect: false } => {
-            value(nics::connect(node, &vm, &wire, mac.as_deref()).await?)
-        }
-        Request::WireConnect { vm, wire, mac, disconnect: true } => {
-            value(nics::disconnect(node, &vm, &wire, mac.as_deref()).await?)
+        Request::WireConnect { vm, wire, mac, disconnect } => {
+            let change = if disconnect { Change::Disconnect } else { Change::Connect };
+            value(nics::change(node, &vm, mac.as_deref(), change(wire)).await?)
         }
         Request::WireFilter { vm, mac, rules } => {
-            value(nics::filter(node, &vm, mac.as_deref(), &rules).await?)
+            let rules = rules.iter().map(|rule| rule.parse()).collect::<Result<_, _>>();
+            let change = Change::Filter(rules.map_err(ApiError::plain)?);
+            value(nics::change(node, &vm, mac.as_deref(), change).await?)
         }
         Request::WireUplink { wire, interface: Some(interface), gateway, replace } => {
             value(uplinks::connect(node, &wire, &interface, gateway.as_deref(), replace).await?)

@@ -14,7 +14,7 @@ use godwit_protocol::wire::control::{Answer, Ask, Control};
 use tokio::sync::oneshot;
 
 use super::node::Node;
-use super::{destination, group, leave, migrate, on};
+use super::{destination, group, leave, migrate, nics, on};
 use crate::api::types::ApiError;
 
 /// Questions that may be open at once.
@@ -136,7 +136,9 @@ fn at_once(
         Ask::Migrate { vm, .. } | Ask::Describe(vm) if core.is_releasing(vm) => {
             return Err(Box::new(ask));
         }
-        Ask::Describe(_) | Ask::Fits { .. } | Ask::Start { .. } => return Err(Box::new(ask)),
+        Ask::Describe(_) | Ask::Fits { .. } | Ask::Rewire { .. } | Ask::Start { .. } => {
+            return Err(Box::new(ask));
+        }
         Ask::Migrate { id, vm, target, options } => {
             taken(migrate::lead(node, core, now, migrate::Wanted { id, vm, target, options, from }))
         }
@@ -182,6 +184,9 @@ async fn slowly(node: &Arc<Node>, from: HostId, ask: Box<Ask>) -> Result<Answer,
         }
         Ask::Fits { spec, beside_bytes } => {
             taken(destination::would_take(node, &spec, beside_bytes).await)
+        }
+        Ask::Rewire { vm, mac, change } => {
+            nics::begin(node, vm, mac, change).await.map_or_else(Answer::Refused, Answer::Json)
         }
         Ask::Start { vm, begun } => {
             on::begin(node, vm, begun).await.unwrap_or_else(Answer::Refused)

@@ -12,12 +12,13 @@ use std::time::Duration;
 use godwit_protocol::core::Core;
 use godwit_protocol::id::{CopyId, Epoch, Mac, VmId};
 use godwit_protocol::wire::route::{Kind, Route};
+use godwit_protocol::wire::wiring::Wiring;
 use serde_json::json;
 use tokio::time::Instant;
 
 use super::copies::{Copy, wired};
 use super::node::{Input, Node, random};
-use super::{images, off, wires, worker};
+use super::{images, nics, off, wires, worker};
 use crate::api::types::{ApiError, Console, Done, VmInfo};
 use crate::vmm::{
     self, GuestMemory, Mode, Qemu, Resolution, ResolvedDisk, ResolvedSpec, StartParams, VmSpec,
@@ -145,7 +146,8 @@ pub(super) async fn run(node: &Arc<Node>, text: &str) -> Result<VmInfo, ApiError
 
 async fn start_guest(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError> {
     let (vm, name, id) = (copy.vm(), copy.spec.name.clone(), copy.id);
-    node.with_core(move |core, now| core.create(now, vm, name, id))
+    let nics = nics::wiring(&copy.spec);
+    node.with_core(move |core, now| core.create(now, vm, name, id, nics))
         .await?
         .map_err(ApiError::plain)?;
     let_run(node, copy).await
@@ -153,6 +155,8 @@ async fn start_guest(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError>
 
 /// A decided record names this copy, which never ran.
 pub(super) async fn let_run(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError> {
+    // As that record says now, not when the copy was described.
+    nics::follow_record(node, copy).await?;
     copy.will_run();
     copy.qemu().cont().await.map_err(ApiError::plain)?;
     wires::runs_here(node, copy).await;
@@ -251,6 +255,10 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
         if !record.is_lone() {
             info.detail.insert("cluster".into(), json!(record.name));
         }
+        let nic = |n: &Wiring| json!({ "mac": n.mac.colons(), "wire": n.wire, "filter": n.filter });
+        if let Some(placed) = record.placement_of(vm) {
+            info.detail.insert("cards".into(), placed.nics.iter().map(nic).collect());
+        }
     }
     if let Some(copy) = node.copies.running(vm) {
         let qemu = copy.qemu();
@@ -268,11 +276,6 @@ async fn info(node: &Arc<Node>, route: Route) -> Result<VmInfo, ApiError> {
         info.accel = copy.spec.accel.to_string();
         info.machine.clone_from(&copy.spec.machine);
         info.pid = Some(qemu.pid());
-        let nics = copy
-            .nics()
-            .into_iter()
-            .map(|n| json!({ "mac": n.mac.colons(), "wire": n.wire, "filter": n.filter }));
-        info.detail.insert("cards".into(), nics.collect());
         info.detail.insert("cpu".into(), json!(copy.spec.cpu));
         info.detail.insert("console".into(), json!(qemu.console()));
         info.detail.insert("disks".into(), disks_of(&copy.spec));

@@ -214,7 +214,8 @@ pub(super) fn moved(node: &Arc<Node>, key: Key, route: &Route) -> bool {
     true
 }
 
-/// The copy is to leave for `to`: everything that takes time is done before it is stopped.
+/// The copy is to leave for `to`: everything that takes time is done before it is stopped. Again when a NIC was connected
+/// since.
 pub(super) async fn leave(node: &Arc<Node>, id: MigrationId, copy: &Copy, to: HostId) {
     let vm = copy.vm();
     let newest = node.with_core(move |core, _| core.record_of(vm).map(|r| r.epoch)).await;
@@ -222,7 +223,7 @@ pub(super) async fn leave(node: &Arc<Node>, id: MigrationId, copy: &Copy, to: Ho
     leaving::prepare(node, id, copy, base, to).await;
 }
 
-/// The copy is to come from `from`.
+/// The copy is to come from `from`. Again when a NIC was connected since.
 pub(super) async fn arrive(node: &Arc<Node>, id: MigrationId, copy: &Copy, from: HostId) {
     arriving::prepare(node, id, copy, from).await;
 }
@@ -259,6 +260,18 @@ pub(super) fn cancelled(node: &Node, copy: CopyId) {
         if !leaving.is_held() {
             leaving.end(node);
         }
+    }
+}
+
+/// The NIC is taken off its wire: nothing that waits can reach it any more.
+pub(super) async fn unwired(node: &Node, copy: CopyId, wire: &Name, mac: &Mac) {
+    let (leaving, arriving) = node.cutovers.of_copy(copy);
+    let key = (super::wires::tag(wire), *mac);
+    leaving.iter().filter(|nic| nic.key() == key).for_each(|nic| nic.end(node));
+    for nic in arriving.iter().filter(|nic| nic.key() == key) {
+        nic.end(node);
+        // Its tap may come onto a wire again.
+        unplug(node, copy, wire, mac).await;
     }
 }
 

@@ -8,13 +8,14 @@ use std::time::Duration;
 use godwit_protocol::chunk::ChunkKey;
 use godwit_protocol::id::{CopyId, HostId};
 use godwit_protocol::migrate::Happened;
+use godwit_protocol::wire::wiring::Wiring;
 
 use super::boot;
 use super::copies::Copy;
 use super::images::{self, Room};
 use super::node::{Node, random};
 use super::worker::Worker;
-use super::{bulk, cutover, hold, off};
+use super::{bulk, cutover, hold, nics, off};
 use crate::relay::dest::feed_blob;
 use crate::relay::{DestHandle, DestParams, DestinationSession, Seat};
 use crate::vmm::probe::MemoryBudget;
@@ -32,6 +33,7 @@ const SILENCE: Duration = Duration::from_secs(90);
 /// One incoming migration.
 pub(super) struct Receiving {
     pub copy: CopyId,
+    pub from: HostId,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -43,8 +45,20 @@ impl Drop for Receiving {
 
 impl Worker {
     /// Checks, reserves, starts a QEMU that waits.
-    pub(super) async fn receive(&mut self, spec: &[u8], from: HostId) -> Result<(), String> {
-        let spec = ResolvedSpec::decode(spec).map_err(|e| format!("the source's VM: {e}"))?;
+    pub(super) async fn receive(&mut self, spec: &[u8], nics: &[Wiring], from: HostId) {
+        let happened = match self.prepare(spec, nics, from).await {
+            Ok(()) => {
+                self.node.moment(self.id, "a QEMU waits");
+                Happened::Received
+            }
+            Err(cause) => Happened::Refused(cause),
+        };
+        self.node.happened(self.id, happened).await;
+    }
+
+    async fn prepare(&mut self, spec: &[u8], nics: &[Wiring], from: HostId) -> Result<(), String> {
+        let mut spec = ResolvedSpec::decode(spec).map_err(|e| format!("the source's VM: {e}"))?;
+        nics::by_record(&mut spec.nics, nics);
         if spec.id != self.vm {
             return Err("the source's description is of another VM".into());
         }
@@ -96,7 +110,7 @@ impl Worker {
         if !off::is_off(&self.node, self.vm).await {
             cutover::arrive(&self.node, self.id, &copy, from).await;
         }
-        self.open_session(&copy, room, seat).await
+        self.open_session(&copy, from, room, seat).await
     }
 
     /// Memory of the VMs on this host is content that need not cross.
@@ -112,6 +126,7 @@ impl Worker {
     async fn open_session(
         &mut self,
         copy: &Arc<Copy>,
+        from: HostId,
         room: Room,
         seat: Arc<Seat>,
     ) -> Result<(), String> {
@@ -145,7 +160,7 @@ impl Worker {
             node.receiving().remove(&id);
             node.happened(id, happened).await;
         });
-        self.receiving = Some(Receiving { copy: copy.id, task });
+        self.receiving = Some(Receiving { copy: copy.id, from, task });
         Ok(())
     }
 
@@ -170,7 +185,7 @@ impl Worker {
             let _ = std::fs::remove_file(copy.dir.join(name));
         }
         let memory = Arc::clone(&copy.memory);
-        let qemu = boot::start_qemu(&self.node, &copy.spec, id, Mode::Incoming, memory)
+        let qemu = boot::start_qemu(&self.node, &copy.described(), id, Mode::Incoming, memory)
             .await
             .map_err(|e| e.to_string())?;
         let socket = copy.dir.join("in.sock");

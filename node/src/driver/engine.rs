@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::node::{DriverError, Input, Node, RunOptions};
 use super::worker::{Todo, Worker};
-use super::{asks, cutover, hold, off, on, restart, uplinks, wires};
+use super::{asks, cutover, hold, nics, off, on, restart, uplinks, wires};
 use crate::net::NetEvent;
 
 /// Things that happened and wait for the core.
@@ -200,6 +200,7 @@ impl Engine {
             Command::Effect { id, vm, effect } => self.effect(id, vm, effect).await,
             Command::Decided(record) => {
                 self.node.decided.notify_waiters();
+                nics::heard(&self.node, &record);
                 tracing::info!(vm = %record.name, epoch = %record.epoch, cause = ?record.cause, "decided");
             }
             Command::Boot(vm, copy) => on::boot(&self.node, vm, copy),

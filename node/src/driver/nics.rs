@@ -1,118 +1,237 @@
-//! NICs of VMs that run here: connected to a wire, disconnected, filtered.
+//! NICs of VMs that are here: connected to wires, disconnected, filtered, as their record says.
 //!
-//! Owns the order of the steps. Decides nothing: a change is a decree of the VM's record, so that nobody follows an
-//! older route, and a move begins before or after it. Invariant: a NIC is on a wire only behind its filter; each
-//! step can be repeated, and a change that was cut short is finished by asking again.
+//! Owns the way from a request to the kernel. Decides nothing: a change is a decree of the VM's record, wherever it is
+//! asked for and whether the VM runs, is off or is about to move. Invariant: a NIC is on a wire only behind its filter;
+//! each step can be repeated, and a change that was cut short is finished when the record is looked at again.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_protocol::id::{Epoch, Mac, Name, VmId};
-use godwit_protocol::limits::RULES;
-use godwit_protocol::wire::filter::Rule;
-use godwit_protocol::wire::record::Cause;
+use godwit_protocol::core::Core;
+use godwit_protocol::id::{Epoch, Mac, VmId};
+use godwit_protocol::wire::control::{Answer, Ask};
+use godwit_protocol::wire::record::{Cause, Placement, Record};
+use godwit_protocol::wire::wiring::{Change, Wiring};
+use tokio::time::Instant;
 
 use super::copies::Copy;
 use super::node::Node;
-use super::{boot, wires};
+use super::{boot, clusters, cutover, off, wires};
 use crate::api::types::{ApiError, Done};
 use crate::link::Where;
-use crate::vmm::{self, resolved::ResolvedNic};
+use crate::vmm::{self, ResolvedSpec, resolved::ResolvedNic};
 
 /// How long the voters may take.
-const DECREE: Duration = Duration::from_secs(15);
+const DECREE: Duration = Duration::from_secs(8);
+/// How long what passes by itself is waited for: another change of the record, a VM that is between two hosts.
+const PASSES: Duration = Duration::from_secs(20);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_millis(200);
 
-/// `godwit wire connect`.
-pub(super) async fn connect(
+/// `godwit wire connect|disconnect|filter`: the host of the VM is asked, wherever that is by now.
+pub(super) async fn change(
     node: &Arc<Node>,
     vm: &str,
-    wire: &Name,
     mac: Option<&str>,
+    change: Change,
 ) -> Result<Done, ApiError> {
-    let _one = node.rewiring.lock().await;
-    let copy = boot::local(node, vm).await?;
-    let mut nics = copy.nics();
-    // Also one that is there already: the last time may have been cut short.
-    let fits = |nic: &ResolvedNic| nic.wire.as_ref().is_none_or(|w| w == wire);
-    let nic = one(&nics, mac, fits, |nic| nic.wire.is_none()).ok_or_else(|| {
-        ApiError::new(
-            format!("{vm} has no such NIC that is free for wire {wire}"),
-            "see godwit vm show; disconnect one first, name it with --mac, or give the VM a [[nic]] without a wire",
-        )
-    })?;
-    wires::ensure(node, wire).await?;
-    nics[nic].wire = Some(wire.clone());
-    let epoch = decree(node, copy.vm()).await?;
-    keep(&copy, nics.clone()).await?;
-    let nic = &nics[nic];
-    attach(node, &copy, nic).await?;
-    wires::tell(node, &copy, epoch).await?;
-    Ok(Done { done: format!("NIC {} of {vm} is on wire {wire}", nic.mac.colons()) })
+    let mac = mac.map(|mac| mac.replace(':', "").parse::<Mac>()).transpose();
+    let mac = mac.map_err(|_| ApiError::new("that is no NIC's address", "see godwit vm show"))?;
+    let until = Instant::now() + PASSES;
+    loop {
+        let route = boot::find_vm(node, vm).await?;
+        let ask = Ask::Rewire { vm: route.vm, mac, change: change.clone() };
+        let error = match node.ask_at(route.host, ask).await {
+            Ok(Answer::Json(done)) => return Ok(Done { done: format!("{vm}: {done}") }),
+            Ok(Answer::Refused(cause)) if !clusters::passes(&cause) => {
+                let hint = format!("see godwit vm show {vm}, and name the NIC with --mac");
+                return Err(ApiError::new(format!("{vm}: {cause}"), hint));
+            }
+            Ok(Answer::Refused(cause)) => {
+                ApiError::new(format!("{vm}: {cause}"), "repeating it is safe")
+            }
+            Ok(_) => return Err(ApiError::plain("an answer that makes no sense")),
+            Err(error) => error,
+        };
+        if Instant::now() >= until {
+            return Err(error);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
-/// `godwit wire disconnect`.
-pub(super) async fn disconnect(
+/// What is asked of a VM's host.
+pub(super) async fn begin(
     node: &Arc<Node>,
-    vm: &str,
-    wire: &Name,
-    mac: Option<&str>,
-) -> Result<Done, ApiError> {
-    let _one = node.rewiring.lock().await;
-    let copy = boot::local(node, vm).await?;
-    let mut nics = copy.nics();
-    let fits = |nic: &ResolvedNic| nic.wire.as_ref() == Some(wire);
-    let nic = one(&nics, mac, fits, |_| true).ok_or_else(|| {
-        ApiError::new(
-            format!("no NIC of {vm}, or more than one, is on wire {wire}"),
-            "see godwit vm show; name it with --mac",
-        )
-    })?;
-    let mac = nics[nic].mac;
-    nics[nic].wire = None;
-    let epoch = decree(node, copy.vm()).await?;
-    // The kernel first: a daemon that ends here finds the NIC connected, and connects it again.
-    wires::set(node, wire, &mac, Where::None).await;
-    node.links.detach(wire, &mac, copy.vm()).await.map_err(ApiError::plain)?;
-    keep(&copy, nics).await?;
-    wires::tell(node, &copy, epoch).await?;
-    Ok(Done { done: format!("NIC {} of {vm} is on no wire", mac.colons()) })
+    vm: VmId,
+    mac: Option<Mac>,
+    change: Change,
+) -> Result<String, String> {
+    if let (Change::Connect(wire), Some(_)) = (&change, node.copies.running(vm)) {
+        wires::ensure(node, wire).await.map_err(|e| e.to_string())?;
+    }
+    let wanted = change.clone();
+    let rewired = node.with_core(move |core, now| core.rewire(now, vm, mac, &wanted)).await;
+    let rewired = rewired.map_err(|e| e.to_string())??;
+    let record = decided(node, vm, rewired.base).await?;
+    match here(node, &record, vm) {
+        Some((placed, Some(copy))) if !placed.off => follow_record(node, &copy).await,
+        Some((placed, _)) if placed.off => tell_off(node, vm).await,
+        _ => Ok(()),
+    }
+    .map_err(|error| format!("it is decided, but not done yet ({error}): ask again"))?;
+    let nic = rewired.mac.colons();
+    Ok(match change {
+        Change::Connect(wire) => format!("NIC {nic} is on wire {wire}"),
+        Change::Disconnect(_) => format!("NIC {nic} is on no wire"),
+        Change::Filter(rules) => format!("NIC {nic} has {} rules", rules.len()),
+    })
 }
 
-/// `godwit wire filter`.
-pub(super) async fn filter(
-    node: &Arc<Node>,
-    vm: &str,
-    mac: Option<&str>,
-    rules: &[String],
-) -> Result<Done, ApiError> {
-    let rules: Vec<Rule> =
-        rules.iter().map(|r| r.parse()).collect::<Result<_, _>>().map_err(ApiError::plain)?;
-    if rules.len() > RULES {
-        return Err(ApiError::plain(format!("a NIC has at most {RULES} rules")));
+/// The record that was proposed after `base`, or the newest if nothing was.
+async fn decided(node: &Arc<Node>, vm: VmId, base: Option<Epoch>) -> Result<Record, String> {
+    let wait = async {
+        loop {
+            let heard = node.decided.notified();
+            let record = node.with_core(move |core, _| core.record_of(vm).cloned()).await;
+            let record = record.map_err(|e| e.to_string())?;
+            match record.filter(|r| base.is_none_or(|base| r.epoch > base)) {
+                Some(record) if base.is_none() || record.cause == Cause::Wires(vm) => {
+                    return Ok(record);
+                }
+                Some(_) => return Err("another change was decided first: ask again".to_owned()),
+                None => heard.await,
+            }
+        }
+    };
+    let late = |_| "a majority of its voters has not agreed so far: ask again".to_owned();
+    tokio::time::timeout(DECREE, wait).await.map_err(late)?
+}
+
+/// Where that record places the VM, if it is here, and the copy.
+fn here(node: &Node, record: &Record, vm: VmId) -> Option<(Placement, Option<Arc<Copy>>)> {
+    let placed = record.placement_of(vm).filter(|p| p.host == node.me)?;
+    Some((placed.clone(), node.copies.get(placed.copy)))
+}
+
+async fn tell_off(node: &Arc<Node>, vm: VmId) -> Result<(), ApiError> {
+    let (copy, spec) = off::kept(node, vm).await.map_err(ApiError::plain)?;
+    let node_ = Arc::clone(node);
+    node.with_core(move |core, _| off::announce(&node_, core, &spec, copy)).await
+}
+
+/// A record was decided: NICs of VMs that are here may be connected otherwise by it.
+pub(super) fn heard(node: &Arc<Node>, record: &Record) {
+    for placed in record.placement.iter().filter(|p| p.host == node.me && !p.off) {
+        let copy = node.copies.get(placed.copy);
+        let Some(copy) = copy.filter(|c| differs(&c.nics(), &placed.nics)) else { continue };
+        let node = Arc::clone(node);
+        tokio::spawn(async move {
+            if let Err(error) = follow_record(&node, &copy).await {
+                tracing::error!(vm = %copy.spec.name, %error, "its NICs are not as its record says");
+            }
+        });
     }
+}
+
+/// The NICs of a copy that a record names here are connected as the newest one says, and everyone is told.
+pub(super) async fn follow_record(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError> {
     let _one = node.rewiring.lock().await;
-    let copy = boot::local(node, vm).await?;
-    let mut nics = copy.nics();
-    let nic = one(&nics, mac, |_| true, |_| true).ok_or_else(|| {
-        ApiError::new(
-            format!("{vm} has not just one such NIC"),
-            "name it with --mac: see godwit vm show",
-        )
-    })?;
-    let count = rules.len();
-    nics[nic].filter = rules;
-    let epoch = decree(node, copy.vm()).await?;
-    if let Some(wire) = &nics[nic].wire {
-        let set = node.links.set_filter(wire, &nics[nic].mac, &nics[nic].filter).await;
-        set.map_err(ApiError::plain)?;
+    let (vm, id, me) = (copy.vm(), copy.id, node.me);
+    let newest = move |core: &mut Core, _| {
+        let record = core.record_of(vm).filter(|r| r.places(vm, me, id))?;
+        record.placement_of(vm).map(|p| (record.epoch, p.nics.clone()))
+    };
+    let Some((epoch, nics)) = node.with_core(newest).await? else { return Ok(()) };
+    ensure(node, copy, &nics).await?;
+    if wire_up(node, copy, &nics).await? && copy.ran() {
+        wires::tell(node, copy, epoch).await?;
     }
-    keep(&copy, nics.clone()).await?;
-    wires::tell(node, &copy, epoch).await?;
-    Ok(Done { done: format!("NIC {} of {vm} has {count} rules", nics[nic].mac.colons()) })
+    Ok(())
+}
+
+/// Before the stop: the NICs of a copy that arrives are connected like that.
+pub(super) async fn follow(
+    node: &Arc<Node>,
+    copy: &Arc<Copy>,
+    nics: &[Wiring],
+) -> Result<(), ApiError> {
+    let _one = node.rewiring.lock().await;
+    ensure(node, copy, nics).await?;
+    wire_up(node, copy, nics).await.map(drop)
+}
+
+/// This host has the wires that the NICs come onto.
+async fn ensure(node: &Arc<Node>, copy: &Copy, wanted: &[Wiring]) -> Result<(), ApiError> {
+    let has = copy.nics();
+    for wire in wanted.iter().filter_map(|nic| nic.wire.as_ref()) {
+        if !has.iter().any(|nic| nic.wire.as_ref() == Some(wire)) {
+            wires::ensure(node, wire).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Connects a copy's NICs like that, to wires that this host has; says whether anything was done.
+async fn wire_up(node: &Arc<Node>, copy: &Arc<Copy>, wanted: &[Wiring]) -> Result<bool, ApiError> {
+    let old = copy.nics();
+    let mut new = old.clone();
+    by_record(&mut new, wanted);
+    if new == old {
+        return Ok(false);
+    }
+    // One that only shows its disks has no NIC that anybody could reach.
+    let kernel = !copy.qemu().is_still();
+    for (old, new) in old.iter().zip(&new).filter(|(old, new)| kernel && old != new) {
+        if let Some(wire) = old.wire.as_ref().filter(|_| old.wire != new.wire) {
+            // The kernel first: a daemon that ends here finds the NIC connected, and begins again.
+            wires::set(node, wire, &old.mac, Where::None).await;
+            cutover::unwired(node, copy.id, wire, &old.mac).await;
+            node.links.detach(wire, &old.mac, copy.vm()).await.map_err(ApiError::plain)?;
+        }
+        attach(node, copy, new).await?;
+    }
+    keep(copy, new).await?;
+    Ok(true)
+}
+
+/// Makes NICs what a record says of them; one of which it does not speak is on no wire.
+pub(super) fn by_record(nics: &mut [ResolvedNic], wanted: &[Wiring]) {
+    for nic in nics {
+        let said = wanted.iter().find(|w| w.mac == nic.mac);
+        nic.wire = said.and_then(|w| w.wire.clone());
+        nic.filter = said.map(|w| w.filter.clone()).unwrap_or_default();
+    }
+}
+
+fn differs(nics: &[ResolvedNic], wanted: &[Wiring]) -> bool {
+    let mut said = nics.to_vec();
+    by_record(&mut said, wanted);
+    said != nics
+}
+
+/// What a record says of a VM's NICs, from its description.
+pub(super) fn wiring(spec: &ResolvedSpec) -> Vec<Wiring> {
+    let one = |nic: &ResolvedNic| Wiring {
+        mac: nic.mac,
+        wire: nic.wire.clone(),
+        filter: nic.filter.clone(),
+    };
+    spec.nics.iter().map(one).collect()
 }
 
 /// After a restart: what was under way is finished.
-pub(super) async fn adopt(node: &Node, copy: &Copy) {
+pub(super) async fn adopt(node: &Arc<Node>, copy: &Arc<Copy>, record: Option<&Record>) {
+    let places = |r: &&Record| r.places(copy.vm(), node.me, copy.id);
+    let placed = record.filter(places).and_then(|r| r.placement_of(copy.vm()));
+    for wire in placed.iter().flat_map(|p| &p.nics).filter_map(|nic| nic.wire.as_ref()) {
+        wires::adopt(node, wire).await;
+    }
+    if let Some(placed) = placed
+        && let Err(error) = wire_up(node, copy, &placed.nics).await
+    {
+        tracing::error!(vm = %copy.spec.name, %error, "its NICs are not as its record says");
+    }
     for nic in copy.nics() {
         if let Err(error) = attach(node, copy, &nic).await {
             tracing::error!(nic = %nic.mac.colons(), error = %error.message, "not connected");
@@ -120,58 +239,18 @@ pub(super) async fn adopt(node: &Node, copy: &Copy) {
     }
 }
 
-/// The NIC's tap is on its wire, behind its filter, and its frames come here.
+/// The NIC's tap is on its wire, behind its filter; if its guest runs here, its frames come here. Without its filter
+/// none come.
 async fn attach(node: &Node, copy: &Copy, nic: &ResolvedNic) -> Result<(), ApiError> {
     let Some(wire) = &nic.wire else { return Ok(()) };
     let (mac, filter) = (&nic.mac, &nic.filter);
-    node.links.attach(wire, mac, copy.vm(), filter).await.map_err(ApiError::plain)?;
-    wires::set(node, wire, mac, Where::Local).await;
-    Ok(())
-}
-
-/// The NIC that is meant: by its address, else the only one of those that fit, `rather` these.
-fn one(
-    nics: &[ResolvedNic],
-    mac: Option<&str>,
-    fits: impl Fn(&ResolvedNic) -> bool,
-    rather: impl Fn(&ResolvedNic) -> bool,
-) -> Option<usize> {
-    let wanted = mac.map(|mac| mac.replace(':', "").parse::<Mac>().ok());
-    let fits = |nic: &ResolvedNic| fits(nic) && wanted.is_none_or(|mac| mac == Some(nic.mac));
-    let of = |filter: &dyn Fn(&ResolvedNic) -> bool| {
-        let found = nics.iter().enumerate().filter(|(_, nic)| filter(nic));
-        found.map(|(index, _)| index).collect::<Vec<_>>()
-    };
-    match (of(&|nic| fits(nic) && rather(nic)).as_slice(), of(&fits).as_slice()) {
-        ([one], _) | ([], [one]) => Some(*one),
-        _ => None,
+    let attached = node.links.attach(wire, mac, copy.vm(), filter).await;
+    if attached.is_err() {
+        wires::set(node, wire, mac, Where::None).await;
+    } else if copy.ran() && node.cutovers.held((wires::tag(wire), *mac)).is_none() {
+        wires::set(node, wire, mac, Where::Local).await;
     }
-}
-
-/// The next record of the VM: the same, one epoch later.
-async fn decree(node: &Arc<Node>, vm: VmId) -> Result<Epoch, ApiError> {
-    let base = node.with_core(move |core, now| core.rewire(now, vm)).await?;
-    let base = base.map_err(ApiError::plain)?;
-    let wait = async {
-        loop {
-            let heard = node.decided.notified();
-            let record = node.with_core(move |core, _| core.record_of(vm).cloned()).await?;
-            if let Some(record) = record.filter(|r| r.epoch > base) {
-                return Ok::<_, ApiError>(record);
-            }
-            heard.await;
-        }
-    };
-    let record = tokio::time::timeout(DECREE, wait).await.map_err(|_| {
-        ApiError::new(
-            "a majority of the VM's voters does not answer",
-            "ask again: repeating it is safe",
-        )
-    })??;
-    if record.cause != Cause::Wires(vm) {
-        return Err(ApiError::new("another change of the VM was decided first", "ask again"));
-    }
-    Ok(record.epoch)
+    attached.map_err(ApiError::plain)
 }
 
 async fn keep(copy: &Arc<Copy>, nics: Vec<ResolvedNic>) -> Result<(), ApiError> {

@@ -16,7 +16,7 @@ use super::copies::Copy;
 use super::destination::BLOB;
 use super::node::{Node, wall_us};
 use super::worker::{self, Worker};
-use super::{boot, hold, images};
+use super::{boot, hold, images, nics};
 use crate::vmm::{self, CopyRecord, Mode, ResolvedSpec};
 
 /// How long the end of a VM's last move may be waited for.
@@ -35,7 +35,9 @@ pub(super) fn read(
     if (kept.copy, kept.spec.id) != (placed.copy, vm) {
         return Err(format!("what {} keeps of it is of another copy", node.name));
     }
-    Ok((kept.copy, kept.spec))
+    let mut spec = kept.spec;
+    nics::by_record(&mut spec.nics, &placed.nics);
+    Ok((kept.copy, spec))
 }
 
 /// The same, by the newest record that is known.
@@ -114,8 +116,13 @@ impl Worker {
 
 /// Others find it here.
 pub(super) fn announce(node: &Node, core: &mut Core, spec: &ResolvedSpec, copy: CopyId) {
-    let epoch = core.record_of(spec.id).map(|r| r.epoch).unwrap_or_default();
-    if let Err(error) = core.announce(node.now(), boot::route_of(node, spec, copy, epoch)) {
+    let record = core.record_of(spec.id);
+    let epoch = record.map(|r| r.epoch).unwrap_or_default();
+    let mut spec = spec.clone();
+    if let Some(placed) = record.and_then(|r| r.placement_of(spec.id)) {
+        nics::by_record(&mut spec.nics, &placed.nics);
+    }
+    if let Err(error) = core.announce(node.now(), boot::route_of(node, &spec, copy, epoch)) {
         tracing::error!(%error, "where a VM is off is not told to others");
     }
 }

@@ -47,6 +47,7 @@ const STILL_BYTES_PER_S: u64 = 100_000;
 /// One outgoing migration.
 pub(super) struct Sending {
     copy: Arc<Copy>,
+    pub to: HostId,
     session: Arc<SourceHandle>,
     mirrors: Arc<Mirrors>,
     /// What the user allows, bytes per second; 0: no limit.
@@ -116,7 +117,7 @@ impl Worker {
             self.watch_end(finished),
             self.stream_when_copied(&copy, socket, &mirrors),
         ];
-        self.sending = Some(Sending { copy, session, mirrors, limit, tasks });
+        self.sending = Some(Sending { copy, to, session, mirrors, limit, tasks });
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use godwit_protocol::id::{CopyId, MigrationId, VmId};
 use godwit_protocol::migrate::{Effect, Happened};
+use godwit_protocol::wire::wiring::Wiring;
 use tokio::sync::mpsc;
 
 use super::copies::Copy;
@@ -13,7 +14,7 @@ use super::destination::Receiving;
 use super::keeping::Mark;
 use super::node::{Node, wall_us};
 use super::source::Sending;
-use super::{cutover, hold, images, keeping, migrate, off, wires};
+use super::{cutover, hold, images, keeping, migrate, nics, off, wires};
 use crate::vmm::{self, CopyRecord};
 
 /// Effects that may wait at one worker. A migration has few at a time.
@@ -51,13 +52,11 @@ impl Worker {
 
     async fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::Receive { spec, source } => {
-                let happened = match self.receive(&spec, source).await {
-                    Ok(()) => {
-                        self.node.moment(self.id, "a QEMU waits");
-                        Happened::Received
-                    }
-                    Err(cause) => Happened::Refused(cause),
+            Effect::Receive { spec, nics, source } => self.receive(&spec, &nics, source).await,
+            Effect::Rewire(epoch, nics) => {
+                let happened = match self.rewire(&nics).await {
+                    Ok(()) => Happened::Rewired(epoch),
+                    Err(cause) => Happened::TransferFailed(cause),
                 };
                 self.node.happened(self.id, happened).await;
             }
@@ -120,6 +119,31 @@ impl Worker {
         }
     }
 
+    /// NICs are connected otherwise while the VM moves: here, and on the way.
+    async fn rewire(&mut self, nics: &[Wiring]) -> Result<(), String> {
+        let node = &self.node;
+        let (copy, from) = match &self.receiving {
+            Some(receiving) => (node.copies.get(receiving.copy), Some(receiving.from)),
+            None => (node.copies.running(self.vm), None),
+        };
+        let Some(copy) = copy else { return Ok(()) };
+        let followed = match from {
+            Some(_) => nics::follow(node, &copy, nics).await,
+            None => nics::follow_record(node, &copy).await,
+        };
+        followed.map_err(|e| e.to_string())?;
+        match (from, &self.sending) {
+            (Some(from), _) if !off::is_off(node, self.vm).await => {
+                cutover::arrive(node, self.id, &copy, from).await;
+            }
+            (None, Some(sending)) if !copy.qemu().is_still() => {
+                cutover::leave(node, self.id, &copy, sending.to).await;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// A decided record names this copy: its guest may run.
     async fn cont(&mut self, id: CopyId) {
         let Some(copy) = self.node.copies.get(id) else {
@@ -135,7 +159,12 @@ impl Worker {
             return self.node.happened(self.id, gone).await;
         }
         let quiet = cutover::quiet(&self.node, id);
-        let (off, ()) = tokio::join!(off::is_off(&self.node, self.vm), quiet);
+        let follow = nics::follow_record(&self.node, &copy);
+        let (off, (), followed) = tokio::join!(off::is_off(&self.node, self.vm), quiet, follow);
+        if let Err(error) = followed {
+            // What cannot be connected so is not connected.
+            tracing::error!(vm = %self.vm, %error, "its NICs are not as its record says");
+        }
         if off {
             // It left its cluster since, so the move itself does not know it.
             return self.rest(id).await;

@@ -184,9 +184,9 @@ impl ResolvedSpec {
         }
         self.check_disks()?;
         check_count("nic", self.nics.len(), NICS)?;
+        check_count("nic.filter", self.nics.iter().map(|nic| nic.filter.len()).sum(), RULES)?;
         for (index, nic) in self.nics.iter().enumerate() {
             check_mtu(nic.mtu)?;
-            check_count("nic.filter", nic.filter.len(), RULES)?;
             if !is_unicast(nic.mac) {
                 return Err(value_error("nic.mac", "is not a unicast address"));
             }

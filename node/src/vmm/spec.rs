@@ -273,9 +273,9 @@ impl VmSpec {
             check_path("nvram.vars", vars)?;
         }
         check_count("nic", self.nic.len(), NICS)?;
+        check_count("nic.filter", self.nic.iter().map(|nic| nic.filter.len()).sum(), RULES)?;
         for nic in &self.nic {
             nic.wire.as_ref().map(|wire| check_name("nic.wire", wire)).transpose()?;
-            check_count("nic.filter", nic.filter.len(), RULES)?;
             nic.mac.as_deref().map(parse_mac).transpose()?;
             nic.mtu.map_or(Ok(()), check_mtu)?;
         }

@@ -8,7 +8,7 @@ use crate::limits;
 use crate::migrate::destination::Destination;
 use crate::migrate::lead::Lead;
 use crate::migrate::source::{Begin, Source};
-use crate::migrate::{self, Action, Effect, Happened, Moving, Role};
+use crate::migrate::{self, Action, Effect, Happened, Migration as _, Moving, Role};
 use crate::time::Time;
 use crate::wire::control::Control;
 use crate::wire::migrate::{Body, Message, Phase, Status};
@@ -112,6 +112,14 @@ impl Core {
 
     pub(super) fn said(&mut self, now: Time, from: HostId, message: Message) {
         let Message { id, vm, base, body } = message;
+        if let (Body::Rebase(record), Some(Move::Destination(m))) = (&body, self.moves.get(&id))
+            && m.status().from == from
+            && record.placement_of(vm).is_some_and(|p| p.host == from)
+            && record.is_well_formed()
+        {
+            self.epochs.learned(now, (**record).clone());
+            self.drain(now);
+        }
         match self.moves.get(&id) {
             Some(Move::Lead(_)) => return self.happened(now, id, Happened::Member(from, vm, body)),
             Some(_) => return self.happened(now, id, Happened::Said(from, body)),

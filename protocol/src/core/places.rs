@@ -2,12 +2,24 @@
 //!
 //! Owns the way from a guest that runs to the routing table. Decides nothing.
 
-use super::{Core, Local, voters};
-use crate::id::{CopyId, Epoch, HostId, VmId};
+use super::{Core, Local, Move, voters};
+use crate::id::{CopyId, Epoch, HostId, Mac, VmId};
+use crate::limits::RULES;
 use crate::route::RouteError;
 use crate::time::Time;
+use crate::wire::migrate::Phase;
 use crate::wire::record::{Cause, Record};
 use crate::wire::route::Route;
+use crate::wire::wiring::Change;
+
+/// What [`Core::rewire`] began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rewired {
+    /// The NIC.
+    pub mac: Mac,
+    /// The epoch that was proposed follows this one; none: it is connected so, and nothing was proposed.
+    pub base: Option<Epoch>,
+}
 
 impl Core {
     /// This host runs that copy (after `cont`, or found running after a restart).
@@ -38,28 +50,44 @@ impl Core {
         self.drain(now);
     }
 
-    /// Proposes the record after which NICs of a VM that runs here are connected otherwise. Gives the epoch that it
-    /// follows.
+    /// Proposes the record after which a NIC of a VM that is here, on or off, is connected otherwise. A move that is not
+    /// bound goes on from it.
     ///
     /// # Errors
-    /// One line for the user; nothing changed.
-    pub fn rewire(&mut self, now: Time, vm: VmId) -> Result<Epoch, String> {
-        let record = self.record_of(vm).cloned().ok_or("no record of the VM is known here")?;
-        if record.is_closed() || record.placement_of(vm).is_none_or(|p| p.host != self.me.host) {
-            return Err("the VM belongs elsewhere by now: ask again".to_owned());
+    /// One line for the user; nothing changed. What passes by itself ends in *ask again*.
+    pub fn rewire(
+        &mut self,
+        now: Time,
+        vm: VmId,
+        mac: Option<Mac>,
+        change: &Change,
+    ) -> Result<Rewired, String> {
+        let mut next = self.record_of(vm).cloned().ok_or("no record of the VM is known here")?;
+        let me = self.me.host;
+        let placed = next.placement.iter_mut().find(|p| p.vm == vm && p.host == me);
+        let placed = placed.ok_or("the VM belongs elsewhere by now: ask again")?;
+        let before = placed.nics.clone();
+        let mac = change.apply(&mut placed.nics, mac)?;
+        let (base, is_so) = (next.epoch, placed.nics == before);
+        if is_so {
+            return Ok(Rewired { mac, base: None });
         }
-        if self.moves.values().any(|m| m.status().cluster == record.cluster) {
-            return Err(
-                "the VM moves: wait for it (godwit migrations), or abort it first".to_owned()
-            );
+        (next.epoch, next.cause) = (base.next(), Cause::Wires(vm));
+        if !next.is_well_formed() {
+            return Err(format!("a VM has at most {RULES} rules, over all its NICs"));
         }
-        let base = record.epoch;
-        let next = Record { epoch: base.next(), cause: Cause::Wires(vm), ..record };
+        let bound = |m: &Move| !matches!(m.status().phase, Phase::Preparing | Phase::Transfer);
+        if self.moves.values().any(|m| m.status().cluster == next.cluster && bound(m)) {
+            return Err("the VM is about to run elsewhere: ask again".to_owned());
+        }
+        if self.epochs.newest(next.cluster).is_none_or(Record::is_closed) {
+            return Err("the VM is joining a cluster just now: ask again".to_owned());
+        }
         self.epochs
             .propose(now, next, now.plus_ms(voters::PROPOSE_MS))
             .map_err(|e| e.to_string())?;
         self.drain(now);
-        Ok(base)
+        Ok(Rewired { mac, base: Some(base) })
     }
 
     /// The copy of `vm` that is here by that record: it runs, or is switched off.

@@ -31,6 +31,7 @@ fn record(epoch: u64, voters: &[u8], at: u8, copy: u8, cause: Cause) -> Record {
             host: host(at),
             copy: CopyId([copy; 16]),
             off: false,
+            nics: Vec::new(),
         }],
         departed: Vec::new(),
         cause,

@@ -4,6 +4,7 @@
 //! after a decided record names the copy that was minted at *loaded*, and only after that is on
 //! disk, and never if that says that it is off; an end that is not bound yet may forget everything at any time.
 
+mod state;
 mod team;
 mod timer;
 
@@ -11,58 +12,12 @@ use std::collections::BTreeMap;
 
 use super::wait;
 use super::{Action, Effect, Happened, Migration, Moving, Role, clip};
-use crate::id::{CopyId, HostId, VmId};
+use crate::id::{CopyId, Epoch, HostId, VmId};
 use crate::time::Time;
 use crate::wire::migrate::{Body, Led, Phase, Seat, Status};
 use crate::wire::record::{Cause, Record, Release, Voter};
-
-/// Where the destination stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum State {
-    /// The driver checks and starts a QEMU.
-    Checking(Silence),
-    /// Pages arrive.
-    Receiving(Silence),
-    /// Bound: loaded, and proposed once the source has released its copy; until a decision or the deadline. It is told, or
-    /// asked about, again.
-    Loaded { until: Time, tell_at: Time, qemu: Qemu },
-    /// Decided for this copy; `cont` when its QEMU is there, and again if that is not answered.
-    Starting { qemu: Qemu, again_at: Time },
-    /// Runs; the source is told until it says *released*, or for long enough.
-    Running { tell_at: Time, until: Time, resumed_us: u64 },
-    /// It ran and is gone; the source is told until it says *released*, or for long enough.
-    Lost { tell_at: Time, until: Time, cause: String },
-    /// Nothing more.
-    Over,
-}
-
-/// The source was last heard; when it is asked where it stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Silence {
-    heard: Time,
-    ask_at: Time,
-}
-
-impl Silence {
-    fn since(now: Time) -> Self {
-        Self { heard: now, ask_at: now.plus_ms(wait::SILENCE_MS) }
-    }
-
-    fn ends(&self) -> Time {
-        self.heard.plus_ms(wait::HEARD_MS)
-    }
-}
-
-/// The bound copy's QEMU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Qemu {
-    /// Loaded, it waits.
-    There,
-    /// Being started again.
-    Building,
-    /// Gone, and nobody is at it.
-    Gone,
-}
+use crate::wire::wiring::Wiring;
+use state::{Qemu, Silence, State};
 
 /// The destination's end of one migration.
 #[derive(Debug, Clone)]
@@ -85,6 +40,8 @@ pub struct Destination {
     release: Option<Release>,
     proposed: bool,
     off: bool,
+    /// The record by which the copy's NICs are connected.
+    rewired: Epoch,
 }
 
 impl Destination {
@@ -100,7 +57,8 @@ impl Destination {
         out: &mut Vec<Action>,
     ) -> Self {
         let peer = status.from;
-        out.push(Action::Effect(Effect::Receive { spec, source: peer }));
+        let nics = nics_of(&record, status.vm);
+        out.push(Action::Effect(Effect::Receive { spec, nics, source: peer }));
         let state = State::Checking(Silence::since(now));
         Self::new(me, status, record, None, peer, state, led)
     }
@@ -116,8 +74,9 @@ impl Destination {
     ) -> Self {
         let (proposer, team, loaded) = (None, Vec::new(), BTreeMap::new());
         let (rebuilds, release, proposed) = (0, None, false);
-        let off = record.is_off(status.vm);
+        let (off, rewired) = (record.is_off(status.vm), record.epoch);
         Self {
+            rewired,
             me,
             status,
             record,
@@ -231,7 +190,15 @@ impl Destination {
                 }
             }
             (State::Checking(_) | State::Receiving(_), _) => {
-                self.give_up(stay_cause(record), out);
+                let vm = self.status.vm;
+                let at = |r: &Record| r.placement_of(vm).map(|p| (p.host, p.copy, p.off));
+                if !matches!(record.cause, Cause::Wires(_)) || at(record) != at(&self.record) {
+                    return self.give_up(stay_cause(record), out);
+                }
+                // NICs are connected otherwise: the source goes on from there, too.
+                self.status.epoch_before = record.epoch;
+                out.push(Action::Effect(Effect::Rewire(record.epoch, nics_of(record, vm))));
+                self.record = record.clone();
             }
             (State::Starting { .. } | State::Running { .. } | State::Lost { .. }, _) => {
                 // Taken up after a restart, with the record that started it.
@@ -310,6 +277,10 @@ impl Destination {
         }
         match (body, &self.state) {
             (Body::PrepareBallot(_), State::Receiving(_)) => out.push(Action::PrepareBallot),
+            // It was heard with the record.
+            (Body::Rebase(_), _) if self.rewired == self.record.epoch => {
+                out.push(Action::Send(self.peer, Body::Rebased(self.rewired)));
+            }
             (Body::Proposer(seat), _) => self.on_proposer(seat, out),
             (Body::Stopped(release), _) => {
                 self.on_released(release, out);
@@ -389,6 +360,10 @@ impl Destination {
     }
 }
 
+fn nics_of(record: &Record, vm: VmId) -> Vec<Wiring> {
+    record.placement_of(vm).map(|p| p.nics.clone()).unwrap_or_default()
+}
+
 fn stay_cause(record: &Record) -> String {
     match &record.cause {
         Cause::Stay(why) => why.clone(),
@@ -422,6 +397,10 @@ impl Migration for Destination {
             }
             (Happened::Abort, State::Checking(_) | State::Receiving(_)) => {
                 self.fail("aborted on request".into(), out);
+            }
+            (Happened::Rewired(epoch), _) if epoch == self.record.epoch => {
+                self.rewired = epoch;
+                out.push(Action::Send(self.peer, Body::Rebased(epoch)));
             }
             (Happened::Loaded(copy), _) => self.on_loaded(now, copy, out),
             (Happened::BallotReady, State::Receiving(_)) => match self.led {

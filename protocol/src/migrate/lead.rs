@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 
 use super::ballot::{Ballot, Next};
 use super::{Action, Happened, Migration, Moving, Role, clip, wait};
-use crate::id::{CopyId, HostId, VmId};
+use crate::id::{CopyId, Epoch, HostId, VmId};
 use crate::time::Time;
 use crate::wire::migrate::{
     Body, Figures, MemberStatus, Options, Phase, Seat, Stand, Status, of_member,
@@ -65,6 +65,11 @@ impl Member {
 
     fn figures(&self) -> Option<Figures> {
         self.stand.as_ref().and_then(|s| s.figures)
+    }
+
+    /// The epoch that its source starts from.
+    fn base(&self) -> Option<Epoch> {
+        self.stand.as_ref().map(|stand| stand.status.epoch_before)
     }
 
     /// Its source was heard, and not that its guest was stopped.
@@ -237,7 +242,9 @@ impl Lead {
         });
         let all = |f: &dyn Fn(&Figures) -> bool| {
             let fresh = |m: &Member| now.ms_since(m.heard) <= wait::FRESH_MS;
-            let fits = |m: &Member| fresh(m) && m.figures().is_some_and(|p| f(&p));
+            // One that has not heard of the newest record could not go on from it.
+            let same = |m: &Member| m.base() == Some(self.record.epoch);
+            let fits = |m: &Member| fresh(m) && same(m) && m.figures().is_some_and(|p| f(&p));
             self.members.iter().all(fits)
         };
         let (near, converged) = (all(&|f| f.near), all(&|f| f.converged));
@@ -301,7 +308,13 @@ impl Lead {
             Cause::Move(_) => String::new(),
             other => format!("another change of the record was decided first: {other:?}"),
         };
-        match self.state {
+        match &mut self.state {
+            // NICs are connected otherwise: each source hears it, and all go on from there.
+            State::Gathering { ballot, .. } if matches!(record.cause, Cause::Wires(_)) => {
+                *ballot = Ballot::None;
+                self.status.epoch_before = record.epoch;
+                self.record = record.clone();
+            }
             State::Gathering { .. } => self.give_up(cause, out),
             State::Stopping { .. } => {
                 self.status.epoch_after = Some(record.epoch);

@@ -4,10 +4,12 @@
 //! (bound, on disk), the guest runs again here only on a decided record that names this copy.
 
 mod led;
+mod rebase;
 mod state;
 mod timer;
 
 pub use led::Ordered;
+use rebase::Rebase;
 use state::State;
 
 use super::ballot::{Ballot, Next};
@@ -43,6 +45,7 @@ pub struct Source {
     /// The cluster's migration that it is part of, and when its lead was last heard.
     led: Option<(Led, Time)>,
     share_bytes_per_s: u64,
+    rebase: Rebase,
 }
 
 /// What a new source needs to know.
@@ -83,6 +86,7 @@ impl Source {
             resumed_us: None,
             led: None,
             share_bytes_per_s: 0,
+            rebase: Rebase::default(),
         }
     }
 
@@ -132,6 +136,8 @@ impl Source {
             return self.end(Phase::Stayed, why, out);
         };
         self.peer = next;
+        // It is told the newest record when it is asked.
+        self.rebase.there = false;
         self.status.to = Some(next);
         self.status.phase = Phase::Preparing;
         self.state = State::Preparing {
@@ -209,12 +215,11 @@ impl Source {
         state::show(&mut self.status, &p);
         self.status.total_ms = now.ms_since(self.started);
         out.push(Action::Report);
-        let converged = plan::is_converged(&p, self.options.max_downtime_ms);
-        // Its round trip is over by the time the guest may be stopped.
-        let near = converged || left.is_some_and(|ms| ms <= wait::BALLOT_AHEAD_MS);
+        self.tell_rebase(out);
         if self.led.is_some() {
             return self.tell_lead(out);
         }
+        let (near, converged) = (self.is_near(), self.is_converged());
         let State::Transfer { ballot, .. } = &mut self.state else { return };
         match ballot.step(now, near, converged) {
             Next::Ask => out.push(Action::Send(self.peer, Body::PrepareBallot(Vec::new()))),
@@ -251,6 +256,9 @@ impl Source {
             || matches!(self.state, State::Starting { .. } | State::Resuming { .. } | State::Over)
         {
             return;
+        }
+        if self.follows(&record) {
+            return self.rebase(record, out);
         }
         self.status.epoch_after = Some(record.epoch);
         let Some(placed) = record.placement_of(self.status.vm).cloned() else {
@@ -355,6 +363,7 @@ impl Source {
                 let last = self.last;
                 self.on_progress(now, last, out);
             }
+            (Body::Rebased(epoch), _) if epoch == self.record.epoch => self.rebase.there = false,
             (Body::Failed(cause), State::Transfer { .. }) => self.give_up(cause, out),
             (Body::Failed(cause), State::Stopped { .. }) => out.push(Action::Resolve(cause)),
             (Body::Loaded(_), State::Stopped { .. }) => {
@@ -392,7 +401,9 @@ impl Source {
 
     fn on_failure(&mut self, cause: String, out: &mut Vec<Action>) {
         match self.state {
-            State::Transfer { .. } => self.give_up(cause, out),
+            State::Describing { .. } | State::Preparing { .. } | State::Transfer { .. } => {
+                self.give_up(cause, out);
+            }
             State::Stopped { .. } => out.push(Action::Resolve(cause)),
             _ => {}
         }
@@ -431,6 +442,7 @@ impl Migration for Source {
             Happened::Described { spec, ram_bytes } => {
                 self.on_described(now, spec, ram_bytes, out);
             }
+            Happened::Rewired(epoch) if epoch == self.record.epoch => self.rebase.here = false,
             Happened::Refused(cause) if matches!(self.state, State::Describing { .. }) => {
                 self.end(Phase::Stayed, cause, out);
             }

@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::migrate::{Options, Status, Target};
 use super::record::{Record, Voter};
+use super::wiring::Change;
 use super::{epoch, migrate, route};
-use crate::id::{HostId, MigrationId, VmId};
+use crate::id::{HostId, Mac, MigrationId, VmId};
 
 /// One control message between two members. Order between messages is not promised.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +113,15 @@ pub enum Ask {
         /// Whether it shall not vote.
         unfit: bool,
     },
+    /// To the host of a VM: connect a NIC of it otherwise. The answer is a line of text for people.
+    Rewire {
+        /// The VM.
+        vm: VmId,
+        /// The NIC; none: the only one that fits.
+        mac: Option<Mac>,
+        /// What becomes of it.
+        change: Change,
+    },
     /// To the host of a VM that is off: start it. Asked again until it runs.
     Start {
         /// The VM.
@@ -130,7 +140,7 @@ pub enum Answer {
     Refused(String),
     /// Migrations.
     Migrations(Vec<Status>),
-    /// A JSON text.
+    /// A JSON text, or a line for people.
     Json(String),
     /// The newest record that is known, if any.
     Record(Option<Box<Record>>),

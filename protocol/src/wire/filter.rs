@@ -13,10 +13,11 @@ use core::net::IpAddr;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// What a rule is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Protocol {
     /// Every packet.
     Any,
@@ -28,9 +29,8 @@ pub enum Protocol {
     Icmp,
 }
 
-/// One rule.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+/// One rule. People and files see its text, messages carry its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Rule {
     /// Whether what fits may pass.
     pub allow: bool,
@@ -119,23 +119,38 @@ impl fmt::Display for Rule {
     }
 }
 
-impl TryFrom<String> for Rule {
-    type Error = RuleError;
+/// A rule's fields, in their order.
+type Fields = (bool, Protocol, Option<u16>, Option<(IpAddr, u8)>);
 
-    fn try_from(text: String) -> Result<Self, RuleError> {
-        text.parse()
+impl Serialize for Rule {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            return serializer.collect_str(self);
+        }
+        let fields: Fields = (self.allow, self.protocol, self.port, self.from);
+        fields.serialize(serializer)
     }
 }
 
-impl From<Rule> for String {
-    fn from(rule: Rule) -> Self {
-        rule.to_string()
+impl<'de> Deserialize<'de> for Rule {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            return String::deserialize(deserializer)?.parse().map_err(D::Error::custom);
+        }
+        let (allow, protocol, port, from) = Fields::deserialize(deserializer)?;
+        let rule = Self { allow, protocol, port, from };
+        // What its text cannot say is no rule.
+        rule.to_string().parse().map_err(D::Error::custom)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::codec;
+
+    /// More than any rule takes.
+    const RULE_BYTES: usize = 128;
 
     #[test]
     fn rules_read_back_as_they_were_written() {
@@ -149,7 +164,13 @@ mod tests {
         ] {
             let rule: Rule = text.parse().unwrap();
             assert_eq!(rule.to_string(), text);
+            let bytes = codec::encode(&rule, RULE_BYTES).unwrap();
+            assert!(bytes.len() <= 25, "{} bytes", bytes.len());
+            assert_eq!(codec::decode::<Rule, RULE_BYTES>(&bytes), Ok(rule));
         }
+        let fields: Fields = (true, Protocol::Icmp, Some(8), None);
+        let bytes = codec::encode(&fields, RULE_BYTES).unwrap();
+        assert!(codec::decode::<Rule, RULE_BYTES>(&bytes).is_err(), "icmp has no ports");
         let one: Rule = "allow  tcp from 192.0.2.1".parse().unwrap();
         assert_eq!(one.to_string(), "allow tcp from 192.0.2.1/32");
     }

@@ -177,6 +177,10 @@ pub enum Body {
     NoLead,
     /// A cluster's lead to the host of a member that stays: others move.
     Moves,
+    /// Source to an unbound destination: NICs are connected otherwise by this decided record, from which the move goes on.
+    Rebase(Box<Record>),
+    /// The answer: so they are here, by the record of that epoch.
+    Rebased(Epoch),
 }
 
 /// How a migration ended, or how far it is.

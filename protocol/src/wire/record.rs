@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::wiring::Wiring;
 use crate::id::{CopyId, Epoch, HostId, Name, StoreId, VmId};
 
 /// A voter: a host and the hard state it votes with. A host that lost its state is another voter.
@@ -26,6 +27,22 @@ pub struct Placement {
     pub copy: CopyId,
     /// It is switched off: its disks are on that host, as that copy left them, and no copy may run.
     pub off: bool,
+    /// Its NICs, in the guest's order (at most [`crate::limits::NICS`], with at most [`crate::limits::RULES`] rules in
+    /// all): they move with it.
+    pub nics: Vec<Wiring>,
+}
+
+impl Placement {
+    fn is_well_formed(&self) -> bool {
+        use crate::limits::{NICS, RULES};
+        self.nics.len() <= NICS
+            && self.nics.iter().map(|nic| nic.filter.len()).sum::<usize>() <= RULES
+    }
+
+    /// Whether both are the same VM with the same NICs, wherever it is and whether or not it is off.
+    fn is_same_vm(&self, other: &Self) -> bool {
+        (self.vm, &self.name, &self.nics) == (other.vm, &other.name, &other.nics)
+    }
 }
 
 /// The word of a copy's host that it stands still, on disk and in fact, and that only the record of that epoch
@@ -51,8 +68,7 @@ pub enum Cause {
     Stay(String),
     /// The voters changed.
     Voters,
-    /// NICs of that member were connected, disconnected or filtered: what follows is in its description, and
-    /// its route is of this epoch.
+    /// NICs of that member were connected, disconnected or filtered, and its route is of this epoch.
     Wires(VmId),
     /// A lone VM was removed: it runs nowhere. A tombstone that keeps the epoch.
     Delete,
@@ -186,17 +202,18 @@ impl Record {
         let mut vms: Vec<_> = self.placement.iter().map(|p| p.vm).collect();
         vms.sort_unstable();
         vms.dedup();
+        let bounded = |placed: &[Placement]| {
+            placed.len() <= CLUSTER_VMS && placed.iter().all(Placement::is_well_formed)
+        };
         let cause = match &self.cause {
             Cause::Stay(why) | Cause::Force(why) => why.len() <= TEXT_BYTES,
-            Cause::Release { members, .. } | Cause::Dissolve(members) => {
-                members.len() <= CLUSTER_VMS
-            }
+            Cause::Release { members, .. } | Cause::Dissolve(members) => bounded(members),
             Cause::Move(releases) => releases.len() <= CLUSTER_VMS,
             _ => true,
         };
         (1..=VOTERS).contains(&self.voters.len())
             && voters.len() == self.voters.len()
-            && self.placement.len() <= CLUSTER_VMS
+            && bounded(&self.placement)
             && vms.len() == self.placement.len()
             && self.departed.len() <= DEPARTED
             && cause
@@ -216,7 +233,8 @@ impl Record {
         let number = self.epoch == next;
         let departed = self.departed == base.departed;
         let fits = match &self.cause {
-            Cause::Stay(_) | Cause::Voters | Cause::Wires(_) => placed && number && departed,
+            Cause::Stay(_) | Cause::Voters => placed && number && departed,
+            Cause::Wires(vm) => number && departed && self.rewires(base, *vm),
             Cause::Joined(cluster) => {
                 placed && number && departed && base.is_lone() && *cluster != base.cluster
             }
@@ -236,11 +254,22 @@ impl Record {
 
     /// The same members, in the same order, wherever; every copy that is dropped was released.
     fn moves(&self, base: &Self, releases: &[Release]) -> bool {
-        let members = |r: &Self| r.placement.iter().map(|p| (p.vm, p.off)).collect::<Vec<_>>();
-        let pairs = base.placement.iter().zip(&self.placement);
-        let dropped = pairs.filter(|(old, new)| (old.host, old.copy) != (new.host, new.copy));
-        members(self) == members(base)
-            && dropped.into_iter().all(|(old, _)| releases.contains(&self.release_of(old)))
+        let pairs = || base.placement.iter().zip(&self.placement);
+        let mut dropped = pairs().filter(|(old, new)| (old.host, old.copy) != (new.host, new.copy));
+        self.placement.len() == base.placement.len()
+            && pairs().all(|(old, new)| old.is_same_vm(new) && old.off == new.off)
+            && dropped.all(|(old, _)| releases.contains(&self.release_of(old)))
+    }
+
+    /// The NICs of that member are connected otherwise; they are the same, and nothing else is another.
+    fn rewires(&self, base: &Self, vm: VmId) -> bool {
+        let macs = |p: &Placement| p.nics.iter().map(|nic| nic.mac).collect::<Vec<_>>();
+        let (Some(new), Some(old)) = (self.placement_of(vm), base.placement_of(vm)) else {
+            return false;
+        };
+        let mut placement = base.placement.clone();
+        placement.iter_mut().filter(|p| p.vm == vm).for_each(|p| p.nics.clone_from(&new.nics));
+        self.placement == placement && macs(new) == macs(old)
     }
 
     /// That member was on and is off, released; nothing else is another.

@@ -4,6 +4,7 @@
 //! reached it: not one may, until the filter is taken away.
 
 mod ended;
+mod rewired;
 mod router;
 mod sealed;
 mod uplink;
@@ -78,6 +79,8 @@ pub fn wires(labid: &str) -> Result<Value> {
     ensure!((talk.lost, talk.reordered) == (0, 0), "what is allowed was lost: {talk:?}");
     world.restarts()?;
     world.disconnects()?;
+    ensure!(world.sunk()? == 0, "what was denied got through before it was off");
+    world.switched_off()?;
     let denied = denied.stop(DRAIN);
     let reached = world.sunk()?;
     ensure!(
@@ -93,23 +96,26 @@ pub fn wires(labid: &str) -> Result<Value> {
         sleep(Duration::from_millis(100));
     }
     drop(freed.stop(DRAIN));
+    let on_the_way = world.on_the_way()?;
     let World { swarm, station, .. } = world;
     drop(station);
     swarm.down()?;
     Ok(json!({
         "scenario": "wires",
         "passed": true,
-        "moves": 4,
+        "moves": 6,
         "denied_sent": denied.sent,
         "denied_reached": reached,
+        "denied_on_the_way": on_the_way,
         "allowed_sent": talk.sent,
         "allowed_lost": talk.lost,
     }))
 }
 
 impl World {
+    /// Asked of a host that never has the guest.
     fn ask(&self, args: &[&str]) -> Result<Value> {
-        self.swarm.ask(self.host, args)
+        self.swarm.ask("h3", args)
     }
 
     fn prober(&self, port: u16) -> Result<Prober> {
@@ -124,7 +130,12 @@ impl World {
     }
 
     fn moves(&mut self, to: &'static str) -> Result<()> {
-        let m = Moving::start(&self.swarm, &Wish::new("h3", "web", to))?.end()?;
+        let moving = Moving::start(&self.swarm, &Wish::new("h3", "web", to))?;
+        self.arrives(moving, to)
+    }
+
+    fn arrives(&mut self, moving: Moving, to: &'static str) -> Result<()> {
+        let m = moving.end()?;
         ensure!(m.status.phase == Phase::Moved, "{:?}: {}", m.status.phase, m.status.cause);
         self.host = to;
         // Where it was asked for it may be over before the last word is said where the guest runs.

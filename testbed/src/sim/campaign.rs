@@ -127,6 +127,7 @@ impl Report {
             ("partitions", seen.partitions),
             ("crashes", seen.crashes),
             ("torn_writes", seen.torn_writes),
+            ("rebased", seen.rebased),
         ];
         let judged = self.seeds >= JUDGED;
         all.into_iter().filter(|(_, n)| judged && *n == 0).map(|(name, _)| name).collect()
@@ -221,6 +222,7 @@ pub fn report(seeds: u64, swarm: usize) -> Value {
             "partitions": seen.partitions,
             "crashes": seen.crashes,
             "torn_writes": seen.torn_writes,
+            "rebased": seen.rebased,
             "unseen": found.unseen(),
             "pauses": seen.pauses,
             "strangers": seen.strangers,

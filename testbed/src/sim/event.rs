@@ -63,6 +63,10 @@ pub enum Event {
     Start(VmId, u32),
     /// A driver boots a copy that a record names.
     Boot(usize, u64, CopyId),
+    /// A NIC of the VM shall be filtered otherwise.
+    Rewire(VmId),
+    /// A driver connects a copy's NICs as the newest record says.
+    Follow(usize, u64, CopyId),
 }
 
 impl Event {
@@ -76,6 +80,7 @@ impl Event {
             | Self::Load(i, ..)
             | Self::Gone(i, ..)
             | Self::Boot(i, ..)
+            | Self::Follow(i, ..)
             | Self::Stream { at: i, .. } => Some(*i),
             _ => None,
         }
@@ -106,6 +111,8 @@ impl Event {
             Self::Abort(_) => 20,
             Self::Start(..) => 21,
             Self::Boot(..) => 22,
+            Self::Rewire(_) => 23,
+            Self::Follow(..) => 24,
         }
     }
 }

@@ -90,6 +90,11 @@ impl World {
             let ms = rng.random_range(10..12_000);
             self.at(pause, Event::Pause(rng.random_range(0..nodes), ms));
         }
+        let vms = self.vms.len() as u64;
+        if vms > 0 && rng.random_bool(0.3) {
+            let vm = self.vms[rng.random_range(0..vms) as usize];
+            self.at(start + rng.random_range(0..3000), Event::Rewire(vm));
+        }
         for (at, long) in cuts {
             if rng.random_bool(0.3) {
                 let (x, both) = (rng.random_range(0..nodes), rng.random_bool(0.6));

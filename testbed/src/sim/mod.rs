@@ -27,4 +27,5 @@ pub mod qemu;
 pub mod seeds;
 pub mod swarm;
 pub mod trace;
+pub mod wiring;
 pub mod world;

@@ -45,6 +45,8 @@ pub enum Mutant {
     AnyVote,
     /// The plug is taken off before the tail was injected.
     UnplugEarly,
+    /// What a record says of NICs is not looked at again before a guest runs.
+    StaleNics,
 }
 
 /// A mutant, its name, who catches it, and the first seed that is tried.
@@ -81,7 +83,7 @@ pub const ALL: &[Case] = &[
     case(Mutant::Forgets, "promise-lost-in-restart", &[Invariant::Epochs], 0),
     case(Mutant::DiscardEarly, "discard-source-at-decision", &[Invariant::OneCopy], 0),
     case(Mutant::NoAdoption, "skip-adoption", &[Invariant::Epochs], 440),
-    case(Mutant::NewVoter, "new-voter-without-record", &[Invariant::Epochs], 230),
+    case(Mutant::NewVoter, "new-voter-without-record", &[Invariant::Epochs], 1500),
     case(Mutant::LostReply, "resume-on-lost-reply", &[Invariant::OneCopy], 0),
     case(Mutant::HostOnly, "placement-without-copy", &[Invariant::OneCopy, Invariant::Content], 0),
     case(Mutant::MergeBelow, "merge-below-epoch", &[Invariant::Epochs], 0),
@@ -90,6 +92,7 @@ pub const ALL: &[Case] = &[
     case(Mutant::Sleepy, "no-deadline-when-bound", &[Invariant::Ends], 0),
     case(Mutant::ToldOnce, "no-anti-entropy", &[Invariant::Routes], 0),
     case(Mutant::UnplugEarly, "unplug-before-tail", &[Invariant::Frames], 0),
+    case(Mutant::StaleNics, "run-behind-old-filter", &[Invariant::Wiring], 0),
     case(Mutant::AnyVote, "votes-of-strangers", &[Invariant::Strangers, Invariant::Epochs], 0),
 ];
 

@@ -247,6 +247,7 @@ impl World {
         let now = self.nodes[i].clock.read(self.now);
         self.nodes[i].core = Some(Core::new(now, config));
         for copy in conts {
+            self.follow_newest(i, copy);
             self.run_copy(copy);
             self.announce_copy(i, copy);
         }

@@ -62,6 +62,7 @@ impl World {
         let Some(copy) = self.copies.get_mut(&id) else { return };
         (copy.qemu, copy.memory) = (Qemu::Stopped, true);
         self.off.remove(&vm);
+        self.follow_newest(i, id);
         self.run_copy(id);
         self.announce_copy(i, id);
         let older = |o: &CopyId, c: &Copy| c.vm == vm && c.at == i && *o != id;

@@ -10,10 +10,12 @@ use godwit_protocol::migrate::{Effect, Happened, Moving, Progress, Role};
 use godwit_protocol::time::Time;
 use godwit_protocol::wire::record::{Record, governing, has_missed};
 use godwit_protocol::wire::route::{Kind, Route};
+use godwit_protocol::wire::wiring::Wiring;
 
 use super::check::{self, Invariant};
 use super::event::Event;
 use super::mutant::Mutant;
+use super::wiring;
 use super::world::{World, host, index};
 
 /// How long the last of a stream may take to find its way.
@@ -53,6 +55,8 @@ pub struct Copy {
     pub memory: bool,
     /// The stored device state.
     pub stored: bool,
+    /// How its NICs are connected.
+    pub nics: Vec<Wiring>,
     /// It is described on the disk, to be booted once a record names it, and was not yet.
     pub minted: bool,
     rebuilt: u32,
@@ -77,6 +81,7 @@ impl World {
             noted: first,
             memory: true,
             stored: false,
+            nics: wiring::first(vm),
             minted: false,
             rebuilt: 0,
         };
@@ -101,6 +106,7 @@ impl World {
         }
         if copy.qemu != Qemu::Running {
             self.judge(Invariant::Content, check::content::continues(self, &copy));
+            self.judge(Invariant::Wiring, check::wiring::begins(self, &copy));
         }
         copy.qemu = Qemu::Running;
         (copy.ran, copy.noted) = (true, true);
@@ -295,13 +301,24 @@ impl World {
 
     fn work(&mut self, i: usize, id: MigrationId, vm: VmId, effect: Effect) {
         match effect {
-            Effect::Receive { .. } => {
+            Effect::Receive { nics, .. } => {
                 if self.chance(self.faults.fail) {
                     return self.tell(i, id, Happened::Refused("no room".into()));
                 }
                 let copy = self.mint(vm, i);
                 self.nodes[i].receiving.insert(id, copy);
+                if let Some(copy) = self.copies.get_mut(&copy) {
+                    copy.nics = nics;
+                }
                 self.tell(i, id, Happened::Received);
+            }
+            Effect::Rewire(epoch, nics) => {
+                match (self.nodes[i].receiving.get(&id).copied(), self.running(vm)) {
+                    (Some(copy), _) => self.wire_up(copy, nics),
+                    (None, Some((copy, at))) if at == i => self.follow_newest(i, copy),
+                    _ => {}
+                }
+                self.tell(i, id, Happened::Rewired(epoch));
             }
             Effect::Describe => {
                 let happened = if self.chance(self.faults.fail / 3.0) {
@@ -350,6 +367,7 @@ impl World {
             let ran = c.noted;
             return self.tell(i, id, Happened::QemuGone { copy, ran });
         }
+        self.follow_newest(i, copy);
         self.run_copy(copy);
         self.announce_copy(i, copy);
         self.nodes[i].receiving.remove(&id);

@@ -68,6 +68,8 @@ pub struct Coverage {
     pub pauses: u64,
     /// Words of strangers.
     pub strangers: u64,
+    /// Moves that went on from a record by which NICs were connected otherwise.
+    pub rebased: u64,
     /// Guests that were lost with their only copy.
     pub lost: u64,
     /// Faults while members of a cluster stood still; in a sum over seeds: seeds that had some.
@@ -85,6 +87,7 @@ impl Coverage {
         self.torn_writes += other.torn_writes;
         self.pauses += other.pauses;
         self.strangers += other.strangers;
+        self.rebased += other.rebased;
         self.lost += other.lost;
         self.cutover_faults += u64::from(other.cutover_faults > 0);
     }

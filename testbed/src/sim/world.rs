@@ -23,6 +23,7 @@ use super::mutant::Mutant;
 use super::node::Node;
 use super::qemu::Copy;
 use super::trace::{Coverage, Trace};
+use super::wiring;
 
 /// The VM of worlds that have one.
 pub const VM: VmId = VmId([9; 16]);
@@ -62,7 +63,8 @@ pub fn migration(n: u8) -> MigrationId {
 /// Where a VM is placed.
 #[must_use]
 pub fn placed(vm: VmId, at: usize, copy: CopyId) -> Placement {
-    Placement { vm, name: name_of(vm), host: host(at), copy, off: false }
+    let (name, host, nics) = (name_of(vm), host(at), wiring::first(vm));
+    Placement { vm, name, host, copy, off: false, nics }
 }
 
 fn name_of(vm: VmId) -> godwit_protocol::id::Name {
@@ -285,8 +287,8 @@ impl World {
             Command::Decided(record) if self.mutant == Mutant::HostOnly => {
                 self.run_all_named(i, &record);
             }
-            Command::Decided(_)
-            | Command::Undecided(..)
+            Command::Decided(record) => self.follow_soon(i, &record),
+            Command::Undecided(..)
             | Command::Status(_)
             | Command::Route(_)
             | Command::Member(..) => {}
@@ -396,6 +398,10 @@ impl World {
                 if !self.turn_on(vm) && tries > 0 {
                     self.at(700, Event::Start(vm, tries - 1));
                 }
+            }
+            Event::Rewire(vm) => self.rewire(vm),
+            Event::Follow(i, start, copy) if self.nodes[i].start == start => {
+                self.follow_newest(i, copy);
             }
             Event::Boot(i, start, copy) if self.nodes[i].start == start => {
                 if !self.step(i) {

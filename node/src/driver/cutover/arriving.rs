@@ -103,6 +103,9 @@ pub(in super::super) async fn prepare(
     plug(node, copy).await;
     for nic in copy.wired() {
         let key = (wires::tag(&nic.wire), nic.mac);
+        if node.cutovers.arriving(key).is_some_and(|a| (a.copy, a.id) == (copy.id, id)) {
+            continue;
+        }
         let arriving = Arc::new(Arriving {
             copy: copy.id,
             from,
@@ -219,6 +222,10 @@ async fn read(node: Arc<Node>, nic: Arc<Arriving>, stream: BulkStream) {
 }
 
 impl Arriving {
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
     fn with(&self, work: impl FnOnce(&mut Inside)) {
         let mut inside = lock(&self.inside);
         work(&mut inside);

@@ -35,6 +35,7 @@ const READ: Duration = Duration::from_secs(3);
 pub(in super::super) struct Leaving {
     pub copy: CopyId,
     pub base: Epoch,
+    to: HostId,
     key: Key,
     wire: Name,
     mac: Mac,
@@ -64,6 +65,9 @@ pub(in super::super) async fn prepare(
     for nic in copy.wired() {
         let key = (wires::tag(&nic.wire), nic.mac);
         let earlier = node.cutovers.lock().leaving.get(&key).cloned();
+        if earlier.as_ref().is_some_and(|e| (e.copy, e.id, e.to) == (copy.id, id, to)) {
+            continue;
+        }
         if let Some(earlier) = earlier {
             let tasks = std::mem::take(&mut *lock(&earlier.tasks));
             earlier.end(node);
@@ -85,6 +89,7 @@ pub(in super::super) async fn prepare(
         let leaving = Arc::new(Leaving {
             copy: copy.id,
             base,
+            to,
             key,
             wire: nic.wire.clone(),
             mac: nic.mac,
@@ -196,6 +201,10 @@ async fn write(node: Arc<Node>, nic: Arc<Leaving>, to: HostId) {
 }
 
 impl Leaving {
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
     pub fn is_held(&self) -> bool {
         self.held.load(Ordering::SeqCst)
     }

@@ -3,7 +3,7 @@
 //! Owns what is said between it and the lead. The lead says when to stop, and has no other power: an
 //! unbound member may give up at any time, and a bound one acts on the decision, like any source.
 
-use super::{Action, Body, Effect, Led, Options, Record, Source, State, plan, wait};
+use super::{Action, Body, Effect, Led, Options, Record, Source, State, wait};
 use crate::id::{CopyId, HostId};
 use crate::time::Time;
 use crate::wire::migrate::{Figures, Seat, Stand, Status, of_member};
@@ -142,13 +142,11 @@ impl Source {
             let bytes = u128::from(bytes) * u128::from(p.wire_per_guest_ppm) / 1_000_000;
             u64::try_from(bytes).unwrap_or(u64::MAX)
         };
-        let converged = plan::is_converged(p, self.options.max_downtime_ms);
-        let soon = self.status.left_ms.is_some_and(|ms| ms <= wait::BALLOT_AHEAD_MS);
         let first = self.status.ram_bytes.saturating_sub(p.first_pass_bytes);
         let ram = if p.passes == 0 { first } else { p.remaining_bytes };
         Figures {
-            converged,
-            near: converged || soon,
+            converged: self.is_converged(),
+            near: self.is_near(),
             left_bytes: p.backlog_bytes.saturating_add(wire(ram.saturating_add(p.disk_left_bytes))),
             dirty_bytes_per_s: wire(p.dirty_bytes_per_s),
             link_bytes_per_s: p.link_bytes_per_s,

@@ -23,6 +23,7 @@ fn begun(out: &mut Vec<Action>) -> Source {
             host: host(1),
             copy: COPY,
             off: false,
+            nics: Vec::new(),
         }],
         departed: Vec::new(),
         cause: Cause::Create,
@@ -105,4 +106,40 @@ fn a_destination_that_is_silent_after_the_decision_ends_the_move_until_it_speaks
     let out = said(&mut source, Body::Running { copy: CopyId([2; 16]), resumed_us: 1 });
     assert!(out.contains(&Action::Effect(Effect::Discard(COPY))), "{out:?}");
     assert!(source.is_over() && source.status().phase == Phase::Moved);
+}
+
+#[test]
+fn a_move_goes_on_from_a_record_that_connects_nics_otherwise_once_both_ends_are() {
+    let mut source = begun(&mut Vec::new());
+    said(&mut source, Body::Ready);
+    let next = |epoch, cause| Record { epoch: Epoch(epoch), cause, ..source.record.clone() };
+    let (wires, voters) = (next(2, Cause::Wires(VM)), next(3, Cause::Voters));
+    let converged = Progress {
+        passes: 2,
+        link_bytes_per_s: 1 << 30,
+        rtt_ms: 1,
+        disks_ready: true,
+        ..Progress::default()
+    };
+    let handle = |source: &mut Source, happened| {
+        let mut out = Vec::new();
+        source.handle(Time(1), happened, &mut out);
+        out
+    };
+    let asks =
+        |out: &[Action]| out.iter().any(|a| matches!(a, Action::Send(_, Body::PrepareBallot(_))));
+    let rebase = Action::Send(host(2), Body::Rebase(Box::new(wires.clone())));
+    let out = handle(&mut source, Happened::Decided(wires));
+    assert!(out.contains(&Action::Effect(Effect::Rewire(Epoch(2), Vec::new()))), "{out:?}");
+    assert!(out.contains(&rebase) && source.status().epoch_before == Epoch(2), "{out:?}");
+    let out = handle(&mut source, Happened::Progress(converged));
+    assert!(out.contains(&rebase) && !asks(&out), "told again, and not stopped: {out:?}");
+    handle(&mut source, Happened::Rewired(Epoch(2)));
+    said(&mut source, Body::Rebased(Epoch(1)));
+    assert!(!asks(&handle(&mut source, Happened::Progress(converged))), "of another record");
+    said(&mut source, Body::Rebased(Epoch(2)));
+    assert!(asks(&handle(&mut source, Happened::Progress(converged))));
+    // Any other change ends it.
+    handle(&mut source, Happened::Decided(voters));
+    assert!(source.is_over() && source.status().phase == Phase::Stayed);
 }

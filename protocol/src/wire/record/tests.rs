@@ -1,6 +1,7 @@
 //! What may follow what, and what comes of leaving.
 
 use super::*;
+use crate::id::Mac;
 
 const C: VmId = VmId([1; 16]);
 
@@ -10,7 +11,13 @@ fn vm(i: u8) -> VmId {
 
 fn at(i: u8, host: u8) -> Placement {
     let name = format!("vm-{i}").parse().unwrap();
-    Placement { vm: vm(i), name, host: HostId([host; 32]), copy: CopyId([i; 16]), off: false }
+    let (host, copy) = (HostId([host; 32]), CopyId([i; 16]));
+    Placement { vm: vm(i), name, host, copy, off: false, nics: vec![wired(i, "lan")] }
+}
+
+fn wired(i: u8, wire: &str) -> Wiring {
+    let filter = vec!["deny icmp".parse().unwrap()];
+    Wiring { mac: Mac([2, 0, 0, 0, 0, i]), wire: Some(wire.parse().unwrap()), filter }
 }
 
 fn cluster(epoch: u64, members: &[u8], departed: &[(u8, u64)]) -> Record {
@@ -175,4 +182,50 @@ fn no_record_drops_a_copy_that_its_host_has_not_released() {
     let mut off = Record { epoch: Epoch(6), cause: Cause::Off(release(3, 9, 6)), ..base.clone() };
     off.placement[1].off = true;
     assert!(!off.may_follow(&base), "another copy ended");
+}
+
+#[test]
+fn nics_change_by_a_decree_of_their_own_and_nothing_else_with_them() {
+    let base = cluster(5, &[2, 3], &[]);
+    let next = |cause, nics: Vec<Wiring>| {
+        let mut next = Record { epoch: Epoch(6), cause, ..base.clone() };
+        next.placement[1].nics = nics;
+        next
+    };
+    let other = || vec![wired(3, "dmz")];
+    assert!(next(Cause::Wires(vm(3)), other()).may_follow(&base));
+    assert!(!next(Cause::Wires(vm(2)), other()).may_follow(&base), "of another member");
+    assert!(!next(Cause::Wires(vm(3)), Vec::new()).may_follow(&base), "a NIC is not lost");
+    assert!(!next(Cause::Wires(vm(3)), vec![wired(4, "dmz")]).may_follow(&base), "nor another");
+    for cause in [Cause::Stay("late".into()), Cause::Voters, Cause::Move(Vec::new())] {
+        assert!(!next(cause.clone(), other()).may_follow(&base), "{cause:?}");
+        assert!(next(cause, base.placement[1].nics.clone()).may_follow(&base));
+    }
+    let mut moved = next(Cause::Wires(vm(3)), other());
+    moved.placement[1].host = HostId([7; 32]);
+    assert!(!moved.may_follow(&base), "nobody moves on the way");
+}
+
+#[test]
+fn the_largest_record_fits_into_a_message() {
+    use crate::limits::{CLUSTER_VMS, CONTROL_MESSAGE_BYTES, DEPARTED, NICS, RULES};
+    let long: Name = "n".repeat(crate::limits::NAME_BYTES).parse().unwrap();
+    let rule = "deny tcp 65535 from ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128".parse().unwrap();
+    let nic =
+        Wiring { wire: Some(long.clone()), filter: vec![rule; RULES / NICS], ..wired(1, "lan") };
+    let placed = Placement { name: long.clone(), nics: vec![nic; NICS], ..at(1, 1) };
+    let member = |i: usize| {
+        let mut vm = placed.clone();
+        vm.vm.0[..8].copy_from_slice(&i.to_be_bytes());
+        vm
+    };
+    let mut record = cluster(u64::MAX, &[], &[]);
+    record.name = long;
+    record.placement = (0..CLUSTER_VMS).map(member).collect();
+    record.departed = vec![(vm(1), Epoch(u64::MAX)); DEPARTED];
+    assert!(record.is_well_formed());
+    let bytes = crate::wire::codec::encode(&record, CONTROL_MESSAGE_BYTES).unwrap();
+    assert!(bytes.len() < CONTROL_MESSAGE_BYTES * 3 / 4, "{} bytes", bytes.len());
+    record.placement[0].nics[0].filter.push("deny any".parse().unwrap());
+    assert!(!record.is_well_formed(), "a rule too many");
 }

@@ -9,6 +9,7 @@ pub mod one_copy;
 pub mod routes;
 pub mod strangers;
 pub mod teams;
+pub mod wiring;
 
 use core::fmt;
 
@@ -25,6 +26,8 @@ pub enum Invariant {
     Frames,
     /// All members of a move go, or none.
     Teams,
+    /// A guest runs only with its NICs connected as its record says.
+    Wiring,
     /// Every migration ends, nothing is left over, every queue is bounded.
     Ends,
     /// Once faults stop, everyone knows where everything runs.
