@@ -220,13 +220,7 @@ impl Case {
             Fault::Proposer => kill_node(world, scene, &scene.to[0]),
             Fault::Destination => kill_node(world, scene, &scene.to[1]),
             Fault::Voter => {
-                let shown = world.cluster(REQUESTER)?;
-                let voters: Vec<String> = shown["voters"]
-                    .as_array()
-                    .into_iter()
-                    .flatten()
-                    .filter_map(|v| v.as_str().map(Into::into))
-                    .collect();
+                let voters = world.voters(REQUESTER)?;
                 let moves = |host: &&String| scene.from.contains(*host) || scene.to.contains(*host);
                 let apart = voters.iter().find(|host| !moves(host));
                 let voter = apart.or_else(|| voters.iter().find(|host| **host != scene.from[0]));
