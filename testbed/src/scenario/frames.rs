@@ -147,13 +147,20 @@ impl World {
             run(async { self.control(at)?.talk(to, PROBES).await })?;
         }
         let done = work(self);
+        let seen = self.seen();
+        // What went wrong first says why.
+        done.and(seen)
+    }
+
+    /// Ends the talks: what was seen.
+    fn seen(&mut self) -> Result<Seen> {
         let mut seen = Seen::default();
         for at in 0..self.guests.len() {
             seen.talks.push(run(async { self.control(at)?.hush().await })?);
         }
         seen.probers = self.probers.drain(..).map(|p| p.stop(DRAIN)).collect();
         println!("{}", json!([seen.probers, seen.talks]));
-        done.map(|()| seen)
+        Ok(seen)
     }
 
     fn control(&self, at: usize) -> Result<GuestControl> {
