@@ -7,8 +7,8 @@
 //! one host (the one that the record names) writes an epoch's entry; a removed VM stays as a
 //! tombstone. Nothing is ever answered twice: every exchange below ends.
 //!
-//! Every host is told of every entry: any may be asked for any VM by its name. Those whose senders may have to turn are told
-//! first: who carries something on a wire of the entry, and who carried the VM so far.
+//! Every host is told of every entry: any may be asked for any VM by its name. Those whose senders may have to turn are
+//! told first: who carries something on a wire of the entry, and who carried the VM so far.
 //!
 //! ```text
 //!   put --Push--> all peers, who needs it first    on each change

@@ -53,8 +53,8 @@ pub enum Phase {
     Mirrored,
     /// Pages cross, the guest runs at the source.
     Transfer,
-    /// A majority of the voters has promised the next epoch, which only the proposer knows; the guests run at their sources. Of a
-    /// cluster.
+    /// A majority of the voters has promised the next epoch, which only the proposer knows; the guests run at their
+    /// sources. Of a cluster.
     Ballot,
     /// Frames for the guest wait at the source, which is bound; the guest still runs there.
     Held,

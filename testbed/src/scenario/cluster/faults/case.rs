@@ -20,6 +20,8 @@ use crate::scenario::faults::world::{REQUESTER, copy_on, ended, hold_dir, host_o
 
 /// How long a move may take to its step.
 const REACH: Duration = Duration::from_secs(90);
+/// How long after its end the last frames may come to a step.
+const LAST: Duration = Duration::from_secs(2);
 /// How often a move is begun that ends before its step is reached.
 const TRIES: u32 = 3;
 /// What is done.
@@ -117,8 +119,8 @@ impl Case {
         let mut tries = 1;
         let (scene, heard) = loop {
             let scene = self.begin(world)?;
-            let heard = self.reach(&scene)?;
-            if !heard.over {
+            let (heard, reached) = self.reach(&scene)?;
+            if reached {
                 break (scene, heard);
             }
             // A machine that is too busy to stop all in time: they stayed, and nothing was hit.
@@ -177,19 +179,21 @@ impl Case {
         Ok(Scene { from, to, held, voters, follow, started, started_us, point })
     }
 
-    /// Brings the move to its step; or it is over without.
-    fn reach(&self, scene: &Scene) -> Result<Heard> {
-        let heard = scene.follow.wait(REACH, |heard| {
-            let there = match self.phase.moves_on() {
-                true => {
-                    heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
-                        && heard.done_ppm > UNDER_WAY_PPM
-                }
-                false => scene.point.reached(),
-            };
-            there || heard.over
-        });
-        heard.context("the step was not reached")
+    /// Brings the move to its step, if it is not over without.
+    fn reach(&self, scene: &Scene) -> Result<(Heard, bool)> {
+        let there = |heard: &Heard| match self.phase.moves_on() {
+            true => {
+                heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
+                    && heard.done_ppm > UNDER_WAY_PPM
+                    && !heard.over
+            }
+            false => scene.point.reached(),
+        };
+        let heard = scene.follow.wait(REACH, |heard| there(heard) || heard.over);
+        let heard = heard.context("the step was not reached")?;
+        // Who asked may hear of the end before the last frames are where they go.
+        let reached = until(LAST, || there(&heard)).is_ok();
+        Ok((heard, reached))
     }
 
     /// Does the fault. Answers with the proof.
