@@ -7,8 +7,11 @@
 //! one host (the one that the record names) writes an epoch's entry; a removed VM stays as a
 //! tombstone. Nothing is ever answered twice: every exchange below ends.
 //!
+//! Every host is told of every entry: any may be asked for any VM by its name. Those whose senders may have to turn are
+//! told first: who carries something on a wire of the entry, and who carried the VM so far.
+//!
 //! ```text
-//!   put --Push--> all peers                        on each change
+//!   put --Push--> all peers, who needs it first    on each change
 //!
 //!   A --Digest--> B      one peer, every 2 s, and each new peer
 //!     <--Have---         if B's digest differs: B's (VM, epoch), in ranges
@@ -28,7 +31,7 @@ use rand::{RngExt, SeedableRng};
 use crate::id::{Epoch, HostId, Mac, Name, VmId};
 use crate::limits::{NICS, ROUTES, ROUTES_PER_HAVE, ROUTES_PER_PUSH};
 use crate::time::Time;
-use crate::wire::route::{Message, Route};
+use crate::wire::route::{Message, Nic, Route};
 
 /// How often one peer is asked whether its table is the same, ms; up to a quarter is added.
 const COMPARE_MS: u64 = 2000;
@@ -92,6 +95,8 @@ pub struct Routes {
     table: BTreeMap<VmId, Route>,
     names: BTreeSet<(Name, VmId)>,
     macs: BTreeSet<(Name, Mac, VmId)>,
+    /// Who has something on a wire.
+    carriers: BTreeSet<(Name, HostId, VmId)>,
     /// Sum of the hashes of all (VM, epoch): order does not matter, and one entry is one step.
     digest: u128,
     peers: BTreeSet<HostId>,
@@ -109,6 +114,7 @@ impl Routes {
             table: BTreeMap::new(),
             names: BTreeSet::new(),
             macs: BTreeSet::new(),
+            carriers: BTreeSet::new(),
             digest: 0,
             peers: BTreeSet::new(),
             rng: StdRng::seed_from_u64(seed),
@@ -118,15 +124,18 @@ impl Routes {
     }
 
     /// Enters what this node knows first hand (its own VM at the epoch of its record; an entry of
-    /// its store). Returns whether it was new or newer; then every peer is told.
+    /// its store). Returns whether it was new or newer; then every peer is told, who needs it first.
     ///
     /// # Errors
     /// [`RouteError`].
     pub fn put(&mut self, route: Route) -> Result<bool, RouteError> {
+        let before = self.table.get(&route.vm).cloned();
         if !self.enter(route.clone())? {
             return Ok(false);
         }
-        for to in self.peers.clone() {
+        let needs = |peer: &HostId| before.iter().chain([&route]).any(|r| self.concerns(r, *peer));
+        let (first, then): (Vec<_>, Vec<_>) = self.peers.iter().partition(|peer| needs(peer));
+        for to in first.into_iter().chain(then) {
             let message = Message::Push(vec![route.clone()]);
             self.outputs.push_back(Output::Send { to, message });
         }
@@ -248,6 +257,15 @@ impl Routes {
         self.outputs.pop_front()
     }
 
+    /// Whether a host is the entry's, or has something on one of its wires.
+    fn concerns(&self, route: &Route, host: HostId) -> bool {
+        let carries = |nic: &Nic| {
+            let of = |vm| (nic.wire.clone(), host, VmId([vm; 16]));
+            self.carriers.range(of(0)..=of(0xff)).next().is_some()
+        };
+        route.host == host || route.nics.iter().any(carries)
+    }
+
     fn enter(&mut self, route: Route) -> Result<bool, RouteError> {
         let vm = route.vm;
         if route.nics.len() > NICS {
@@ -259,6 +277,7 @@ impl Routes {
                 self.names.remove(&(known.name.clone(), vm));
                 for nic in &known.nics {
                     self.macs.remove(&(nic.wire.clone(), nic.mac, vm));
+                    self.carriers.remove(&(nic.wire.clone(), known.host, vm));
                 }
                 self.digest = self.digest.wrapping_sub(hash(vm, known.epoch));
             }
@@ -272,6 +291,8 @@ impl Routes {
             }
             let macs = route.nics.iter().map(|nic| (nic.wire.clone(), nic.mac, vm));
             self.macs.extend(macs);
+            let wires = route.nics.iter().map(|nic| (nic.wire.clone(), route.host, vm));
+            self.carriers.extend(wires);
         }
         self.table.insert(vm, route.clone());
         self.outputs.push_back(Output::Changed(route));

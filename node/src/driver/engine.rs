@@ -12,6 +12,7 @@ use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
 use godwit_protocol::migrate::{Effect, Happened};
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::control::Control;
+use godwit_protocol::wire::migrate::Body;
 use tokio::sync::mpsc;
 
 use super::node::{DriverError, Input, Node, RunOptions};
@@ -192,6 +193,9 @@ impl Engine {
                 if let Some(delay) = late_accept(&message) {
                     return send_late(&self.node, to, message, delay);
                 }
+                if says_ready(&message) {
+                    hold::at("ballot").await;
+                }
                 // Lost messages are sent again by whoever waits for the answer.
                 if let Err(error) = self.node.net.send(to, message) {
                     tracing::debug!(%to, %error, "not sent");
@@ -243,6 +247,11 @@ fn late_accept(message: &Control) -> Option<Duration> {
     let Control::Epoch(epoch) = message else { return None };
     let accept = matches!(epoch.body, godwit_protocol::wire::epoch::Body::Accept { .. });
     if accept { hold::late("late-accept") } else { None }
+}
+
+/// The lead, or a source, is told that a majority of the voters has promised.
+fn says_ready(message: &Control) -> bool {
+    matches!(message, Control::Migrate(said) if matches!(said.body, Body::BallotReady))
 }
 
 /// Sends a message after the delay, and then once more: to a protocol that must bear it.

@@ -20,6 +20,7 @@ use tokio::time::{sleep, timeout};
 use super::copies::Copy;
 use super::cutover::{self, Key};
 use super::node::Node;
+use super::switch::Table;
 use super::wires::tag;
 use crate::link::{Where, forwarding_settled};
 
@@ -45,13 +46,23 @@ pub(super) fn is_old(node: &Node, route: &Route) -> bool {
     node.table().routes.get(&route.vm).is_some_and(|known| known.epoch > route.epoch)
 }
 
+/// Where this host has sent frames for the VM until now, if it shall send them to another host by this route.
+fn old_way(node: &Node, table: &Table, route: &Route) -> Option<HostId> {
+    let old = table.routes.get(&route.vm).filter(|known| !known.gone && !route.gone)?.host;
+    let far = old != node.me && route.host != node.me;
+    Some(old).filter(|old| far && *old != route.host)
+}
+
+/// Whether a changed route has this host's senders turn.
+pub(super) fn is_due(node: &Node, route: &Route) -> bool {
+    old_way(node, &node.table(), route).is_some()
+}
+
 /// Enters a changed route into the table. A turn, if this host sends another way now, whose FDB entries
 /// are to be set next.
 pub(super) fn begin(node: &Node, route: &Route) -> Vec<Turn> {
     let mut table = node.table();
-    let known = table.routes.get(&route.vm).filter(|r| !r.gone).map(|r| r.host);
-    let far = |old: &HostId| *old != node.me && route.host != node.me && !route.gone;
-    let old = known.filter(|old| *old != route.host).filter(far);
+    let old = old_way(node, &table, route);
     let mut turns: Vec<Turn> =
         old.map(|old| turns(old, &route.nics, route.epoch)).into_iter().flatten().collect();
     for turn in &mut turns {

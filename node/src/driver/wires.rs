@@ -14,7 +14,7 @@ use godwit_protocol::wire::route::{Kind, Nic, Route};
 
 use super::copies::Copy;
 use super::node::Node;
-use super::{boot, catalog, cutover, flip, uplinks};
+use super::{boot, catalog, cutover, flip, hold, uplinks};
 use crate::api::types::{ApiError, WireStatus};
 use crate::link::{LinkError, Where};
 use crate::vmm::ResolvedSpec;
@@ -181,6 +181,9 @@ pub(super) async fn route_changed(node: &Arc<Node>, route: &Route) {
     let _turn = node.turning.lock().await;
     if flip::is_old(node, route) {
         return;
+    }
+    if flip::is_due(node, route) {
+        hold::at("turn").await;
     }
     let known = node.table().routes.get(&route.vm).map(|r| r.nics.clone());
     let turns = flip::begin(node, route);

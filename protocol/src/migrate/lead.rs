@@ -152,8 +152,7 @@ impl Lead {
             forgotten: false,
         };
         let members = moving.team.iter().map(member).collect();
-        let stop_budget_us = wait::STOPPED_MS * 1000;
-        let status = Status { phase: Phase::Stopped, stop_budget_us, ..status };
+        let status = Status { phase: Phase::Stopped, ..status };
         out.push(Action::Resolve("the lead's node restarted while the guests stood still".into()));
         let until = now.plus_ms(wait::DECISION_MS);
         let state = State::Stopping { until, stopped_by: until };
@@ -248,7 +247,6 @@ impl Lead {
             self.members.iter().all(fits)
         };
         let (near, converged) = (all(&|f| f.near), all(&|f| f.converged));
-        let calm = share::is_calm(self.members.iter().filter_map(Member::figures));
         match (&mut self.state, cause) {
             (State::Gathering { .. }, Some(cause)) => self.give_up(cause, out),
             (State::Gathering { until, ballot, calm_by }, None) => {
@@ -256,6 +254,7 @@ impl Lead {
                 // are stopped at once.
                 let last = now.plus_ms(wait::CALM_MS);
                 let by = converged.then(|| *calm_by.get_or_insert(last));
+                let calm = share::is_calm(self.members.iter().filter_map(Member::figures));
                 let may_stop = by.is_some_and(|by| calm || now >= by || last >= *until);
                 match ballot.step(now, near, may_stop) {
                     Next::Ask => {
@@ -294,7 +293,6 @@ impl Lead {
         let (until, stopped_by) = (now.plus_ms(phase_ms), now.plus_ms(wait::STOPPED_MS));
         self.state = State::Stopping { until, stopped_by };
         self.status.phase = Phase::Stopped;
-        self.status.stop_budget_us = wait::STOPPED_MS * 1000;
         self.say(now, out);
         self.show(now, true, out);
     }

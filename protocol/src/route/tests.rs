@@ -5,7 +5,7 @@ use crate::id::CopyId;
 use crate::limits::CONTROL_MESSAGE_BYTES;
 use crate::wire::codec::encode;
 use crate::wire::control::Control;
-use crate::wire::route::{Kind, Nic};
+use crate::wire::route::Kind;
 use proptest::prelude::*;
 
 fn host(i: u8) -> HostId {
@@ -131,6 +131,34 @@ fn a_change_is_pushed_to_every_peer() {
     net.run(100);
     assert_eq!(net.nodes[0].of_host(host(2)).count(), 0);
     assert_eq!(net.nodes[0].by_name("vm-1").map(|r| r.host), Ok(host(3)));
+}
+
+#[test]
+fn whose_senders_turn_is_told_first_and_then_everybody_else() {
+    let apart = |i: u32, at: u8| Route {
+        nics: vec![Nic { wire: "dmz".parse().unwrap(), mac: mac(i) }],
+        ..route(i, at, 1)
+    };
+    let mut a = Routes::new(host(0), 1, Time(0));
+    a.put(route(1, 3, 1)).unwrap();
+    a.put(route(2, 5, 1)).unwrap();
+    a.put(Route { gone: true, ..route(2, 5, 2) }).unwrap();
+    a.put(route(3, 6, 1)).unwrap();
+    a.put(apart(4, 2)).unwrap();
+    a.set_peers((0..8).map(host));
+    let mut told = |route: Route| {
+        while a.poll_output().is_some() {}
+        a.put(route).unwrap();
+        let to = |output| match output {
+            Output::Send { to, .. } => Some(to.0[0]),
+            Output::Changed(_) => None,
+        };
+        std::iter::from_fn(|| a.poll_output()).filter_map(to).collect::<Vec<_>>()
+    };
+    assert_eq!(told(route(1, 0, 2)), [3, 6, 1, 2, 4, 5, 7], "3 had it, 6 is on its wire");
+    assert_eq!(told(Route { nics: Vec::new(), ..route(1, 0, 3) }), [6, 1, 2, 3, 4, 5, 7]);
+    assert_eq!(told(Route { epoch: Epoch(4), ..apart(1, 0) }), [2, 1, 3, 4, 5, 6, 7]);
+    assert_eq!(told(Route { epoch: Epoch(5), ..apart(1, 7) }), [2, 7, 1, 3, 4, 5, 6]);
 }
 
 #[test]

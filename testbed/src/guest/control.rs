@@ -12,7 +12,8 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::wire::{Envelope, MAX_LINE, Reply, Request, Stats, Talked, Verified};
+use super::wire::{Envelope, MAX_LINE, Reply, Request, Stats, Verified};
+use crate::lab::prober::ProbeReport;
 
 /// How long a guest that runs may take to answer; verifying many pages under emulation is the longest.
 const REPLY_DEADLINE: Duration = Duration::from_secs(60);
@@ -140,7 +141,7 @@ impl GuestControl {
     ///
     /// # Errors
     /// If the guest does not talk, or does not answer in time.
-    pub async fn hush(&mut self) -> Result<Talked> {
+    pub async fn hush(&mut self) -> Result<ProbeReport> {
         let reply = self.request(&Request::Hush).await?;
         reply.talked.context("Guest answered without a result")
     }

@@ -8,6 +8,8 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::lab::prober::ProbeReport;
+
 /// Longest line in bytes that either side accepts.
 pub const MAX_LINE: usize = 4096;
 /// Most bytes of a command's output in a reply.
@@ -117,21 +119,6 @@ pub struct Verified {
     pub first_corrupt: Option<Corrupt>,
 }
 
-/// Outcome of [`Request::Hush`]: datagrams, counted where they were sent and came back.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Talked {
-    /// Sent.
-    pub sent: u64,
-    /// Of these, never come back.
-    pub lost: u64,
-    /// Come back after a later one.
-    pub reordered: u64,
-    /// Come back more than once.
-    pub duplicated: u64,
-    /// Dropped by the sender's own socket for want of room (in `lost`, too).
-    pub socket_dropped: u64,
-}
-
 /// Outcome of [`Request::Stats`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
@@ -166,7 +153,7 @@ pub struct Stats {
 }
 
 /// One answer line.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
     /// Id of the request; 0 if the line could not be read.
     pub id: u32,
@@ -183,7 +170,7 @@ pub struct Reply {
     pub stats: Option<Stats>,
     /// For [`Request::Hush`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub talked: Option<Talked>,
+    pub talked: Option<ProbeReport>,
     /// For [`Request::Shell`]: the end of what it wrote, at most [`MAX_OUTPUT`] bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<String>,

@@ -173,8 +173,8 @@ fn drained(world: &mut World) -> Result<Value> {
     ensure!(to.clone().count() == 3 && to.clone().all(|p| p["to"] == "h5"), "{plan}");
     let plan = world.swarm.ask("h1", &["migrate", CLUSTER, "--to", "h4", "--dry-run"])?;
     ensure!(plan["fits"] == false && plan["placement"][0]["refused"] != "", "{plan}");
-    let voters = world.cluster("h1")?["voters"].clone();
-    ensure!(voters.as_array().is_some_and(|v| v.iter().all(|v| v != "h4")), "{voters}");
+    let voters = world.voters("h1")?;
+    ensure!(!voters.contains(&"h4".to_owned()), "{voters:?}");
     let back = world.swarm.ask("h4", &["drain", "--undo"])?;
     ensure!(back["draining"] == false, "{back}");
     Ok(json!({ "done": drained["done"] }))
@@ -186,9 +186,7 @@ fn forced(world: &mut World) -> Result<Value> {
     let out = world.swarm.node("h1")?.cli(&force, MOVE)?;
     ensure!(!out.ok() && out.stderr.contains("can decide"), "{out:?}");
     let hosts = world.hosts()?;
-    let voters = world.cluster("h1")?["voters"].clone();
-    let voters: Vec<&str> =
-        voters.as_array().into_iter().flatten().filter_map(|v| v.as_str()).collect();
+    let voters = world.voters("h1")?;
     let [one, two, ..] = voters.as_slice() else { anyhow::bail!("few voters: {voters:?}") };
     for lost in [one, two] {
         // Its guests run on.
@@ -237,19 +235,14 @@ fn parted(world: &mut World) -> Result<Value> {
 /// Its votes go to another host first, and then it is no member any more.
 fn revoked(world: &mut World) -> Result<Value> {
     world.swarm.ask("h1", &["cluster", "create", CLUSTER, "--vms", "a,c"])?;
-    let voters = |swarm: &super::Swarm| {
-        let shown = swarm.ask("h1", &["cluster", "show", CLUSTER])?;
-        let names = shown["voters"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        Ok::<_, anyhow::Error>(names.map(str::to_owned).collect::<Vec<_>>())
-    };
-    world.swarm.wait("three voters", MOVE, |swarm| Ok(voters(swarm)?.len() >= 3))?;
-    let had = voters(&world.swarm)?;
+    world.swarm.wait("three voters", MOVE, |_| Ok(world.voters("h1")?.len() >= 3))?;
+    let had = world.voters("h1")?;
     let out = had.iter().find(|host| !["h1", "h5"].contains(&host.as_str()));
     let out = out.with_context(|| format!("all voters run a guest: {had:?}"))?.clone();
     let refused = world.swarm.node("h1")?.cli(&["revoke", "h5"], MOVE)?;
     ensure!(!refused.ok() && refused.stderr.contains("VMs run on h5: c"), "{refused:?}");
     world.swarm.ask("h1", &["revoke", &out])?;
-    let has = voters(&world.swarm)?;
+    let has = world.voters("h1")?;
     ensure!(has.len() >= 3 && !has.contains(&out), "{out} is revoked, and they vote: {has:?}");
     world.swarm.wait("nobody counts it as a host", MOVE, |swarm| {
         let hosts = swarm.ask("h5", &["hosts"])?;

@@ -18,7 +18,7 @@ use super::cluster::world::{CLUSTER, two_sites};
 use super::faults::world::{REQUESTER, hold_dir, let_hold};
 use super::roundtrip::moves::{Moving, Wish};
 use super::swarm::{Guest, GuestPlan, Swarm, run};
-use crate::guest::wire::{Talked, UDP_SINK_PORT};
+use crate::guest::wire::UDP_SINK_PORT;
 use crate::guest::{Cache, GuestControl, GuestFiles, GuestKind};
 use crate::lab::prober::{ECHO_PORT, ProbeConfig, ProbeReport, Prober, Station};
 
@@ -67,7 +67,7 @@ struct World {
 #[derive(Default)]
 struct Seen {
     probers: Vec<ProbeReport>,
-    talks: Vec<Talked>,
+    talks: Vec<ProbeReport>,
 }
 
 /// Runs it.
@@ -97,26 +97,22 @@ pub fn frames(plan: &Plan) -> Result<Value> {
     let in_wan = wan.forward.udp_queue_dropped + wan.backward.udp_queue_dropped;
     drop(stations);
     swarm.down()?;
-    let sum = |probed: fn(&ProbeReport) -> u64, talked: fn(&Talked) -> u64| {
-        seen.probers.iter().map(probed).sum::<u64>() + seen.talks.iter().map(talked).sum::<u64>()
-    };
-    let apart = sum(|r| r.socket_dropped, |t| t.socket_dropped);
+    let sum =
+        |of: fn(&ProbeReport) -> u64| seen.probers.iter().chain(&seen.talks).map(of).sum::<u64>();
+    let apart = sum(|r| r.socket_dropped);
     let in_fast = |key: &str| fast[key].as_u64().unwrap_or(0);
     // Of each by itself: what one had no room for is not another's.
-    let missed = sum(
-        |r| r.lost.saturating_sub(r.socket_dropped),
-        |t| t.lost.saturating_sub(t.socket_dropped),
-    );
+    let missed = sum(|r| r.lost.saturating_sub(r.socket_dropped));
     let lost = (missed + in_fast("lost")).saturating_sub(guest_dropped);
-    let reordered = sum(|r| r.reordered, |t| t.reordered) + in_fast("reordered");
-    let duplicated = sum(|r| r.duplicated, |t| t.duplicated) + in_fast("duplicated");
+    let reordered = sum(|r| r.reordered) + in_fast("reordered");
+    let duplicated = sum(|r| r.duplicated) + in_fast("duplicated");
     Ok(json!({
         "scenario": "frames",
         // Without a frame that was held nothing was shown.
         "passed": lost == 0 && reordered == 0 && duplicated == 0 && held > 0,
         "moves": plan.moves,
         "aborted": plan.aborted,
-        "sent": sum(|r| r.sent, |t| t.sent) + in_fast("sent"),
+        "sent": sum(|r| r.sent) + in_fast("sent"),
         "lost": lost,
         "reordered": reordered,
         "duplicated": duplicated,
@@ -151,13 +147,20 @@ impl World {
             run(async { self.control(at)?.talk(to, PROBES).await })?;
         }
         let done = work(self);
+        let seen = self.seen();
+        // What went wrong first says why.
+        done.and(seen)
+    }
+
+    /// Ends the talks: what was seen.
+    fn seen(&mut self) -> Result<Seen> {
         let mut seen = Seen::default();
         for at in 0..self.guests.len() {
             seen.talks.push(run(async { self.control(at)?.hush().await })?);
         }
         seen.probers = self.probers.drain(..).map(|p| p.stop(DRAIN)).collect();
         println!("{}", json!([seen.probers, seen.talks]));
-        done.map(|()| seen)
+        Ok(seen)
     }
 
     fn control(&self, at: usize) -> Result<GuestControl> {

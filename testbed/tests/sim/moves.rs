@@ -1,5 +1,6 @@
 //! Named cases of a cluster that moves: each crash point, and who may be away.
 
+use godwit_protocol::migrate::wait;
 use godwit_protocol::wire::control::Control;
 use godwit_protocol::wire::migrate::{Body, Phase};
 use godwit_protocol::wire::record::Cause;
@@ -55,7 +56,7 @@ fn three_vms_move_in_one_epoch() {
     assert!(lead.members.iter().all(|m| m.phase == Phase::Moved && m.downtime_us.is_some()));
     let (stop, resume) = (lead.stop_spread_us.unwrap(), lead.resume_spread_us.unwrap());
     assert!(stop < 100_000 && resume < 100_000, "{stop} {resume}");
-    assert!(lead.downtime_us.is_some());
+    assert!(lead.downtime_us.is_some() && lead.stop_budget_us == wait::STOPPED_MS * 1000);
     // Who asked was told.
     assert_eq!(status(&world, 4, 1).unwrap().phase, Phase::Moved);
     // And back: host 3 leads now.

@@ -18,7 +18,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep};
 
 use super::super::copies::Copy;
 use super::super::node::Node;
-use super::super::{bulk, wires};
+use super::super::{bulk, hold, wires};
 use super::{Key, instant, lock, report, tail, tail_id};
 use crate::link::{Injector, Where};
 use crate::net::BulkStream;
@@ -181,6 +181,7 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
             (std::mem::take(&mut inside.unplug), inside.over)
         };
         if unplug {
+            hold::at("plugged").await;
             nic.unplug(&node, &mut looks).await;
         }
         if over {

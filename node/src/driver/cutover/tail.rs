@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, B
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use super::super::hold;
 use super::lock;
 
 /// How long a frame may take into the stream before the stream counts as lost.
@@ -55,6 +56,9 @@ async fn write_items(
 ) -> io::Result<()> {
     loop {
         let item = lock(machine).next_item();
+        if matches!(item, Some(Item::Frame(_))) {
+            hold::at("tail").await;
+        }
         let work = async {
             let Some(item) = &item else { return stream.flush().await };
             let (head, bytes) = item.parts().ok_or(io::ErrorKind::InvalidData)?;

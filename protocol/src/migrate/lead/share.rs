@@ -2,7 +2,7 @@
 //!
 //! Owns the arithmetic. Decides nothing else.
 
-use super::{Lead, Member, MemberStatus, Phase};
+use super::{Lead, Member, MemberStatus, Phase, State, wait};
 use crate::migrate::Action;
 use crate::time::Time;
 use crate::wire::migrate::Figures;
@@ -117,6 +117,9 @@ impl Lead {
             Phase::Stopped if all(Phase::Deciding) => Phase::Deciding,
             phase => phase,
         };
+        if matches!(self.state, State::Stopping { .. } | State::Settling { .. }) {
+            s.stop_budget_us = wait::STOPPED_MS * 1000;
+        }
         s.members = members;
     }
 }

@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use godwit_testbed::guest::wire::{Talked, UDP_ECHO_PORT};
-use godwit_testbed::lab::prober::{ProbeConfig, Prober};
+use godwit_testbed::guest::wire::UDP_ECHO_PORT;
+use godwit_testbed::lab::prober::{ProbeConfig, ProbeReport, Prober};
 
 /// Bytes of a datagram.
 const SIZE: usize = 64;
@@ -28,15 +28,8 @@ impl Talk {
         Ok(())
     }
 
-    pub fn end(&self) -> Result<Talked, String> {
+    pub fn end(&self) -> Result<ProbeReport, String> {
         let talk = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let seen = talk.ok_or("it does not talk")?.stop(DRAIN);
-        Ok(Talked {
-            sent: seen.sent,
-            lost: seen.lost,
-            reordered: seen.reordered,
-            duplicated: seen.duplicated,
-            socket_dropped: seen.socket_dropped,
-        })
+        Ok(talk.ok_or("it does not talk")?.stop(DRAIN))
     }
 }

@@ -166,6 +166,13 @@ impl World {
         self.swarm.ask(on, &["cluster", "show", CLUSTER])
     }
 
+    /// The hosts that vote on the cluster, as they are shown on a host.
+    pub fn voters(&self, on: &str) -> Result<Vec<String>> {
+        let shown = self.cluster(on)?;
+        let names = shown["voters"].as_array().context("no voters")?.iter();
+        Ok(names.filter_map(|name| name.as_str().map(Into::into)).collect())
+    }
+
     /// Waits until all nodes see each other, the cluster has three voters, and every guest is reached.
     pub fn settled(&self) -> Result<()> {
         let nodes = self.swarm.nodes().len();
@@ -181,8 +188,7 @@ impl World {
                     return Ok(false);
                 }
             }
-            let shown = swarm.ask(REQUESTER, &["cluster", "show", CLUSTER])?;
-            Ok(shown["voters"].as_array().is_some_and(|v| v.len() >= 3))
+            Ok(self.voters(REQUESTER)?.len() >= 3)
         })?;
         for (guest, prober) in self.guests.iter().zip(&self.probers) {
             let echoed = prober.snapshot().unique;

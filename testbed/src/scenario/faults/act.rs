@@ -29,20 +29,30 @@ pub(crate) const READY: Duration = Duration::from_secs(30);
 /// Where a move is hit: at a point that is held, or while it moves on.
 pub(crate) struct Point {
     pub(crate) path: PathBuf,
+    also: Option<PathBuf>,
     moves_on: bool,
 }
 
 impl Point {
     /// In the directory in which a host's node looks for its points. Not held yet.
     pub(crate) fn of(dir: &Path, phase: Phase) -> Self {
-        Self { path: dir.join(phase.name()), moves_on: phase.moves_on() }
+        Self { path: dir.join(phase.name()), also: None, moves_on: phase.moves_on() }
+    }
+
+    /// Meanwhile another host's node stands still, too: in that directory, at that phase's point.
+    pub(crate) fn and(self, dir: &Path, phase: Phase) -> Self {
+        Self { also: Some(dir.join(phase.name())), ..self }
+    }
+
+    fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.path].into_iter().chain(&self.also)
     }
 
     /// The node stands still there from now on, unless the phase is hit by the progress.
     pub(crate) fn hold(&self) -> Result<()> {
         match self.moves_on {
             true => Ok(()),
-            false => Ok(fs::write(&self.path, "")?),
+            false => Ok(self.paths().try_for_each(|path| fs::write(path, ""))?),
         }
     }
 
@@ -51,17 +61,23 @@ impl Point {
         self.path.with_extension("reached")
     }
 
+    /// Whether all that are to stand still do.
+    pub(crate) fn reached(&self) -> bool {
+        self.paths().all(|path| path.with_extension("reached").exists())
+    }
+
     /// The node goes on.
     pub(crate) fn release(&self) -> Result<()> {
-        match fs::remove_file(&self.path) {
+        self.paths().try_for_each(|path| match fs::remove_file(path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
-        }
+        })
     }
 
     /// It was held to this moment: what was done so far was done in the phase.
     fn still_held(&self) -> Result<()> {
-        ensure!(self.moves_on || self.path.exists(), "the point is not held");
+        let held = self.paths().all(|path| path.exists());
+        ensure!(self.moves_on || held, "the point is not held");
         Ok(())
     }
 }

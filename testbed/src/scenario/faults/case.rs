@@ -53,6 +53,9 @@ pub enum Phase {
     Mirrored,
     /// Pages cross, the guest runs at the source.
     Transfer,
+    /// A majority of the voters has promised the next epoch, which only the proposer knows; the guests run at their
+    /// sources. Of a cluster.
+    Ballot,
     /// Frames for the guest wait at the source, which is bound; the guest still runs there.
     Held,
     /// The guest stands still; the destination has all, and is not bound.
@@ -61,8 +64,14 @@ pub enum Phase {
     Loaded,
     /// Decided for the destination; its guest does not run.
     Decided,
+    /// As decided; of what was held for the guest nothing has left the source. Of a cluster.
+    Tail,
     /// Its guest runs; the source has not heard of it.
     Running,
+    /// Its guest runs and takes what was held; what comes now waits behind the plug. Of a cluster.
+    Plugged,
+    /// Guests run, and a host that sends to them has not turned. Of a cluster.
+    Turn,
 }
 
 impl Phase {
@@ -77,7 +86,7 @@ impl Phase {
 
     /// Whether it is the source that stands still.
     pub(crate) fn at_source(self) -> bool {
-        matches!(self, Self::Mirrored | Self::Held)
+        matches!(self, Self::Mirrored | Self::Held | Self::Tail)
     }
 
     /// Its name; of one that does not move on also the point at which a node stands still.
@@ -87,11 +96,15 @@ impl Phase {
             Self::Disk => "disk",
             Self::Mirrored => "mirrored",
             Self::Transfer => "transfer",
+            Self::Ballot => "ballot",
             Self::Held => "held",
             Self::Stopped => "stopped",
             Self::Loaded => "loaded",
             Self::Decided => "decided",
+            Self::Tail => "tail",
             Self::Running => "running",
+            Self::Plugged => "plugged",
+            Self::Turn => "turn",
         }
     }
 }
@@ -242,11 +255,11 @@ impl Case {
         });
         let ran = !destination.ran().is_empty();
         let fits = match self.phase {
-            Phase::Transfer | Phase::Disk | Phase::Held => source.runs() && !ran,
-            Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided => {
+            Phase::Transfer | Phase::Disk | Phase::Ballot | Phase::Held => source.runs() && !ran,
+            Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided | Phase::Tail => {
                 !source.runs() && !ran
             }
-            Phase::Running => !source.runs() && destination.runs(),
+            Phase::Running | Phase::Plugged | Phase::Turn => !source.runs() && destination.runs(),
         };
         ensure!(
             fits && source.alive() && destination.alive(),
@@ -266,11 +279,11 @@ impl Case {
         let covers = |ran: &[(u64, Option<u64>)]| ran_at(ran, at_us);
         let ran = destination.iter().any(|(from, _)| (scene.started_us..=at_us).contains(from));
         let fits = match self.phase {
-            Phase::Transfer | Phase::Disk | Phase::Held => covers(&source) && !ran,
-            Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided => {
+            Phase::Transfer | Phase::Disk | Phase::Ballot | Phase::Held => covers(&source) && !ran,
+            Phase::Mirrored | Phase::Stopped | Phase::Loaded | Phase::Decided | Phase::Tail => {
                 !covers(&source) && !ran
             }
-            Phase::Running => !covers(&source) && ran,
+            Phase::Running | Phase::Plugged | Phase::Turn => !covers(&source) && ran,
         };
         // The source's QEMU is told to send memory once the disks are copied.
         let memory = |(at, name): &(u64, String)| {

@@ -20,6 +20,8 @@ use crate::scenario::faults::world::{REQUESTER, copy_on, ended, hold_dir, host_o
 
 /// How long a move may take to its step.
 const REACH: Duration = Duration::from_secs(90);
+/// How long after its end the last frames may come to a step.
+const LAST: Duration = Duration::from_secs(2);
 /// How often a move is begun that ends before its step is reached.
 const TRIES: u32 = 3;
 /// What is done.
@@ -81,6 +83,7 @@ struct Scene {
     to: Vec<String>,
     /// The member of which one end stands still, and is looked at.
     held: usize,
+    voters: Vec<String>,
     follow: Follow,
     started: Instant,
     started_us: u64,
@@ -97,7 +100,8 @@ impl Case {
     /// Whether the fault ends a guest that nobody else has.
     #[must_use]
     pub fn may_lose(&self) -> bool {
-        self.fault == Fault::DestinationQemu && self.phase == Phase::Running
+        let runs = matches!(self.phase, Phase::Running | Phase::Plugged | Phase::Turn);
+        self.fault == Fault::DestinationQemu && runs
     }
 
     fn says(&self) -> Value {
@@ -112,16 +116,11 @@ impl Case {
     /// Runs it. An error: the lab, not the product, failed, or the fault did not land.
     pub fn run(&self, world: &mut World) -> Result<Value> {
         world.settled()?;
-        for host in world.swarm.lab.hosts() {
-            for file in std::fs::read_dir(hold_dir(&world.swarm, &host.name)?)? {
-                std::fs::remove_file(file?.path())?;
-            }
-        }
         let mut tries = 1;
         let (scene, heard) = loop {
             let scene = self.begin(world)?;
-            let heard = self.reach(&scene)?;
-            if !heard.over {
+            let (heard, reached) = self.reach(&scene)?;
+            if reached {
                 break (scene, heard);
             }
             // A machine that is too busy to stop all in time: they stayed, and nothing was hit.
@@ -142,14 +141,30 @@ impl Case {
     }
 
     fn begin(&self, world: &World) -> Result<Scene> {
+        for host in world.swarm.lab.hosts() {
+            for file in std::fs::read_dir(hold_dir(&world.swarm, &host.name)?)? {
+                std::fs::remove_file(file?.path())?;
+            }
+        }
         let from = world.hosts()?;
         let there = from.iter().all(|h| h == "h1" || h == "h2");
         let to: Vec<String> =
             if there { ["h4", "h5"] } else { ["h1", "h2"] }.map(Into::into).into();
-        let held = usize::from(self.fault != Fault::Proposer);
-        let at = if self.phase.at_source() { &from[held] } else { &to[held] };
-        let point = Point::of(&hold_dir(&world.swarm, at)?, self.phase);
+        // The ballot is the first member's destination's to prepare.
+        let first = self.fault == Fault::Proposer || self.phase == Phase::Ballot;
+        let held = usize::from(!first);
+        let at = match self.phase {
+            // It sends to both members.
+            Phase::Turn => REQUESTER,
+            phase if phase.at_source() => &from[held],
+            _ => &to[held],
+        };
+        let mut point = Point::of(&hold_dir(&world.swarm, at)?, self.phase);
+        if self.phase == Phase::Tail {
+            point = point.and(&hold_dir(&world.swarm, &to[held])?, Phase::Decided);
+        }
         point.hold()?;
+        let voters = world.voters(REQUESTER)?;
         // What the destinations still have from an earlier move makes this one short.
         let link = if self.phase.moves_on() { SLOW } else { 0 };
         if self.phase.moves_on() {
@@ -160,23 +175,25 @@ impl Case {
         let place: Vec<(&str, &str)> = names.zip(to.iter().map(String::as_str)).collect();
         let started_us = now_us();
         let follow = Follow::placed(&state, CLUSTER, "", &place, Pace { link, disk: 0 })?;
-        Ok(Scene { from, to, held, follow, started: Instant::now(), started_us, point })
+        let started = Instant::now();
+        Ok(Scene { from, to, held, voters, follow, started, started_us, point })
     }
 
-    /// Brings the move to its step; or it is over without.
-    fn reach(&self, scene: &Scene) -> Result<Heard> {
-        let reached = scene.point.word();
-        let heard = scene.follow.wait(REACH, |heard| {
-            let there = match self.phase.moves_on() {
-                true => {
-                    heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
-                        && heard.done_ppm > UNDER_WAY_PPM
-                }
-                false => reached.exists(),
-            };
-            there || heard.over
-        });
-        heard.context("the step was not reached")
+    /// Brings the move to its step, if it is not over without.
+    fn reach(&self, scene: &Scene) -> Result<(Heard, bool)> {
+        let there = |heard: &Heard| match self.phase.moves_on() {
+            true => {
+                heard.phase == Some(godwit_protocol::wire::migrate::Phase::Transfer)
+                    && heard.done_ppm > UNDER_WAY_PPM
+                    && !heard.over
+            }
+            false => scene.point.reached(),
+        };
+        let heard = scene.follow.wait(REACH, |heard| there(heard) || heard.over);
+        let heard = heard.context("the step was not reached")?;
+        // Who asked may hear of the end before the last frames are where they go.
+        let reached = until(LAST, || there(&heard)).is_ok();
+        Ok((heard, reached))
     }
 
     /// Does the fault. Answers with the proof.
@@ -194,22 +211,26 @@ impl Case {
             copies.iter().filter(here).flat_map(SeenQemu::ran).collect::<Vec<_>>()
         };
         let covers = |ran: &[(u64, Option<u64>)]| ran_at(ran, at_us);
+        let mut any = false;
         for member in 0..world.guests.len() {
             let source = ran(member, &scene.from[member]);
             let destination = ran(member, &scene.to[member]);
             let began = |(from, _): &(u64, Option<u64>)| (scene.started_us..=at_us).contains(from);
             let arrived = destination.iter().any(began);
+            any |= arrived;
             let held = member == scene.held;
             let fits = match self.phase {
-                Phase::Transfer | Phase::Disk => covers(&source) && !arrived,
+                Phase::Transfer | Phase::Disk | Phase::Ballot => covers(&source) && !arrived,
                 Phase::Held => (!held || covers(&source)) && !arrived,
                 // Nothing is decided before all are loaded.
                 Phase::Mirrored | Phase::Stopped | Phase::Loaded => !covers(&source) && !arrived,
-                Phase::Decided => !covers(&source) && (!held || !arrived),
-                Phase::Running => !covers(&source) && (!held || arrived),
+                Phase::Decided | Phase::Tail => !covers(&source) && (!held || !arrived),
+                Phase::Running | Phase::Plugged => !covers(&source) && (!held || arrived),
+                Phase::Turn => !covers(&source),
             };
             ensure!(fits, "at {at_us} it was not the step: {member} {source:?} {destination:?}");
         }
+        ensure!(any || self.phase != Phase::Turn, "at {at_us} there was nothing to turn to");
         Ok(())
     }
 
@@ -220,13 +241,7 @@ impl Case {
             Fault::Proposer => kill_node(world, scene, &scene.to[0]),
             Fault::Destination => kill_node(world, scene, &scene.to[1]),
             Fault::Voter => {
-                let shown = world.cluster(REQUESTER)?;
-                let voters: Vec<String> = shown["voters"]
-                    .as_array()
-                    .into_iter()
-                    .flatten()
-                    .filter_map(|v| v.as_str().map(Into::into))
-                    .collect();
+                let voters = &scene.voters;
                 let moves = |host: &&String| scene.from.contains(*host) || scene.to.contains(*host);
                 let apart = voters.iter().find(|host| !moves(host));
                 let voter = apart.or_else(|| voters.iter().find(|host| **host != scene.from[0]));
@@ -235,8 +250,8 @@ impl Case {
                 Ok(merge(done, json!({ "voters": voters, "killed": voter })))
             }
             Fault::DestinationQemu => {
-                let vm = world.guests[scene.held].name.clone();
-                let qemu = copy_on(&world.swarm, &world.qemus, &vm, &scene.to[scene.held])?;
+                let vm = world.guests[1].name.clone();
+                let qemu = copy_on(&world.swarm, &world.qemus, &vm, &scene.to[1])?;
                 let here = |q: &SeenQemu| q.pid == qemu.pid && !q.alive();
                 act::kill_qemu(&qemu, &scene.point, || world.copies(&vm).iter().any(here))
             }

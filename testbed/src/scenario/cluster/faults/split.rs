@@ -35,10 +35,8 @@ pub fn run(labid: &str) -> Result<Value> {
     let wan = WanMode::Shaped(LinkParams::new(100, 40));
     let mut world = World::up(&LabConfig { labid: labid.to_owned(), sites, wan }, &[])?;
     world.populate(&[("a", "h1"), ("b", "h2")])?;
-    world.swarm.wait("five voters at three sites", HEALED, |swarm| {
-        let shown = swarm.ask("h1", &["cluster", "show", CLUSTER])?;
-        Ok(shown["voters"].as_array().is_some_and(|v| v.len() == 5))
-    })?;
+    let five = |_: &Swarm| Ok(world.voters("h1")?.len() == 5);
+    world.swarm.wait("five voters at three sites", HEALED, five)?;
     let before = epoch(&world.swarm, "h1")?;
     let qemus = world.qemus.seen().len();
     let wan = world.swarm.lab.wan()?;
