@@ -160,7 +160,7 @@ fn a_guest_cannot_reach_the_host_that_carries_it() {
         // Control: without the filter it does answer, so the silence above means something.
         lan.world.a.shell(&["nft", "delete", "table", "bridge", "godwit"]);
         ask();
-        let answer = lan.one.receive(Duration::from_secs(2)).unwrap();
+        let answer = lan.one.receive(SOON).unwrap();
         assert_eq!(answer[12..14], [8, 6]);
     });
 }
@@ -215,8 +215,7 @@ fn a_restarted_daemon_goes_on_with_what_it_finds() {
     run(|world| async move {
         let Lan { world, a, b, a_out, one, two } = lan(world).await;
         let red = wire("red");
-        drop((a, a_out));
-        tokio::task::yield_now().await;
+        end((a, a_out)).await;
         one.send(mac(2), "while the daemon is away");
         assert_eq!(two.hear().as_deref(), Some("while the daemon is away"));
         two.send(mac(1), "and in");
@@ -247,7 +246,7 @@ fn what_somebody_else_removed_is_healed() {
         let named = |prefix: &str| devices.iter().find(|d| d.starts_with(prefix)).unwrap();
         lan.a.set_route(&red, &mac(2), Where::Tunnel).await.unwrap();
         lan.world.a.shell(&["ip", "link", "del", named("gwx-")]);
-        tokio::time::timeout(Duration::from_secs(5), async {
+        tokio::time::timeout(SOON, async {
             while lan.a.inject(&red, &[0; 60]) == Injected::Yes {
                 tokio::task::yield_now().await;
             }
@@ -280,8 +279,7 @@ fn every_frame_for_the_tunnel_arrives_or_is_counted() {
             lan.one.send(mac(2), &n.to_string());
         }
         let (mut received, mut last) = (0, None);
-        while let Ok(out) = tokio::time::timeout(Duration::from_millis(300), lan.a_out.recv()).await
-        {
+        while let Ok(out) = tokio::time::timeout(Duration::from_secs(2), lan.a_out.recv()).await {
             let Some(Outgoing::Frame(out)) = out else { panic!("{out:?}") };
             let n: u64 = text(&out.frame).unwrap().parse().unwrap();
             assert!(last < Some(n), "{n} after {last:?}");
@@ -315,15 +313,14 @@ fn an_underlay_of_ipv6_works_the_same() {
         b.set_members(&[ip_a]).await.unwrap();
         one.send(mac(2), &"x".repeat(usize::from(MTU)));
         assert_eq!(two.hear().map(|t| t.len()), Some(usize::from(MTU)));
-        drop((b, b_out));
+        end((b, b_out)).await;
         let (b, b_out) = world.b.links_at(ip_b, "fd77::/64");
         b.ensure_wire(&red, false).await.unwrap();
         let (second, _out) = world.b.links_at(ip_b, "fd77::/64");
         assert!(matches!(second.ensure_wire(&red, false).await, Err(LinkError::SecondDaemon(_))));
         assert_eq!(b.routes(&red).await, [(mac(1), Where::Vxlan(ip_a)), (mac(2), Where::Local)]);
         b.broadcast_set(&red, &[]).await.unwrap();
-        drop((b, b_out));
-        tokio::task::yield_now().await;
+        end((b, b_out)).await;
         // Another underlay address: the old device goes, the new one is made.
         let (b, _b_out) = world.b.links(true);
         b.ensure_wire(&red, false).await.unwrap();
@@ -345,21 +342,10 @@ fn cleanup_leaves_nothing_that_no_vm_uses() {
         assert_eq!(a.cleanup(&BTreeSet::new()).await.unwrap(), 1);
         assert_eq!(world.a.devices().len(), 4);
         assert_eq!(a.inject(&blue, &[0; 60]), Injected::NoWire);
-        drop(one);
         // Another run of the daemon removes what this one made.
-        drop(a);
+        end((one, a)).await;
         let (again, _out) = world.a.links(false);
-        // A child that another test is just starting holds the tap until its exec.
-        let removed = tokio::time::timeout(Duration::from_secs(5), async {
-            loop {
-                let removed = again.cleanup(&BTreeSet::new()).await.unwrap();
-                if removed > 0 {
-                    return removed;
-                }
-                tokio::task::yield_now().await;
-            }
-        });
-        assert_eq!(removed.await.unwrap(), 1);
+        assert_eq!(again.cleanup(&BTreeSet::new()).await.unwrap(), 1);
         assert_eq!(world.a.devices(), [] as [String; 0]);
         assert_eq!(world.a.shell(&["nft", "list", "ruleset"]), "");
         // And it can begin anew.

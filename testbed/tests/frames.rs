@@ -8,7 +8,7 @@ fn none_is_lost_none_comes_twice_and_none_overtakes() -> anyhow::Result<()> {
         println!("skipped: the lab needs root");
         return Ok(());
     }
-    let report = frames(&Plan { labid: "tframes", moves: 2, aborted: 2, fast: false })?;
+    let report = frames(&Plan { labid: "tframes", moves: 2, aborted: 2, rate: 200, fast: false })?;
     anyhow::ensure!(report["passed"] == true && report["lost"] == 0, "{report:#}");
     anyhow::ensure!(report["moves"] == 2 && report["aborted"] == 2, "{report:#}");
     Ok(())

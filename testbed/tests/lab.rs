@@ -1,7 +1,7 @@
 //! The lab against the real kernel. Needs root; without it each test says so and ends.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use godwit_testbed::lab::check::{self, pair_lab};
 use godwit_testbed::lab::cleanup::{self, leftovers};
 use godwit_testbed::lab::node::Node;
 use godwit_testbed::lab::ns::NetNs;
-use godwit_testbed::lab::prober::{ProbeConfig, Prober, Station, StationLink};
+use godwit_testbed::lab::prober::{ProbeConfig, Prober, Station, StationLink, receive_buffer};
 use godwit_testbed::lab::wan::{LinkParams, WanMode};
 use godwit_testbed::lab::{Lab, LabConfig, SiteConfig};
 
@@ -43,7 +43,7 @@ fn wan_keeps_delay_counts_loss_and_cut() {
     let (a, b) = (lab.host("a").unwrap(), lab.host("b").unwrap());
     // How exact the delay is on a quiet machine is for `wan-check`; here it is a fact that it is there.
     let rtt = check::check_delay(a, b, &params).unwrap()["median_rtt_ms"].as_f64().unwrap();
-    assert!((79.9..120.0).contains(&rtt), "{rtt} ms");
+    assert!((79.9..160.0).contains(&rtt), "{rtt} ms");
     for part in [
         check::check_counters(&lab, a, b),
         check::check_loss(&lab, a, b),
@@ -84,14 +84,15 @@ fn parameters_change_at_run_time() {
     let near = check::udp_rtt_ms(a, b, 9).unwrap();
     lab.wan().unwrap().set_delay(30_000);
     let far = check::udp_rtt_ms(a, b, 9).unwrap();
-    assert!((9.9..15.0).contains(&near) && (59.9..65.0).contains(&far), "{near} {far}");
+    // A busy machine adds to it; which of the delays it is stays clear.
+    assert!((9.9..29.9).contains(&near) && (59.9..200.0).contains(&far), "{near} {far}");
     lab.wan()
         .unwrap()
         .link("tokyo", "paris")
         .unwrap()
         .set_towards("tokyo", |link| link.delay_us = 0);
     let half = check::udp_rtt_ms(a, b, 9).unwrap();
-    assert!((29.9..35.0).contains(&half), "{half}");
+    assert!((29.9..59.9).contains(&half), "{half}");
 }
 
 #[test]
@@ -100,7 +101,7 @@ fn three_sites_each_pair_has_its_link() {
         return;
     }
     for (labid, wan) in
-        [("tthree", WanMode::Shaped(LinkParams::new(100, 20))), ("tthreeu", WanMode::Unshaped)]
+        [("tthree", WanMode::Shaped(LinkParams::new(100, 100))), ("tthreeu", WanMode::Unshaped)]
     {
         let sites = vec![
             SiteConfig::new("paris", &["h1", "h4"]),
@@ -119,7 +120,7 @@ fn three_sites_each_pair_has_its_link() {
             let rtt = check::udp_rtt_ms(lab.host(from).unwrap(), lab.host(to).unwrap(), 5).unwrap();
             let after = lab.wan().unwrap().stats().unwrap().carried_bytes();
             assert_eq!(link.is_some(), after > before, "{from} {to}");
-            assert_eq!(shaped && link.is_some(), rtt >= 20.0, "{from} {to} {rtt}");
+            assert_eq!(shaped && link.is_some(), rtt >= 100.0, "{from} {to} {rtt}");
             if let Some((a, b)) = link {
                 assert!(
                     lab.wan().unwrap().link(a, b).unwrap().stats().unwrap().carried_bytes() > 0
@@ -258,11 +259,18 @@ fn node_is_started_killed_and_asked() {
          echo \"{{\\\"args\\\": \\\"$*\\\"}}\"\n",
         test.display()
     );
-    std::fs::write(&program, script).unwrap();
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    // By another process: a child that another test is just starting would have it open for writing, and it could not be run.
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(&program)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    install.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+    assert!(install.wait().unwrap().success());
     let mut node = Node::with_program(host, program);
     node.env("STAND_IN_SOCKET", node.socket().to_str().unwrap());
-    let deadline = Duration::from_secs(10);
+    let deadline = Duration::from_secs(60);
 
     // From a thread that ends at once: the daemon must outlive it.
     thread::scope(|scope| scope.spawn(|| node.start_ready(deadline).unwrap()).join()).unwrap();
@@ -301,7 +309,8 @@ fn prober_reaches_a_wire_through_its_bridge() {
     let guest = Station::attach(&lab, host, "w0", 1, &link(1)).unwrap();
     let outside = Station::attach(&lab, host, "w0", 2, &link(2)).unwrap();
     let echo = guest.ns().run(|| UdpSocket::bind("192.168.9.1:7007")).unwrap().unwrap();
-    echo.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    receive_buffer(&echo).unwrap();
+    echo.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let server = thread::spawn(move || {
         let mut datagram = [0; 2048];
         while let Ok((len, from)) = echo.recv_from(&mut datagram) {
@@ -311,7 +320,7 @@ fn prober_reaches_a_wire_through_its_bridge() {
     let target = "192.168.9.1:7007".parse().unwrap();
     let config = ProbeConfig { target, rate_pps: 1000, size: 200 };
     let prober = Prober::start(Some(outside.ns()), &config).unwrap();
-    assert!(prober.wait_unique(1000, Duration::from_secs(10)), "{:?}", prober.snapshot());
+    assert!(prober.wait_unique(1000, Duration::from_secs(60)), "{:?}", prober.snapshot());
     let report = prober.stop(Duration::from_secs(2));
     assert_eq!((report.lost, report.duplicated, report.reordered), (0, 0, 0), "{report:?}");
     server.join().unwrap();

@@ -42,8 +42,9 @@ const SHARE: u32 = 16;
 const PART: u32 = 300_000;
 /// Frames that may be given to it with all that comes after them.
 const LAST: u32 = TAP_QUEUE_FRAMES / 4;
-/// How long a guest is waited for that does not read.
+/// How long a guest is waited for that does not empty its tap, and how long one that does.
 const PATIENCE: Duration = Duration::from_secs(3);
+const LONGEST: Duration = Duration::from_secs(30);
 
 /// Puts frames into a tap as if they came from its bridge, past a plug, as fast as its guest takes them.
 pub struct Injector {
@@ -127,14 +128,16 @@ impl Links {
         tap: Option<TapView>,
     ) -> Result<u64, LinkError> {
         let index = self.tap_index(wire, mac).await?;
-        let end = Instant::now() + PATIENCE;
+        let last = Instant::now() + LONGEST;
+        let mut end = Instant::now() + PATIENCE;
         let mut in_vain = 0;
-        while let Some(tap) = tap.as_ref().filter(|_| Instant::now() < end)
+        while let Some(tap) = tap.as_ref().filter(|_| Instant::now() < end.min(last))
             && self.kernel.queue(index).await?.0 > LAST
         {
             if tap.is_empty() {
                 let Some(filler) = self.let_pass(index, SHUT, PART).await? else { return Ok(0) };
                 in_vain += filler;
+                end = Instant::now() + PATIENCE;
             }
             sleep(LOOK).await;
         }

@@ -60,7 +60,7 @@ fn the_first_rule_that_fits_decides_and_arp_always_passes() {
         send(TCP, 77, 80, "from whom nothing comes");
         near.send(mac(1), "no ip");
         assert_eq!(
-            lan.one.receive(Duration::from_secs(2)).map(|f| f[54..].to_vec()),
+            lan.one.receive(SOON).map(|f| f[54..].to_vec()),
             Some(b"ssh from near".to_vec())
         );
         assert_eq!(texts(&lan.one), ["http"]);
@@ -126,7 +126,7 @@ fn tagged(frame: &[u8], tags: &[[u8; 4]]) -> Vec<u8> {
 /// What has been sent to a guest until now.
 fn reached(guest: &Guest, near: &Guest) -> Vec<Vec<u8>> {
     near.send(guest.mac, END);
-    let next = || guest.receive(Duration::from_secs(2)).unwrap();
+    let next = || guest.receive(SOON).unwrap();
     std::iter::from_fn(|| Some(next()).filter(|f| text(f).as_deref() != Some(END))).collect()
 }
 
@@ -147,7 +147,7 @@ impl Linux {
         host.shell(&["ip", "addr", "add", "10.0.0.200/24", "dev", &device]);
         host.shell(&["ip", "link", "set", &device, "address", &mac(1).colons(), "up"]);
         let dns = UdpSocket::bind("10.0.0.200:53").unwrap();
-        dns.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        dns.set_read_timeout(Some(SOON)).unwrap();
         Self { nic, dns }
     }
 

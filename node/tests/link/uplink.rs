@@ -13,7 +13,6 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(10, 5, 0, 7);
 const PORT: u16 = 7777;
 const ARP: [u8; 2] = [0x08, 0x06];
 const IP: [u8; 2] = [0x08, 0x00];
-const SOON: Duration = Duration::from_secs(2);
 
 fn uplink(own: Mac) -> Uplink {
     Uplink { interface: "left".into(), gateway: GATEWAY, prefix: 24, own }
@@ -61,10 +60,10 @@ fn forward(host: &Host) {
     std::fs::write("/proc/sys/net/ipv4/conf/left/forwarding", "1").unwrap();
 }
 
-fn listening(host: &Host, ip: std::net::IpAddr) -> UdpSocket {
+fn listening(host: &Host, ip: std::net::IpAddr, wait: Duration) -> UdpSocket {
     host.enter();
     let socket = UdpSocket::bind((ip, PORT)).unwrap();
-    socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    socket.set_read_timeout(Some(wait)).unwrap();
     socket
 }
 
@@ -134,8 +133,8 @@ fn by_a_gateway_nothing_reaches_its_host_or_another_interface() {
             "side",
         ]);
         ready(&a, own).await;
-        let outside = listening(&world.b, world.b.ip);
-        let host = listening(&world.a, "0.0.0.0".parse().unwrap());
+        let outside = listening(&world.b, world.b.ip, SOON);
+        let host = listening(&world.a, "0.0.0.0".parse().unwrap(), Duration::from_millis(300));
         let gateway = gateway_mac(&red);
         let mine: Ipv4Addr = world.a.ip.to_string().parse().unwrap();
         let theirs: Ipv4Addr = world.b.ip.to_string().parse().unwrap();

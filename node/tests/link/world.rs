@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
@@ -20,7 +21,11 @@ use tokio::sync::mpsc::Receiver;
 pub const MTU: u16 = 1400;
 pub const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 pub const BROADCAST: Mac = Mac([0xff; 6]);
+/// How long anything that has to happen may take.
+pub const SOON: Duration = Duration::from_secs(20);
 const VNET: usize = 10;
+/// Held while a child lives: until its exec it has every descriptor of this process.
+static CHILD: Mutex<()> = Mutex::new(());
 
 pub struct Host {
     space: File,
@@ -43,8 +48,15 @@ pub fn run<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let world = World::new().await;
-        tokio::time::timeout(Duration::from_secs(60), test(world)).await.expect("in time");
+        tokio::time::timeout(9 * SOON, test(world)).await.expect("in time");
     });
+}
+
+/// Ends a daemon or a guest, with all its descriptors: children of other tests have none of them any more.
+pub async fn end<T>(what: T) {
+    drop(what);
+    tokio::task::yield_now().await;
+    drop(CHILD.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
 fn new_space() -> File {
@@ -109,6 +121,7 @@ impl Host {
     /// What a tool prints in this namespace.
     pub fn shell(&self, command: &[&str]) -> String {
         self.enter();
+        let _alone = CHILD.lock().unwrap_or_else(PoisonError::into_inner);
         let out = std::process::Command::new(command[0]).args(&command[1..]).output().unwrap();
         assert!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr));
         String::from_utf8(out.stdout).unwrap()
@@ -175,7 +188,7 @@ impl Guest {
 
     /// The text of the next frame from a guest.
     pub fn hear(&self) -> Option<String> {
-        let end = Instant::now() + Duration::from_secs(2);
+        let end = Instant::now() + SOON;
         while let Some(frame) = self.receive(end.saturating_duration_since(Instant::now())) {
             if let Some(text) = text(&frame) {
                 return Some(text);
@@ -194,7 +207,7 @@ impl Guest {
 
 /// The next frame that leaves by the tunnel.
 pub async fn outgoing(queue: &mut Receiver<Outgoing>) -> Option<TunnelFrame> {
-    let out = tokio::time::timeout(Duration::from_secs(2), queue.recv()).await.ok().flatten()?;
+    let out = tokio::time::timeout(SOON, queue.recv()).await.ok().flatten()?;
     if let Outgoing::Frame(frame) = out { Some(frame) } else { None }
 }
 

@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 use super::wan::{LinkParams, LinkStats, WanMode};
 use super::{Host, Lab, LabConfig, SiteConfig};
 
+/// How long nothing comes for no more to come.
+const SILENCE: Duration = Duration::from_secs(2);
 /// Bytes of TCP payload in a full packet: MTU less IPv4 header, TCP header and time stamps.
 const TCP_PAYLOAD: f64 = 1448.0;
 /// IPv4 and UDP header, in bytes.
@@ -153,7 +155,7 @@ fn udp_pair(a: &Host, b: &Host) -> Result<(UdpSocket, UdpSocket)> {
     left.connect(right.local_addr()?)?;
     right.connect(left.local_addr()?)?;
     for socket in [&left, &right] {
-        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+        socket.set_read_timeout(Some(SILENCE))?;
         let bytes: libc::c_int = 16 << 20;
         // SAFETY: one int that outlives the call. Root may exceed the limit; the result shows in the counts.
         unsafe {
@@ -174,13 +176,13 @@ fn udp_pair(a: &Host, b: &Host) -> Result<(UdpSocket, UdpSocket)> {
 /// Median round trip of `rounds` UDP echoes, one at a time, in milliseconds.
 pub fn udp_rtt_ms(a: &Host, b: &Host, rounds: u64) -> Result<f64> {
     let (left, right) = udp_pair(a, b)?;
-    let mut times = Vec::new();
+    let (mut times, echo) = (Vec::new(), &right);
     thread::scope(|scope| -> Result<()> {
         scope.spawn(move || {
             let mut datagram = [0; 64];
-            // Ends with the first silence.
-            while let Ok(len) = right.recv(&mut datagram) {
-                let _ = right.send(&datagram[..len]);
+            // Ends with the first silence, or when it is shut down.
+            while let Ok(len @ 1..) = echo.recv(&mut datagram) {
+                let _ = echo.send(&datagram[..len]);
             }
         });
         for round in 0..rounds {
@@ -193,6 +195,8 @@ pub fn udp_rtt_ms(a: &Host, b: &Host, rounds: u64) -> Result<f64> {
             }
             times.push(start.elapsed().as_secs_f64() * 1e3);
         }
+        // Whoever waits in it reads nothing, at once.
+        let _ = socket2::SockRef::from(echo).shutdown(std::net::Shutdown::Both);
         Ok(())
     })?;
     times.sort_by(f64::total_cmp);
@@ -206,7 +210,7 @@ fn udp_blast(a: &Host, b: &Host, count: u64, size: usize, mbit_s: f64) -> Result
         let arrived = scope.spawn(move || {
             let mut datagram = [0; 2048];
             let mut arrived = 0;
-            // The first datagram takes one delay, the end is a silence of 500 ms.
+            // The first datagram takes one delay, the end is a silence.
             while arrived < count && right.recv(&mut datagram).is_ok() {
                 arrived += 1;
             }

@@ -26,13 +26,12 @@ use crate::lab::prober::{ECHO_PORT, ProbeConfig, ProbeReport, Prober, Station};
 const SIDES: [[(&str, &str); 2]; 2] = [[("a", "h1"), ("b", "h2")], [("a", "h4"), ("b", "h5")]];
 /// Which station probes which member: one of the first site both, one beside a destination the first.
 const PROBED: [(usize, usize); 3] = [(0, 0), (0, 1), (1, 0)];
-/// Datagrams per second of each prober and each member, and of the fast run.
-const PROBES: u32 = 500;
+/// Datagrams per second of the fast run.
 const FAST: u32 = 5000;
 /// How long anything may take that is not a move.
 const SOON: Duration = Duration::from_secs(60);
-/// How long what is under way may take at the end.
-const DRAIN: Duration = Duration::from_secs(3);
+/// How long nothing has to come back for the rest to count as lost.
+const DRAIN: Duration = Duration::from_secs(10);
 /// Bytes per second of a move that is aborted before the stop.
 const SLOW: u64 = 1_000_000;
 
@@ -44,13 +43,15 @@ pub struct Plan {
     pub moves: u32,
     /// Moves that end where they began: every other one after the guest was stopped.
     pub aborted: u32,
+    /// Datagrams per second of each prober and each member: not more than the guests take while the machine is busy.
+    pub rate: u32,
     /// Whether a move follows with many more frames a second.
     pub fast: bool,
 }
 
 /// `godwit-lab run frames`.
 pub fn full() -> Result<Value> {
-    frames(&Plan { labid: "frames", moves: 20, aborted: 20, fast: true })
+    frames(&Plan { labid: "frames", moves: 20, aborted: 20, rate: 500, fast: true })
 }
 
 struct World {
@@ -85,7 +86,7 @@ pub fn frames(plan: &Plan) -> Result<Value> {
     let mut world =
         World { swarm, guests, stations, probers: Vec::new(), side: 0, log: Vec::new() };
     let began = Instant::now();
-    let seen = world.probed(|world| {
+    let seen = world.probed(plan.rate, |world| {
         (0..plan.moves).try_for_each(|_| world.moves())?;
         (0..plan.aborted).try_for_each(|n| if n % 2 == 0 { world.aborts() } else { world.stays() })
     })?;
@@ -130,10 +131,10 @@ pub fn frames(plan: &Plan) -> Result<Value> {
 
 impl World {
     /// Does the work while the stations talk to the members, and these to each other.
-    fn probed(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<Seen> {
+    fn probed(&mut self, rate: u32, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<Seen> {
         for (station, member) in PROBED {
             let target = SocketAddr::from((self.guests[member].plan.ip(), ECHO_PORT));
-            let config = ProbeConfig { target, rate_pps: PROBES, size: 64 };
+            let config = ProbeConfig { target, rate_pps: rate, size: 64 };
             self.probers.push(Prober::start(Some(self.stations[station].ns()), &config)?);
         }
         for prober in &self.probers {
@@ -144,7 +145,7 @@ impl World {
         let other = |at: usize| self.guests[self.guests.len() - 1 - at].plan.ip();
         for at in 0..self.guests.len() {
             let to = other(at);
-            run(async { self.control(at)?.talk(to, PROBES).await })?;
+            run(async { self.control(at)?.talk(to, rate).await })?;
         }
         let done = work(self);
         let seen = self.seen();

@@ -19,7 +19,7 @@ use crate::lab::{LabConfig, SiteConfig};
 use footprint::Footprint;
 
 /// How long what a refused attempt had begun may take to be gone.
-const SETTLE: Duration = Duration::from_secs(10);
+const SETTLE: Duration = Duration::from_secs(60);
 /// How long a command may take here.
 const COMMAND: Duration = Duration::from_secs(60);
 /// Memory of the guests, MiB; the small host lends less.

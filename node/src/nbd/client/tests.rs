@@ -215,7 +215,7 @@ fn a_silent_server_is_given_up() {
     let began = std::time::Instant::now();
     let given_up = Client::over(here, "disk0", Duration::from_millis(50));
     assert!(matches!(given_up, Err(NbdError::Deadline)));
-    assert!(began.elapsed() < Duration::from_secs(10));
+    assert!(began.elapsed() < Duration::from_secs(60));
 }
 
 proptest! {

@@ -9,8 +9,8 @@ use godwit_testbed::lab::prober::{ProbeConfig, ProbeReport, Prober};
 
 /// Bytes of a datagram.
 const SIZE: usize = 64;
-/// How long what is under way may take at the end.
-const DRAIN: Duration = Duration::from_secs(3);
+/// How long nothing has to come back for the rest to count as lost.
+const DRAIN: Duration = Duration::from_secs(10);
 
 /// There is one at a time.
 #[derive(Default)]

@@ -22,7 +22,7 @@ pub(crate) const SLOW: u64 = 3_000_000;
 /// Share of the work that is done then, parts per million.
 pub(crate) const UNDER_WAY_PPM: u32 = 100_000;
 /// How long a killed process may take to be gone.
-const GONE: Duration = Duration::from_secs(5);
+const GONE: Duration = Duration::from_secs(30);
 /// How long a node may take to be ready again.
 pub(crate) const READY: Duration = Duration::from_secs(30);
 

@@ -15,7 +15,7 @@ use crate::lab::qemus::{SeenQemu, double_runs};
 /// A migration ends this long after its request at the latest.
 pub const END: Duration = Duration::from_secs(90);
 /// QEMUs that are not needed any more are gone this long after the end.
-pub const TIDY: Duration = Duration::from_secs(15);
+pub const TIDY: Duration = Duration::from_secs(45);
 /// Pages that the guest's workload has at least.
 const PAGES: u64 = 4_000;
 

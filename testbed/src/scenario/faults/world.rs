@@ -26,7 +26,7 @@ pub const REQUESTER: &str = "h3";
 /// How long the swarm may take to be whole again after a fault.
 const SETTLE: Duration = Duration::from_secs(60);
 /// How long after that the guest may take to be reached from the other hosts.
-const ECHO: Duration = Duration::from_secs(10);
+const ECHO: Duration = Duration::from_secs(60);
 /// Thousands of bytes per second that a guest rewrites whose move shall not come to its end over a slow link.
 pub const RESTLESS_KBPS: u32 = 16_000;
 /// Datagrams per second that the guest echoes: each makes it send a frame.

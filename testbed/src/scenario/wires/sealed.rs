@@ -70,7 +70,7 @@ impl World {
         // Whose way is not there yet, after a start, is not counted.
         let early = Prober::start(Some(station.ns()), &config)?;
         ensure!(early.wait_unique(ANSWERS, SOON), "{what}: the guest is not reached");
-        drop(early.stop(DRAIN));
+        drop(early);
         let before = self.vxlan_frames()?;
         let talk = Prober::start(Some(station.ns()), &config)?;
         for to in ["h2", "h1"] {
