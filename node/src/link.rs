@@ -11,7 +11,8 @@
 //!   QEMU        QEMU                               learning and unknown-unicast flood: off everywhere
 //!    | fd        | fd                              broadcast, multicast: to all active ports
 //!  gwt-..      gwt-..     (taps)                   MAC -> port: static, `set_route`
-//!    +-----+-----+---- gwh-..   (of a NIC that moves: fd in this process, where its frames wait)
+//!    +-----+-----+---- gwh-..   (of a NIC that moves: fd in this process, where its frames wait;
+//!          |                     gwa-.., on no bridge: where its broadcasts wait at its new host)
 //!          | gwb-..       (bridge, one per wire)
 //!    +-----+-----+---- gwu-..   (the wire's way out, on a host that has one: `uplink`)
 //!  gwv-..      gwx-..     (isolated from each other: what came by a tunnel never leaves by one)
@@ -29,6 +30,7 @@ use godwit_protocol::limits::TUNNEL_QUEUE_FRAMES;
 use godwit_protocol::wire::filter::Rule;
 use tokio::sync::{Mutex, mpsc, oneshot};
 
+mod aside;
 mod cidr;
 mod error;
 mod filter;
@@ -87,7 +89,7 @@ pub enum Where {
     Vxlan(IpAddr),
     /// To the queue of tunnel frames.
     Tunnel,
-    /// To the NIC's hold device here, broadcasts too.
+    /// To the NIC's hold device here; broadcasts too, unless they are led there ([`Links::lead_aside`]).
     Hold,
     /// To the wire's way out here ([`Links::set_uplink`]).
     Gateway,
@@ -107,6 +109,8 @@ struct Wire {
     vxlan: Option<u32>,
     tunnel: u32,
     routes: BTreeMap<Mac, Where>,
+    /// NICs whose broadcasts do not reach their taps.
+    aside: BTreeSet<Mac>,
     flood: BTreeSet<IpAddr>,
 }
 
@@ -243,7 +247,10 @@ impl Links {
             Where::Gateway => Some(uplink.ok_or_else(|| LinkError::NoTap(names::uplink(wire)))?),
             Where::None => None,
         };
-        let mut groups = [(hold, to == Where::Hold), (tap, to == Where::Local)];
+        // Two steps, in place of the one that leads them aside: only on a kernel that cannot do that.
+        let aside = to == Where::Hold && known.aside.contains(mac);
+        let held = to == Where::Hold && !aside;
+        let mut groups = [(hold, held), (tap, to == Where::Local || aside)];
         // The port that gets broadcasts from now on first: rather one twice than one lost.
         groups.sort_by_key(|(_, on)| !on);
         for (index, groups) in groups {

@@ -20,11 +20,15 @@
 //! What is held crosses at once, before the decision: then it is there when the guest runs. Exactly
 //! one of the two ends uses it, the one that the decision names. The items of the tail are numbered, and
 //! the old host keeps those that the new one has not acknowledged: a stream that breaks goes on by another.
+//!
+//! Broadcasts and multicasts go to every host of a wire, so to both. The old host's copies count as long as there are any; those
+//! that come to the new one wait until the tail has ended, and only what was not in it goes to the guest.
 
 mod arrival;
 mod departure;
 #[cfg(test)]
 mod tests;
+mod twins;
 
 pub use arrival::{Arrival, Output};
 pub use departure::Departure;
@@ -33,6 +37,8 @@ pub use departure::Departure;
 pub const MARKERS_MS: u64 = 1500;
 /// How long the new host holds fresh frames back after its guest began to run, milliseconds.
 pub const RELEASE_MS: u64 = 3000;
+/// How much later than by way of the old host a broadcast may come straight to the new one, milliseconds.
+pub const TWINS_MS: u64 = 100;
 /// How long the new host holds them back for a tail whose stream is broken, milliseconds.
 pub const RESUME_MS: u64 = 1000;
 /// How long after that guest began to run the tail may come, and what waits for the guest to read, milliseconds.

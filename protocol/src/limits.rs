@@ -73,3 +73,5 @@ pub const KNOWN_CHUNKS: usize = 1 << 20;
 pub const FRAME_BYTES: usize = 9216;
 /// Frames that wait for a NIC while it moves, bytes at each of the two hosts: later ones are dropped.
 pub const CUTOVER_BYTES: usize = 32 << 20;
+/// Broadcasts and multicasts of which the new host of a NIC remembers which copy came, each some 30 bytes.
+pub const CUTOVER_GROUPS: usize = 65_536;

@@ -4,10 +4,9 @@
 //! nothing. Invariant: whatever becomes of a migration, a hold or a plug ends: with the machine's
 //! deadline, with the copy, or when the daemon that takes the VM up finds it.
 //!
-//! Broadcasts and multicasts (ARP, neighbour discovery) go to every host of a wire, so to both. While the
-//! NIC is held, the old host's copy waits with the rest and goes after it; from the moment the guest runs, the new
-//! host's copy counts, and the one of the tail is left out if this node has flooded the same before. A copy
-//! that came to the new host by VXLAN this node does not see: such a broadcast may come twice.
+//! Broadcasts and multicasts (ARP, neighbour discovery) go to every host of a wire, so to both. In front of the NIC's
+//! tap they are led to the node, at the old host into its hold, from the moment the guest runs also at the new one: the
+//! machine there lets one of two copies through.
 
 mod arriving;
 mod leaving;
@@ -87,26 +86,12 @@ impl Cutovers {
         let Some(mac) = frame.first_chunk::<6>() else { return false };
         let key = (tag, Mac(*mac));
         let table = self.lock();
-        if mac[0] & 1 == 1 {
-            table.arriving.range(wire(tag)).for_each(|(_, a)| a.flooded(frame));
-            return false;
-        }
         let arriving = table.arriving.get(&key).filter(|a| a.runs_already());
         if let Some(arriving) = arriving {
             arriving.fresh(from, frame.clone());
         }
         arriving.is_some()
     }
-
-    /// A broadcast of a guest of this host.
-    pub fn flooded(&self, tag: u32, frame: &[u8]) {
-        self.lock().arriving.range(wire(tag)).for_each(|(_, a)| a.flooded(frame));
-    }
-}
-
-/// All NICs of a wire.
-fn wire(tag: u32) -> std::ops::RangeInclusive<Key> {
-    (tag, Mac([0; 6]))..=(tag, Mac([0xff; 6]))
 }
 
 /// The stream that carries a NIC's tail says this in place of its migration's id.
@@ -146,6 +131,25 @@ async fn unplug(node: &Node, copy: CopyId, wire: &Name, mac: &Mac) -> u64 {
         tokio::time::sleep(pause).await;
     }
     0
+}
+
+/// Broadcasts go into the NIC's tap again. Does not give up soon: a NIC without them is half deaf.
+pub(super) async fn lead_back(node: &Node, wire: &Name, mac: &Mac) {
+    for pause in UNPLUG_AGAIN {
+        match node.links.lead_back(wire, mac).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::error!(%wire, mac = %mac.colons(), %error, "its broadcasts go astray");
+            }
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Whether the frame is of the NIC's own guest: a bridge gives a broadcast to every port but its sender's, but one that
+/// was sent at the other host comes back.
+fn is_own(frame: &[u8], mac: &Mac) -> bool {
+    frame.get(6..12) == Some(&mac.0)
 }
 
 /// When a machine's timeout is, for the runtime; without one, some day.
@@ -230,8 +234,8 @@ pub(super) async fn arrive(node: &Arc<Node>, id: MigrationId, copy: &Copy, from:
 
 /// The copy's QEMU was started again, on new taps.
 pub(super) async fn plug_again(node: &Node, copy: &Copy) {
-    if !node.cutovers.of_copy(copy.id).1.is_empty() {
-        arriving::plug(node, copy).await;
+    for arriving in node.cutovers.of_copy(copy.id).1 {
+        arriving.plug(node).await;
     }
 }
 

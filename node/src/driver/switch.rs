@@ -41,9 +41,6 @@ pub(super) fn shuttle_out(
                     continue;
                 }
             };
-            if frame.is_group() {
-                node.cutovers.flooded(tag(&frame.wire), &frame.frame);
-            }
             node.send_frame(&frame);
         }
     })

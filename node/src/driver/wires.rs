@@ -152,6 +152,7 @@ pub(super) async fn tell(node: &Arc<Node>, copy: &Arc<Copy>, epoch: Epoch) -> Re
 
 /// The NIC's frames come here, and whatever a daemon that is gone left in their way ends.
 pub(super) async fn take_up(node: &Node, nic: &Nic) {
+    cutover::lead_back(node, &nic.wire, &nic.mac).await;
     if let Err(error) = node.links.unplug(&nic.wire, &nic.mac, None).await {
         tracing::error!(wire = %nic.wire, %error, "its tap may be plugged");
     }

@@ -45,12 +45,15 @@ impl Links {
     /// # Errors
     /// The kernel's.
     pub async fn forget_tap(&self, wire: &Name, mac: &Mac) -> Result<(), LinkError> {
-        let _state = self.state.lock().await;
+        let mut state = self.state.lock().await;
         let name = names::tap(wire, mac);
-        match self.kernel.device(&name).await? {
-            Some(_) => Ok(()),
-            None => self.forget_filter(name).await,
+        if self.kernel.device(&name).await?.is_some() {
+            return Ok(());
         }
+        if let Some(known) = state.wires.get_mut(wire) {
+            known.aside.remove(mac);
+        }
+        self.forget_filter(name).await
     }
 
     /// `fresh`: the device is not on a bridge yet, and whatever chain was left of its name goes.
@@ -107,8 +110,13 @@ impl Guard {
     }
 
     fn forget_nic(&self, device: &str) -> io::Result<()> {
+        self.lead_back(device)?;
+        self.forget_chain(device)
+    }
+
+    pub(super) fn forget_chain(&self, chain: &str) -> io::Result<()> {
         let mut batch = Batch::new();
-        batch.delete_chain(FAMILY_NETDEV, TABLE, device);
+        batch.delete_chain(FAMILY_NETDEV, TABLE, chain);
         match self.commit(&batch.finish()) {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) || unknown(&e) => Ok(()),
             other => other,

@@ -25,6 +25,7 @@ const LOOK: Duration = Duration::from_millis(10);
 
 /// An open hold device.
 pub struct Hold {
+    pub(super) index: u32,
     fd: AsyncFd<OwnedFd>,
     longest: usize,
 }
@@ -72,23 +73,34 @@ impl Links {
             let state = self.state.lock().await;
             state.wires.get(wire).ok_or_else(|| LinkError::NoWire(wire.clone()))?.bridge
         };
-        let name = names::hold(wire, mac);
-        let fd = self.create_tap(&name, Reader::Node)?;
-        let device = self.kernel.device(&name).await?;
-        let index = device.ok_or_else(|| LinkError::NoTap(name.clone()))?.index;
+        self.node_tap(&names::hold(wire, mac), wire, Some(bridge)).await
+    }
+
+    /// Makes a tap that this process reads.
+    pub(super) async fn node_tap(
+        &self,
+        name: &str,
+        wire: &Name,
+        bridge: Option<u32>,
+    ) -> Result<Hold, LinkError> {
+        let fd = self.create_tap(name, Reader::Node)?;
+        let device = self.kernel.device(name).await?;
+        let index = device.ok_or_else(|| LinkError::NoTap(name.to_owned()))?.index;
         let queue = Some(TAP_QUEUE_FRAMES);
         let alias = names::alias(wire, None);
-        self.kernel.dress(index, &alias, self.config.mtu, queue, Some(bridge)).await?;
-        self.kernel.port(index, &WAITING).await?;
+        self.kernel.dress(index, &alias, self.config.mtu, queue, bridge).await?;
+        if bridge.is_some() {
+            self.kernel.port(index, &WAITING).await?;
+        }
         self.kernel.up(index).await?;
-        // A bridge drops what is for a port that the kernel has not noticed to be up.
+        // What is for a device is dropped that the kernel has not noticed to be up.
         let end = Instant::now() + NOTICED;
-        while !self.kernel.device(&name).await?.is_some_and(|d| d.runs) && Instant::now() < end {
+        while !self.kernel.device(name).await?.is_some_and(|d| d.runs) && Instant::now() < end {
             tokio::time::sleep(LOOK).await;
         }
         // SAFETY: the fd is owned by the AsyncFd, which is never taken apart: it stays open and the same.
         let fd = unsafe { AsyncFd::register(fd) }
             .map_err(|e| LinkError::kernel("watch a hold device", e.into()))?;
-        Ok(Hold { fd, longest: usize::from(self.config.mtu) + HEADER + TAG })
+        Ok(Hold { index, fd, longest: usize::from(self.config.mtu) + HEADER + TAG })
     }
 }

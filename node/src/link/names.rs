@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use godwit_protocol::id::{Mac, Name, VmId};
+use godwit_protocol::id::{CopyId, Mac, Name, VmId};
 
 /// All devices of this program begin with this; nothing else on a host is ever removed.
 pub(super) const PREFIX: &str = "gw";
@@ -13,6 +13,7 @@ const TAP: &str = "gwt-";
 const VXLAN: &str = "gwv-";
 const TUNNEL: &str = "gwx-";
 const HOLD: &str = "gwh-";
+const ASIDE: &str = "gwa-";
 const UPLINK: &str = "gwu-";
 const GATEWAY: &str = "gwg-";
 /// Ports of our bridges begin with these (the filter on frames to the host itself matches them).
@@ -61,6 +62,11 @@ pub(super) fn loose(vm: VmId, mac: &Mac) -> String {
 /// Where the NIC's frames wait while it moves.
 pub(super) fn hold(wire: &Name, mac: &Mac) -> String {
     short(HOLD, &[b"hold", wire.as_str().as_bytes(), &mac.0])
+}
+
+/// Where broadcasts for a NIC wait that comes with this copy.
+pub(super) fn aside(wire: &Name, mac: &Mac, copy: CopyId) -> String {
+    short(ASIDE, &[b"aside", wire.as_str().as_bytes(), &mac.0, &copy.0])
 }
 
 /// The bridge's end of the pair that leads out of the wire.

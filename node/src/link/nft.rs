@@ -28,6 +28,8 @@ const APPEND: u16 = libc::NLM_F_APPEND as u16;
 
 /// Set elements in one message: an attribute's length is 16 bits.
 const ELEMENTS: usize = 1024;
+/// The priority of a chain that comes before others.
+const EARLY: i32 = -10;
 /// Register 1, which every expression here goes through.
 const REGISTER: u32 = 1;
 
@@ -64,6 +66,11 @@ pub(super) enum Expression<'a> {
     OutputNotNamed(&'a str),
     TransportProtocolNot(u8),
     EtherDestination([u8; 6]),
+    /// It is a broadcast or a multicast.
+    Group,
+    MarkNot(u32),
+    /// Sent by the device of this index, in place of the one that it was for.
+    SendBy(u32),
     /// What an ARP packet is: 1 asks.
     ArpOperation(u16),
     /// Writes over the Ethernet header, from this offset on.
@@ -133,16 +140,29 @@ impl Batch {
 
     /// A filter chain on the way out of a device (hook 1 of the netdev family), called as it is, policy accept.
     pub(super) fn egress_chain(&mut self, family: u8, table: &str, device: &str) {
-        self.device_chain(family, table, device, 1, device);
+        self.device_chain(family, table, device, (1, 0), device);
+    }
+
+    /// A chain in front of that.
+    pub(super) fn early_chain(&mut self, family: u8, table: &str, chain: &str, device: &str) {
+        self.device_chain(family, table, chain, (1, EARLY), device);
     }
 
     /// A filter chain on the way in from a device (hook 0 of the netdev family), policy accept.
     pub(super) fn ingress_chain(&mut self, family: u8, table: &str, chain: &str, device: &str) {
-        self.device_chain(family, table, chain, 0, device);
+        self.device_chain(family, table, chain, (0, 0), device);
     }
 
-    fn device_chain(&mut self, family: u8, table: &str, chain: &str, hook: u32, device: &str) {
-        let hook = [number(1, hook), number(2, 0), text(3, device)].concat();
+    fn device_chain(
+        &mut self,
+        family: u8,
+        table: &str,
+        chain: &str,
+        (hook, priority): (u32, i32),
+        device: &str,
+    ) {
+        let priority = priority.cast_unsigned();
+        let hook = [number(1, hook), number(2, priority), text(3, device)].concat();
         let body =
             [text(1, table), text(3, chain), nested(4, &hook), number(5, 1), text(7, "filter")];
         self.message(NEWCHAIN, CREATE, family, &body.concat());
@@ -297,6 +317,11 @@ fn encode(one: &Expression<'_>) -> Vec<u8> {
         Expression::OutputNamed(prefix) => meta(7, prefix.as_bytes()),
         Expression::OutputNotNamed(name) => meta_not(7, &whole(name)),
         Expression::EtherDestination(mac) => [payload(0, 0, 6), equals(mac)].concat(),
+        Expression::Group => [payload(0, 0, 1), masked(&[1]), equals(&[1])].concat(),
+        Expression::MarkNot(mark) => meta_not(3, &mark.to_ne_bytes()),
+        Expression::SendBy(index) => {
+            [put(&index.to_ne_bytes()), expression("fwd", &number(1, REGISTER))].concat()
+        }
         Expression::ArpOperation(operation) => {
             [payload(1, 6, 2), equals(&operation.to_be_bytes())].concat()
         }

@@ -37,6 +37,9 @@ const ROOM: u32 = TAP_QUEUE_FRAMES / 2;
 /// Frames that are put into a tap which others keep full.
 const SHARE: u32 = 16;
 
+/// What an [`Injector`] puts into a tap bears this: it is not to be led aside.
+pub(super) const MARK: u32 = 0x6777_6974;
+
 /// Bytes that a tap is given at once of what waits behind its plug: its queue has room for so many of the shortest frames,
 /// and for what an [`Injector`] puts into it meanwhile.
 const PART: u32 = 300_000;
@@ -203,6 +206,9 @@ fn socket(index: u32, past: bool) -> io::Result<OwnedFd> {
         let size = size_of_val(&yes) as libc::socklen_t;
         let option = (&raw const yes).cast();
         check(libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS, option, size))?;
+        let (mark, size) = (MARK, size_of::<u32>() as libc::socklen_t);
+        let option = (&raw const mark).cast();
+        check(libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_MARK, option, size))?;
         let mut address: libc::sockaddr_ll = std::mem::zeroed();
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_ifindex = index as libc::c_int;

@@ -222,8 +222,14 @@ impl Links {
         vxlan: Option<u32>,
         tunnel: u32,
     ) -> Result<Wire, LinkError> {
-        let mut adopted =
-            Wire { bridge, vxlan, tunnel, routes: BTreeMap::new(), flood: BTreeSet::new() };
+        let mut adopted = Wire {
+            bridge,
+            vxlan,
+            tunnel,
+            routes: BTreeMap::new(),
+            aside: BTreeSet::new(),
+            flood: BTreeSet::new(),
+        };
         let taps = self.adopt_taps(wire, bridge).await?;
         let uplink = self.kernel.device(&names::uplink(wire)).await?.map(|device| device.index);
         for entry in self.kernel.entries().await? {

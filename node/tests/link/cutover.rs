@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use godwit::link::{TapView, forwarding_settled};
-use godwit_protocol::id::Mac;
+use godwit_protocol::id::{CopyId, Mac};
 
 use super::*;
 
@@ -257,6 +257,51 @@ fn broadcasts_go_where_the_guests_frames_go() {
         lan.two.send(BROADCAST, "and after");
         assert_eq!(lan.one.hear().as_deref(), Some("and after"));
         hold.drain(|frame| panic!("{frame:02x?}")).unwrap();
+    });
+}
+
+/// Each goes one way, and those that were led aside come past the plug.
+#[test]
+fn broadcasts_are_led_aside_and_back_and_none_goes_both_ways() {
+    run(|world| async move {
+        let lan = lan(world).await;
+        let (red, moving) = (wire("red"), mac(77));
+        let one = Guest::boot(&lan.world.a, &lan.a, &red, moving).await;
+        lan.a.set_route(&red, &moving, Where::Local).await.unwrap();
+        let near = Guest::boot(&lan.world.a, &lan.a, &red, mac(3)).await;
+        lan.world.a.enter();
+        let aside = lan.a.open_aside(&red, &moving, CopyId([1; 16])).await.unwrap();
+        let hold = lan.a.open_hold(&red, &moving).await.unwrap();
+        let view = TapView::new(one.fd.try_clone().unwrap());
+        let mut past = lan.a.injector(&red, &moving, view).await.unwrap();
+        let flood = Flood::start(&near, BROADCAST);
+        let mut came = Vec::new();
+        for to in [&aside, &hold].repeat(10) {
+            let start = flood.sent.load(Ordering::SeqCst);
+            while flood.sent.load(Ordering::SeqCst) < start + 100 {
+                std::thread::yield_now();
+            }
+            lan.a.lead_aside(&red, &moving, to).await.unwrap();
+            lan.a.set_route(&red, &moving, Where::Hold).await.unwrap();
+            forwarding_settled().await;
+            came.extend(waiting(&one));
+            assert_eq!(waiting(&one), [] as [u64; 0], "they are led aside");
+            lan.a.plug(&red, &moving).await.unwrap();
+            lan.a.set_route(&red, &moving, Where::Local).await.unwrap();
+            lan.a.lead_back(&red, &moving).await.unwrap();
+            forwarding_settled().await;
+            let mut held = Vec::new();
+            to.drain(|frame| held.push(frame)).unwrap();
+            assert!(!held.is_empty() && held.iter().all(|frame| past.send(frame)));
+            lan.a.unplug(&red, &moving, None).await.unwrap();
+        }
+        let sent = flood.end();
+        while came.last() != Some(&(sent - 1)) {
+            came.push(one.hear().expect("the rest").parse().unwrap());
+        }
+        assert_eq!(came, (0..sent).collect::<Vec<_>>());
+        drop((aside, hold));
+        lan.a.lead_back(&red, &moving).await.unwrap();
     });
 }
 

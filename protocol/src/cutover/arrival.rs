@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use super::{Counts, LATE_MS, RELEASE_MS, RESUME_MS};
+use super::twins::{Twins, Way};
+use super::{Counts, LATE_MS, RELEASE_MS, RESUME_MS, TWINS_MS};
 use crate::id::HostId;
 use crate::limits::MEMBERS;
 use crate::time::Time;
@@ -15,7 +16,7 @@ pub enum Output<F> {
     Inject(F),
     /// Take the plug off the tap: whoever sends through this host's kernel is released.
     Unplug,
-    /// All senders are released: fresh frames need no holding any more.
+    /// All senders are released: fresh frames need no holding any more, nor broadcasts.
     Over,
 }
 
@@ -33,8 +34,8 @@ enum State {
 #[derive(Debug)]
 pub struct Arrival<F> {
     state: State,
-    /// The tail, until the guest runs.
-    tail: VecDeque<Item<F>>,
+    /// The tail, until the guest runs, and when it came.
+    tail: VecDeque<(Time, Item<F>)>,
     /// How many items of the tail have come.
     came: u64,
     /// There is no stream that brings the tail, since then.
@@ -44,6 +45,9 @@ pub struct Arrival<F> {
     plugged: bool,
     /// Fresh frames of the others.
     fresh: BTreeMap<HostId, VecDeque<F>>,
+    /// Broadcasts and multicasts that came here.
+    groups: VecDeque<F>,
+    twins: Twins,
     marked: BTreeSet<HostId>,
     /// Senders whose markers wait in the tail.
     coming: BTreeSet<HostId>,
@@ -69,6 +73,8 @@ impl<F: AsRef<[u8]>> Arrival<F> {
             kernel: BTreeSet::new(),
             plugged: true,
             fresh: BTreeMap::new(),
+            groups: VecDeque::new(),
+            twins: Twins::default(),
             marked: BTreeSet::new(),
             coming: BTreeSet::new(),
             quiet: false,
@@ -98,19 +104,19 @@ impl<F: AsRef<[u8]>> Arrival<F> {
     }
 
     /// An item of the tail. One that came before, by a stream that broke, is left out.
-    pub fn tail(&mut self, number: u64, item: Item<F>) {
+    pub fn tail(&mut self, now: Time, number: u64, item: Item<F>) {
         if number == self.came {
             self.came += 1;
-            self.take(item);
+            self.take(now, item);
         }
     }
 
     /// Nothing more is waited for.
     pub fn tail_lost(&mut self) {
-        self.take(Item::End);
+        self.take(Time(0), Item::End);
     }
 
-    fn take(&mut self, item: Item<F>) {
+    fn take(&mut self, now: Time, item: Item<F>) {
         self.quiet |= matches!(item, Item::Quiet | Item::End);
         if let Item::Frame(frame) = &item
             && !self.admits(frame.as_ref().len())
@@ -133,9 +139,9 @@ impl<F: AsRef<[u8]>> Arrival<F> {
         }
         if self.state == State::Waiting {
             self.counts.held += u64::from(!item.is_empty());
-            self.tail.push_back(item);
+            self.tail.push_back((now, item));
         } else {
-            self.apply(item);
+            self.apply(item, true);
         }
     }
 
@@ -151,6 +157,27 @@ impl<F: AsRef<[u8]>> Arrival<F> {
         }
         self.counts.held += 1;
         self.fresh.entry(from).or_default().push_back(frame);
+    }
+
+    /// A broadcast or multicast that came here, not by way of the old host, since the guest runs. Ends with [`Output::Over`]: what
+    /// comes after the last of these may go its own way.
+    pub fn group(&mut self, frame: F) {
+        if !self.admits(frame.as_ref().len()) {
+            return;
+        }
+        if matches!(self.state, State::Late(_) | State::Over) {
+            return self.give(frame, Way::Own);
+        }
+        self.groups.push_back(frame);
+    }
+
+    /// To the guest, unless its other copy went there.
+    fn give(&mut self, frame: F, way: Way) {
+        if self.twins.is_first(frame.as_ref(), way) {
+            self.outputs.push_back(Output::Inject(frame));
+        } else {
+            self.bytes -= frame.as_ref().len();
+        }
     }
 
     fn admits(&mut self, length: usize) -> bool {
@@ -174,17 +201,22 @@ impl<F: AsRef<[u8]>> Arrival<F> {
         // Whatever was before: from now on somebody waits for it.
         self.broken = self.broken.map(|_| now);
         self.kernel = kernel.into_iter().collect();
-        for item in std::mem::take(&mut self.tail) {
-            self.apply(item);
+        for (came, item) in std::mem::take(&mut self.tail) {
+            self.apply(item, came.plus_ms(TWINS_MS) >= now);
         }
         self.unplug_if_free();
     }
 
-    fn apply(&mut self, item: Item<F>) {
+    /// `twin`: of a broadcast another copy may come here.
+    fn apply(&mut self, item: Item<F>, twin: bool) {
         match item {
             Item::Frame(frame) => {
                 self.counts.reordered += u64::from(!matches!(self.state, State::Running(_)));
-                self.outputs.push_back(Output::Inject(frame));
+                if twin {
+                    self.give(frame, Way::Tail);
+                } else {
+                    self.outputs.push_back(Output::Inject(frame));
+                }
             }
             Item::Quiet => {}
             Item::Marker(host) => {
@@ -209,6 +241,9 @@ impl<F: AsRef<[u8]>> Arrival<F> {
     fn release(&mut self) {
         for (_, waiting) in std::mem::take(&mut self.fresh) {
             self.outputs.extend(waiting.into_iter().map(Output::Inject));
+        }
+        for frame in std::mem::take(&mut self.groups) {
+            self.give(frame, Way::Own);
         }
         self.kernel.clear();
         self.unplug_if_free();

@@ -14,6 +14,8 @@ type Frame = [u8; 3];
 const OLD: usize = 0;
 const NEW: usize = 1;
 const HOSTS: usize = 4;
+/// The first byte of the first sender's broadcasts.
+const GROUP: u8 = 0x81;
 /// When the guest begins to run at the new host, ms.
 const RUNS: u64 = 100;
 /// Each sender sends one frame a millisecond for so long.
@@ -33,6 +35,9 @@ enum Event {
     AtOld(Frame),
     Marker(usize),
     AtNew(usize, Frame),
+    /// A broadcast comes to both.
+    GroupAtOld(Frame),
+    GroupAtNew(Frame),
     /// By which stream, and its number.
     Tail(u32, u64, Item<Frame>),
     Acknowledged(u32, u64),
@@ -70,6 +75,11 @@ impl World {
         let [a, b] = self.sent[from].to_be_bytes();
         let frame = [from as u8, a, b];
         self.sent[from] += 1;
+        let to = |host| if from == host { 0 } else { self.delay[from][host] };
+        let straight = to(NEW).min(to(OLD) + self.tail_delay + TWINS_MS);
+        let group = [GROUP + 2 * from as u8, a, b];
+        self.at(now + to(OLD), Event::GroupAtOld(group));
+        self.at(now + straight, Event::GroupAtNew(group));
         match (from, self.flipped[from]) {
             (OLD, false) => self.old.frame(frame),
             (NEW, true) => match &mut self.plug {
@@ -107,8 +117,11 @@ impl World {
             Event::AtOld(frame) => self.old.frame(frame),
             Event::Marker(from) => self.old.marker(host(from)),
             Event::AtNew(from, frame) => self.new.fresh(host(from), frame),
+            Event::GroupAtOld(frame) if !self.flipped[OLD] => self.old.frame(frame),
+            Event::GroupAtNew(frame) if now >= RUNS => self.new.group(frame),
+            Event::GroupAtOld(_) | Event::GroupAtNew(_) => {}
             Event::Tail(stream, number, item) if self.stream == Some(stream) => {
-                self.new.tail(number, item);
+                self.new.tail(time, number, item);
                 self.at(now + self.tail_delay, Event::Acknowledged(stream, number + 1));
             }
             Event::Acknowledged(stream, came) if self.stream == Some(stream) => {
@@ -187,13 +200,23 @@ impl World {
 
     /// The numbers that came of one sender.
     fn of(&self, from: usize) -> Vec<u16> {
-        let ours = self.guest.iter().filter(|f| usize::from(f[0]) == from);
+        self.beginning_with(from as u8)
+    }
+
+    /// Of its broadcasts.
+    fn groups_of(&self, from: usize) -> Vec<u16> {
+        self.beginning_with(GROUP + 2 * from as u8)
+    }
+
+    fn beginning_with(&self, byte: u8) -> Vec<u16> {
+        let ours = self.guest.iter().filter(|f| f[0] == byte);
         ours.map(|f| u16::from_be_bytes([f[1], f[2]])).collect()
     }
 
     fn brought_everything_in_order(&self) -> Result<(), TestCaseError> {
         for from in 0..HOSTS {
             let all: Vec<u16> = (0..self.sent[from]).collect();
+            prop_assert_eq!(self.groups_of(from), all.as_slice(), "broadcasts of {}", from);
             prop_assert_eq!(self.of(from), all, "sender {}", from);
         }
         prop_assert_eq!((self.old.counts().dropped, self.new.counts().dropped), (0, 0));
@@ -247,9 +270,10 @@ proptest! {
     ) {
         let world = World::run(delay, tail, |_| {});
         for from in 0..HOSTS {
-            let mut came = world.of(from);
-            came.sort_unstable();
-            prop_assert_eq!(came, (0..world.sent[from]).collect::<Vec<_>>());
+            for mut came in [world.of(from), world.groups_of(from)] {
+                came.sort_unstable();
+                prop_assert_eq!(came, (0..world.sent[from]).collect::<Vec<_>>());
+            }
         }
         let counts = world.new.counts();
         prop_assert!(counts.late && counts.reordered > 0 && counts.dropped == 0);
@@ -261,9 +285,10 @@ proptest! {
     ) {
         let world = World::run(delay, tail, |w| w.at(at, Event::Break));
         for from in 0..HOSTS {
-            let mut came = world.of(from);
-            came.sort_unstable();
-            prop_assert!(came.windows(2).all(|pair| pair[0] < pair[1]));
+            for mut came in [world.of(from), world.groups_of(from)] {
+                came.sort_unstable();
+                prop_assert!(came.windows(2).all(|pair| pair[0] < pair[1]));
+            }
         }
     }
 }
@@ -291,10 +316,10 @@ fn what_stays_gets_all_that_was_held_whether_it_was_sent_or_not() {
 fn a_new_host_that_never_runs_injects_nothing_and_holds_no_more_than_its_bound() {
     let mut new = Arrival::new(6);
     for n in 0..4 {
-        new.tail(u64::from(n), Item::Frame([n, 0, 0]));
+        new.tail(Time(0), u64::from(n), Item::Frame([n, 0, 0]));
     }
     new.fresh(host(3), [7, 7, 7]);
-    new.tail(4, Item::End);
+    new.tail(Time(0), 4, Item::End);
     new.handle_timeout(Time(u64::MAX));
     assert_eq!((new.poll_output(true), new.timeout()), (None, None));
     assert_eq!(new.counts(), Counts { held: 2, dropped: 3, ..Counts::default() });
@@ -324,18 +349,18 @@ fn an_old_host_that_hears_nothing_ends() {
 fn what_the_tap_has_no_room_for_is_kept_within_the_bound_and_not_for_ever() {
     let mut new = Arrival::new(9);
     assert_eq!(new.tail_opened(), 0);
-    new.tail(0, Item::Frame([0; 3]));
+    new.tail(Time(0), 0, Item::Frame([0; 3]));
     new.runs(Time(0), [host(NEW)]);
-    new.tail(1, Item::Frame([1; 3]));
-    new.tail(1, Item::Frame([1; 3]));
-    new.tail(2, Item::Marker(host(NEW)));
+    new.tail(Time(0), 1, Item::Frame([1; 3]));
+    new.tail(Time(0), 1, Item::Frame([1; 3]));
+    new.tail(Time(0), 2, Item::Marker(host(NEW)));
     new.fresh(host(NEW), [2; 3]);
     new.fresh(host(NEW), [3; 3]);
     assert_eq!((new.counts().dropped, new.bytes_held()), (1, 9));
     assert_eq!(new.poll_output(false), None);
     assert_eq!(new.poll_output(true), Some(Output::Inject([0; 3])));
     new.fresh(host(NEW), [4; 3]);
-    new.tail(3, Item::End);
+    new.tail(Time(0), 3, Item::End);
     assert_eq!((new.counts().dropped, new.bytes_held()), (1, 9));
     assert_eq!(new.timeout(), Some(Time(LATE_MS * 1000)));
     new.handle_timeout(Time(LATE_MS * 1000));
@@ -358,8 +383,8 @@ fn a_tail_that_broke_holds_others_back_for_a_short_time() {
     let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(true)).collect();
     assert_eq!(outputs, [Output::Unplug]);
     assert_eq!(new.tail_opened(), 0);
-    new.tail(0, Item::Frame([0; 3]));
-    new.tail(1, Item::End);
+    new.tail(Time(0), 0, Item::Frame([0; 3]));
+    new.tail(Time(0), 1, Item::End);
     let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(true)).collect();
     assert_eq!(outputs, [Output::Inject([0; 3]), Output::Over]);
     assert_eq!(new.counts(), Counts { reordered: 1, late: true, ..Counts::default() });
@@ -384,4 +409,32 @@ fn an_old_host_keeps_what_is_not_acknowledged_and_gives_up_in_the_end() {
     assert!(old.is_over());
     old.acknowledged(4);
     assert_eq!((old.counts().dropped, old.bytes_held()), (1, 0));
+}
+
+#[test]
+fn a_broadcast_that_came_by_both_ways_comes_once_and_equal_ones_as_often_as_they_were_sent() {
+    let mut new: Arrival<Frame> = Arrival::new(1 << 10);
+    let [a, b, c, d] = [1, 3, 5, 7].map(|byte| [byte; 3]);
+    let inject = |frames: &[Frame]| frames.iter().copied().map(Output::Inject).collect::<Vec<_>>();
+    let mut number = 0..;
+    let mut tail = |new: &mut Arrival<Frame>, ms: u64, item| {
+        new.tail(Time(ms * 1000), number.next().unwrap(), item);
+    };
+    new.tail_opened();
+    // One of long ago has no other copy to come: what is equal to it is another.
+    tail(&mut new, 0, Item::Frame(d));
+    tail(&mut new, 200, Item::Frame(a));
+    new.runs(Time(250_000), [host(NEW)]);
+    [b, a, b, c, d].into_iter().for_each(|frame| new.group(frame));
+    tail(&mut new, 260, Item::Frame(b));
+    let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(true)).collect();
+    assert_eq!(outputs, inject(&[d, a, b]), "what came here waits for the end");
+    tail(&mut new, 270, Item::End);
+    let outputs: Vec<_> = std::iter::from_fn(|| new.poll_output(true)).collect();
+    let mut rest = inject(&[b, c, d]);
+    rest.extend([Output::Unplug, Output::Over]);
+    assert_eq!(outputs, rest);
+    new.group(a);
+    assert_eq!(new.poll_output(true), Some(Output::Inject(a)));
+    assert_eq!((new.bytes_held(), new.counts().dropped), (0, 0));
 }

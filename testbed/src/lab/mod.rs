@@ -8,6 +8,7 @@
 //! site s (1, 2, ..): router gw-<labid>-r<s>, bridge lan0 10.77.s.1/24; hosts gw-<labid>-<host>, eth0 10.77.s.(10+n)/24
 //! ```
 
+pub mod asker;
 pub mod check;
 pub mod cleanup;
 pub mod frames;

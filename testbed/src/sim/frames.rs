@@ -359,7 +359,7 @@ impl Nic {
                 if let Item::Frame(frame) = &item {
                     self.came.push(frame.clone());
                 }
-                self.new.tail(number, item);
+                self.new.tail(self.now(), number, item);
                 let heard = Event::Acknowledged(stream, number + 1);
                 self.at(self.now_ms + self.tail_delay, heard);
             }

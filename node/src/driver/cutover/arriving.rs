@@ -1,9 +1,9 @@
 //! A NIC that comes to this host: its plugged tap, and the stream of its tail.
 //!
-//! Owns one task, which reads the tail and keeps the machine's time. Invariant: frames go into the tap
-//! under the machine's lock, in the order in which the machine gives them.
+//! Owns one task, which reads the tail and what is led aside, and keeps the machine's time. Invariant: frames go into the
+//! tap under the machine's lock, in the order in which the machine gives them.
 
-use std::collections::BTreeMap;
+use std::io;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,22 +13,20 @@ use godwit_protocol::cutover::{Arrival, Output};
 use godwit_protocol::id::{CopyId, HostId, Mac, MigrationId, Name};
 use godwit_protocol::limits::CUTOVER_BYTES;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep};
 
 use super::super::copies::Copy;
 use super::super::node::Node;
 use super::super::{bulk, hold, wires};
 use super::{Key, instant, lock, report, tail, tail_id};
-use crate::link::{Injector, Where};
+use crate::link::{Hold, Injector, Where, forwarding_settled};
 use crate::net::BulkStream;
 
 /// How long the reader of a tail may take to say that it has all of it.
 const HEARD: Duration = Duration::from_secs(1);
 /// How long a guest that is to leave again may take to read what is still to be put into its tap.
 const READ: Duration = Duration::from_millis(500);
-/// Different broadcasts that are remembered while a NIC comes.
-const GROUPS: usize = 4096;
 
 /// One NIC that comes.
 pub(in super::super) struct Arriving {
@@ -39,17 +37,17 @@ pub(in super::super) struct Arriving {
     wire: Name,
     mac: Mac,
     id: MigrationId,
+    /// Where its broadcasts wait.
+    aside: Option<Hold>,
     inside: Mutex<Inside>,
     quiet: watch::Sender<bool>,
     news: Notify,
-    task: Mutex<Option<AbortHandle>>,
+    task: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Inside {
     machine: Arrival<Bytes>,
     past: Option<Injector>,
-    /// Broadcasts that this host has flooded since its tap takes part: how often, by content.
-    groups: BTreeMap<[u8; 32], u32>,
     refused: u64,
     /// What the kernel dropped, as more came than may wait there.
     behind_plug: u64,
@@ -80,14 +78,6 @@ impl Inside {
     }
 
     fn inject(&mut self, frame: &[u8]) {
-        if frame[0] & 1 == 1
-            && let Some(seen) = self.groups.get_mut(blake3::hash(frame).as_bytes())
-            && *seen > 0
-        {
-            // The sender's other copy came straight here.
-            *seen -= 1;
-            return;
-        }
         let sent = self.past.as_mut().is_some_and(|past| past.send(frame));
         self.refused += u64::from(!sent);
     }
@@ -100,12 +90,14 @@ pub(in super::super) async fn prepare(
     copy: &Copy,
     from: HostId,
 ) {
-    plug(node, copy).await;
     for nic in copy.wired() {
         let key = (wires::tag(&nic.wire), nic.mac);
         if node.cutovers.arriving(key).is_some_and(|a| (a.copy, a.id) == (copy.id, id)) {
             continue;
         }
+        let warn =
+            |error: &_| tracing::warn!(wire = %nic.wire, %error, "broadcasts may come twice");
+        let aside = node.links.open_aside(&nic.wire, &nic.mac, copy.id).await;
         let arriving = Arc::new(Arriving {
             copy: copy.id,
             from,
@@ -113,10 +105,10 @@ pub(in super::super) async fn prepare(
             wire: nic.wire.clone(),
             mac: nic.mac,
             id,
+            aside: aside.inspect_err(warn).ok(),
             inside: Mutex::new(Inside {
                 machine: Arrival::new(CUTOVER_BYTES),
                 past: None,
-                groups: BTreeMap::new(),
                 refused: 0,
                 behind_plug: 0,
                 unplug: false,
@@ -127,10 +119,11 @@ pub(in super::super) async fn prepare(
             news: Notify::new(),
             task: Mutex::default(),
         });
+        arriving.plug(node).await;
         super::dial(node, key.0, from);
         let tails = bulk::attach(node, tail_id(id, &nic.wire, &nic.mac));
         let task = tokio::spawn(keep(Arc::clone(node), Arc::clone(&arriving), tails));
-        *lock(&arriving.task) = Some(task.abort_handle());
+        *lock(&arriving.task) = Some(task);
         let earlier = node.cutovers.lock().arriving.insert(key, Arc::clone(&arriving));
         if let Some(earlier) = earlier {
             earlier.forget(node);
@@ -142,19 +135,11 @@ pub(in super::super) async fn prepare(
     }
 }
 
-/// Plugs a copy's taps, before anything comes for them. Again after its QEMU was started again.
-pub(in super::super) async fn plug(node: &Node, copy: &Copy) {
-    for nic in copy.wired() {
-        if let Err(error) = node.links.plug(&nic.wire, &nic.mac).await {
-            tracing::error!(wire = %nic.wire, %error, "frames may overtake older ones");
-        }
-    }
-}
-
 async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<BulkStream>) {
     let (mut reading, mut heard): (Option<Reading>, Option<Instant>) = (None, None);
     let mut looks = interval(Injector::LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut ends = Ending::default();
     loop {
         let (due, waits) = {
             let inside = lock(&nic.inside);
@@ -171,6 +156,14 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
                 reading = Some(Reading(tokio::spawn(read)));
             },
             () = nic.news.notified() => {}
+            waited = nic.wait_aside(), if ends == Ending::Aside => match waited {
+                Ok(()) => nic.drain(),
+                Err(error) => {
+                    tracing::error!(%error, "where broadcasts wait is gone");
+                    super::lead_back(&node, &nic.wire, &nic.mac).await;
+                    ends = Ending::Plugged;
+                }
+            },
             _ = looks.tick(), if waits || heard.is_some() => nic.with(Inside::look),
             () = tokio::time::sleep_until(due) => {
                 nic.with(|inside| inside.machine.handle_timeout(node.now()));
@@ -182,16 +175,43 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
         };
         if unplug {
             hold::at("plugged").await;
-            nic.unplug(&node, &mut looks).await;
+            if !over {
+                nic.unplug(&node, &mut looks).await;
+            }
         }
         if over {
+            ends.go_on(&node, &nic, &mut looks).await;
             // The old host does not let go before it is heard.
             let until = *heard.get_or_insert_with(|| Instant::now() + HEARD);
-            let told =
-                reading.as_ref().is_none_or(|r| r.0.is_finished()) || Instant::now() >= until;
+            let told = ends == Ending::Unplugged
+                && reading.as_ref().is_none_or(|r| r.0.is_finished())
+                || Instant::now() >= until;
             if told && nic.end_if_empty(&node) {
                 return;
             }
+        }
+    }
+}
+
+/// Broadcasts go their own way again, behind those that came before.
+#[derive(Default, PartialEq, Eq)]
+enum Ending {
+    #[default]
+    Aside,
+    /// What comes waits behind the plug for what waits in the node.
+    Plugged,
+    Unplugged,
+}
+
+impl Ending {
+    async fn go_on(&mut self, node: &Node, nic: &Arriving, looks: &mut Interval) {
+        if *self == Self::Aside {
+            nic.lead_back(node).await;
+            *self = Self::Plugged;
+        }
+        if *self == Self::Plugged && !lock(&nic.inside).machine.has_output() {
+            nic.unplug(node, looks).await;
+            *self = Self::Unplugged;
         }
     }
 }
@@ -209,7 +229,7 @@ async fn read(node: Arc<Node>, nic: Arc<Arriving>, stream: BulkStream) {
     // The machine counts: an item that an earlier stream still brought does not come twice.
     let came = lock(&nic.inside).machine.tail_opened();
     let take = |number, item| {
-        nic.with(|inside| inside.machine.tail(number, item));
+        nic.with(|inside| inside.machine.tail(node.now(), number, item));
         if lock(&nic.inside).machine.is_quiet() {
             nic.quiet.send_replace(true);
         }
@@ -246,11 +266,51 @@ impl Arriving {
         self.with(|inside| inside.machine.fresh(from, frame));
     }
 
-    /// A broadcast is flooded on this host.
-    pub fn flooded(&self, frame: &[u8]) {
-        let mut inside = lock(&self.inside);
-        if inside.past.is_some() && inside.groups.len() < GROUPS {
-            *inside.groups.entry(*blake3::hash(frame).as_bytes()).or_default() += 1;
+    /// Plugs its tap and leads broadcasts aside, before anything comes for it.
+    pub async fn plug(&self, node: &Node) {
+        self.shut(node).await;
+        let Some(aside) = &self.aside else { return };
+        if let Err(error) = node.links.lead_aside(&self.wire, &self.mac, aside).await {
+            tracing::warn!(wire = %self.wire, %error, "broadcasts may come twice");
+        }
+    }
+
+    /// Again: a plug lets a byte a second pass, and the transfer may have taken long.
+    async fn shut(&self, node: &Node) {
+        if let Err(error) = node.links.plug(&self.wire, &self.mac).await {
+            tracing::error!(wire = %self.wire, %error, "frames may overtake older ones");
+        }
+    }
+
+    async fn wait_aside(&self) -> io::Result<()> {
+        match &self.aside {
+            Some(aside) => aside.wait_readable().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Gives the machine the broadcasts that have come.
+    fn drain(&self) {
+        let Some(aside) = &self.aside else { return };
+        self.with(|inside| {
+            let take = |frame: Bytes| {
+                if !super::is_own(&frame, &self.mac) {
+                    inside.machine.group(frame);
+                }
+            };
+            if let Err(error) = aside.drain(take) {
+                tracing::error!(%error, "where broadcasts wait is gone");
+            }
+        });
+    }
+
+    /// Broadcasts that come now wait behind the plug, those that came before are in the machine.
+    async fn lead_back(&self, node: &Node) {
+        if self.aside.is_some() {
+            self.shut(node).await;
+            super::lead_back(node, &self.wire, &self.mac).await;
+            forwarding_settled().await;
+            self.drain();
         }
     }
 
@@ -264,10 +324,7 @@ impl Arriving {
 
     /// The guest runs: its frames come here now, older ones first.
     pub async fn runs(&self, node: &Arc<Node>) {
-        // Again: a plug lets a byte a second pass, and the transfer may have taken long.
-        if let Err(error) = node.links.plug(&self.wire, &self.mac).await {
-            tracing::error!(wire = %self.wire, %error, "frames may overtake older ones");
-        }
+        self.shut(node).await;
         let past = super::injector(node, self.copy, &self.wire, &self.mac).await;
         wires::set(node, &self.wire, &self.mac, Where::Local).await;
         let kernel = node.kernel_senders(self.key.0);
@@ -292,7 +349,14 @@ impl Arriving {
 
     /// Releases everything now.
     pub async fn finish(&self, node: &Node) {
+        let task = lock(&self.task).take();
+        if let Some(task) = task {
+            // It would plug the tap again.
+            task.abort();
+            let _ = task.await;
+        }
         self.with(|inside| inside.machine.tail_lost());
+        self.lead_back(node).await;
         let deadline = Instant::now() + READ;
         while lock(&self.inside).machine.has_output() && Instant::now() < deadline {
             sleep(Injector::LOOK).await;

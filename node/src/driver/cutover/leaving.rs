@@ -122,6 +122,9 @@ pub(super) async fn hold(node: &Arc<Node>, copy: &Copy, nics: Vec<Arc<Leaving>>)
         let view = super::view(copy, &nic.mac);
         // A route that is told again must not find it set and not held.
         let _turn = node.turning.lock().await;
+        if let Err(error) = node.links.lead_aside(&nic.wire, &nic.mac, &nic.hold).await {
+            tracing::warn!(wire = %nic.wire, %error, "broadcasts may come twice");
+        }
         match node.links.set_route(&nic.wire, &nic.mac, Where::Hold).await {
             Ok(()) => nic.held.store(true, Ordering::SeqCst),
             Err(error) => tracing::error!(wire = %nic.wire, %error, "frames are not held"),
@@ -232,8 +235,7 @@ impl Leaving {
 
     fn drain_into(&self, machine: &mut Departure<Bytes>) {
         let take = |frame: Bytes| {
-            // A bridge gives a broadcast to every port but its sender's: not to the guest that sent it.
-            if frame.get(6..12) != Some(&self.mac.0) {
+            if !super::is_own(&frame, &self.mac) {
                 machine.frame(frame);
             }
         };
@@ -304,6 +306,7 @@ impl Leaving {
         };
         let past = super::injector(node, self.copy, wire, mac).await;
         wires::set(node, wire, mac, Where::Local).await;
+        super::lead_back(node, wire, mac).await;
         forwarding_settled().await;
         let frames = {
             let mut machine = lock(&self.machine);

@@ -124,7 +124,7 @@ mod tests {
         let (news, enough) = (Notify::new(), Notify::new());
         let came = lock(new).tail_opened();
         let take = |number, item| {
-            lock(new).tail(number, item);
+            lock(new).tail(Time(0), number, item);
             if number + 1 >= until {
                 enough.notify_one();
             }

@@ -7,7 +7,7 @@
 pub mod count;
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,7 +31,7 @@ const SIZE_MAX: usize = 1472;
 /// What to send.
 #[derive(Clone, Debug)]
 pub struct ProbeConfig {
-    /// Where the echo is.
+    /// Where the echo is; a group or a broadcast address is answered by whoever hears it.
     pub target: SocketAddr,
     /// Datagrams per second, 1 to 100,000.
     pub rate_pps: u32,
@@ -177,7 +177,12 @@ fn socket(target: SocketAddr) -> Result<UdpSocket> {
     // The kernel tells with each datagram how many it had to drop before it.
     set_option(&socket, libc::SO_RXQ_OVFL, 1).context("SO_RXQ_OVFL")?;
     socket.set_read_timeout(Some(Duration::from_millis(20)))?;
-    socket.connect(target).with_context(|| format!("no route to {target}"))?;
+    if is_group(target) {
+        // Answers come from somebody's own address.
+        socket.set_broadcast(true)?;
+    } else {
+        socket.connect(target).with_context(|| format!("no route to {target}"))?;
+    }
     Ok(socket)
 }
 
@@ -189,6 +194,12 @@ pub fn receive_buffer(socket: &UdpSocket) -> Result<()> {
         set_option(socket, libc::SO_RCVBUF, bytes).context("SO_RCVBUF")?;
     }
     Ok(())
+}
+
+/// Subnets of the lab's wires are 24 bits long.
+fn is_group(target: SocketAddr) -> bool {
+    let broadcast = matches!(target.ip(), IpAddr::V4(ip) if ip.octets()[3] == 255);
+    broadcast || target.ip().is_multicast()
 }
 
 fn set_option(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> std::io::Result<()> {
@@ -230,7 +241,11 @@ fn send(shared: &Shared, socket: &UdpSocket, config: &ProbeConfig) {
         }
         due = (due + period).max(now.saturating_sub(10_000_000));
         count::encode(&mut datagram, sequence, shared.now());
-        match socket.send(&datagram) {
+        let done = match is_group(config.target) {
+            true => socket.send_to(&datagram, config.target),
+            false => socket.send(&datagram),
+        };
+        match done {
             Ok(_) => {
                 sequence += 1;
                 shared.sent.store(sequence, Ordering::SeqCst);
