@@ -8,6 +8,8 @@ pub const CHUNK_BYTES: usize = 4096;
 pub const REGION_BYTES: usize = 2 << 20;
 /// Longest control message, bytes.
 pub const CONTROL_MESSAGE_BYTES: usize = 1 << 20;
+/// Longest stored value, bytes: what a voter holds of a cluster is two records.
+pub const STORED_BYTES: usize = 4 << 20;
 /// Longest bulk message (one batch with literals), bytes.
 pub const BULK_MESSAGE_BYTES: usize = 8 << 20;
 /// Most hosts of a swarm that a node keeps track of.

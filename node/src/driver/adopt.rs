@@ -11,7 +11,7 @@ use std::time::Duration;
 use godwit_protocol::core::{Config, Core};
 use godwit_protocol::epoch::Hard as Votes;
 use godwit_protocol::id::{CopyId, VmId};
-use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
+use godwit_protocol::limits::STORED_BYTES;
 use godwit_protocol::migrate::{Moving, Role};
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::migrate::Status;
@@ -97,7 +97,7 @@ impl Saved {
 
 fn read<T: DeserializeOwned>(hard: &Hard, prefix: &[u8]) -> Result<Vec<T>, DriverError> {
     let entries = hard.scan(prefix).map_err(DriverError::of)?;
-    let decode = |value: &[u8]| codec::decode::<T, CONTROL_MESSAGE_BYTES>(value);
+    let decode = |value: &[u8]| codec::decode::<T, STORED_BYTES>(value);
     entries
         .iter()
         .map(|(_, value)| decode(value))
@@ -143,11 +143,9 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     }
     let moving = still_moving(&saved, &living).await;
     let unbound: Vec<_> = living.values().filter(|c| !saved.binds(c.id)).cloned().collect();
-    let epoch = |c: &Copy| record::governing(saved.records(), c.vm()).map(|r| r.epoch);
-    let unbound: Vec<_> = unbound
-        .into_iter()
-        .map(|c| (epoch(&c).unwrap_or_default(), saved.names(node, &c), c))
-        .collect();
+    let governing = |c: &Copy| record::governing(saved.records(), c.vm());
+    let unbound: Vec<_> =
+        unbound.into_iter().map(|c| (governing(&c), saved.names(node, &c), c)).collect();
     let config = Config {
         me: node.me,
         store: node.hard.id(),
@@ -166,7 +164,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
     }
     ports::adopt(node, &mut core, saved.ports).await;
     uplinks::adopt(node, &mut core, saved.uplinks).await;
-    for (epoch, named, copy) in unbound {
+    for (record, named, copy) in unbound {
         if !named && !copy.qemu().run_state().await.is_ok_and(|s| s.running) {
             continue; // Until the record is known that says whether it may.
         }
@@ -175,7 +173,7 @@ pub(super) async fn adopt(node: &Arc<Node>, saved: Saved) -> Result<Core, Driver
         if let Err(error) = copy.qemu().cont().await {
             tracing::error!(vm = %copy.spec.name, %error, "cannot run it");
         }
-        core.runs(node.now(), copy.vm(), copy.id, boot::route(node, &copy, epoch));
+        core.runs(node.now(), copy.vm(), copy.id, boot::route(node, &copy, record.as_ref()));
     }
     ended.iter().for_each(|record| is_off(node, &mut core, record));
     minted.iter().for_each(|r| core.was_minted(node.now(), r.spec.id, r.copy));

@@ -185,9 +185,7 @@ async fn slowly(node: &Arc<Node>, from: HostId, ask: Box<Ask>) -> Result<Answer,
         Ask::Fits { spec, beside_bytes } => {
             taken(destination::would_take(node, &spec, beside_bytes).await)
         }
-        Ask::Rewire { vm, mac, change } => {
-            nics::begin(node, vm, mac, change).await.map_or_else(Answer::Refused, Answer::Json)
-        }
+        Ask::Rewire { vm, mac, change } => taken(nics::begin(node, vm, mac, change).await),
         Ask::Start { vm, begun } => {
             on::begin(node, vm, begun).await.unwrap_or_else(Answer::Refused)
         }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use godwit_protocol::core::Core;
 use godwit_protocol::id::{CopyId, Epoch, Mac, VmId};
+use godwit_protocol::wire::record::Record;
 use godwit_protocol::wire::route::{Kind, Route};
 use godwit_protocol::wire::wiring::Wiring;
 use serde_json::json;
@@ -164,9 +165,14 @@ pub(super) async fn let_run(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), Ap
     Ok(())
 }
 
-/// The route that tells others that this copy runs here.
-pub(super) fn route(node: &Node, copy: &Copy, epoch: Epoch) -> Route {
-    route_of(node, &copy.described(), copy.id, epoch)
+/// The route that tells others that this copy runs here, by that record: one epoch has one route.
+pub(super) fn route(node: &Node, copy: &Copy, record: Option<&Record>) -> Route {
+    let (mut spec, vm) = (copy.described(), copy.vm());
+    if let Some(placed) = record.and_then(|r| r.placement_of(vm)) {
+        nics::by_record(&mut spec.nics, &placed.nics);
+    }
+    let epoch = record.map(|r| r.epoch).unwrap_or_default();
+    route_of(node, &spec, copy.id, epoch)
 }
 
 /// The same, of a copy that need not run.

@@ -271,10 +271,13 @@ pub(super) fn cancelled(node: &Node, copy: CopyId) {
 pub(super) async fn unwired(node: &Node, copy: CopyId, wire: &Name, mac: &Mac) {
     let (leaving, arriving) = node.cutovers.of_copy(copy);
     let key = (super::wires::tag(wire), *mac);
-    leaving.iter().filter(|nic| nic.key() == key).for_each(|nic| nic.end(node));
+    for nic in leaving.iter().filter(|nic| nic.key() == key) {
+        nic.put_away(node).await;
+    }
     for nic in arriving.iter().filter(|nic| nic.key() == key) {
         nic.end(node);
         // Its tap may come onto a wire again.
+        lead_back(node, wire, mac).await;
         unplug(node, copy, wire, mac).await;
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use godwit_protocol::core::{Command, Core, Key, Value};
 use godwit_protocol::id::{HostId, MigrationId};
-use godwit_protocol::limits::CONTROL_MESSAGE_BYTES;
+use godwit_protocol::limits::STORED_BYTES;
 use godwit_protocol::migrate::{Effect, Happened};
 use godwit_protocol::wire::codec;
 use godwit_protocol::wire::control::Control;
@@ -277,11 +277,11 @@ fn key_bytes(key: Key) -> Vec<u8> {
 
 fn encode(node: &Node, value: Value) -> Result<Vec<u8>, codec::CodecError> {
     match value {
-        Value::Epoch(hard) => codec::encode(&*hard, CONTROL_MESSAGE_BYTES),
-        Value::Moving(moving) => codec::encode(&moving, CONTROL_MESSAGE_BYTES),
+        Value::Epoch(hard) => codec::encode(&*hard, STORED_BYTES),
+        Value::Moving(moving) => codec::encode(&moving, STORED_BYTES),
         Value::Status(status) => {
             node.note_phase(&status);
-            codec::encode(&node.with_timeline(*status, true), CONTROL_MESSAGE_BYTES)
+            codec::encode(&node.with_timeline(*status, true), STORED_BYTES)
         }
     }
 }

@@ -37,55 +37,99 @@ pub(super) async fn change(
 ) -> Result<Done, ApiError> {
     let mac = mac.map(|mac| mac.replace(':', "").parse::<Mac>()).transpose();
     let mac = mac.map_err(|_| ApiError::new("that is no NIC's address", "see godwit vm show"))?;
-    let until = Instant::now() + PASSES;
+    let (until, mut chosen) = (Instant::now() + PASSES, None);
     loop {
-        let route = boot::find_vm(node, vm).await?;
-        let ask = Ask::Rewire { vm: route.vm, mac, change: change.clone() };
-        let error = match node.ask_at(route.host, ask).await {
-            Ok(Answer::Json(done)) => return Ok(Done { done: format!("{vm}: {done}") }),
-            Ok(Answer::Refused(cause)) if !clusters::passes(&cause) => {
-                let hint = format!("see godwit vm show {vm}, and name the NIC with --mac");
+        let (cause, error) = match step(node, vm, mac, &mut chosen, &change).await {
+            Ok(mac) => return Ok(Done { done: told(vm, mac, &change) }),
+            Err(Failure::Refused(cause)) => (cause, None),
+            Err(Failure::NoAnswer(error)) => (String::new(), Some(error)),
+        };
+        let over = Instant::now() >= until;
+        match error {
+            Some(error) if over => return Err(error),
+            None if over || !clusters::passes(&cause) => {
+                let hint = format!("see godwit vm show {vm}; --mac names the NIC");
                 return Err(ApiError::new(format!("{vm}: {cause}"), hint));
             }
-            Ok(Answer::Refused(cause)) => {
-                ApiError::new(format!("{vm}: {cause}"), "repeating it is safe")
-            }
-            Ok(_) => return Err(ApiError::plain("an answer that makes no sense")),
-            Err(error) => error,
-        };
-        if Instant::now() >= until {
-            return Err(error);
+            _ => tokio::time::sleep(LOOK).await,
         }
-        tokio::time::sleep(LOOK).await;
     }
 }
 
-/// What is asked of a VM's host.
+enum Failure {
+    Refused(String),
+    NoAnswer(ApiError),
+}
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        Self::NoAnswer(error)
+    }
+}
+
+/// Asks once. Which NIC is meant is settled before the first time: repeated, it is the same.
+async fn step(
+    node: &Arc<Node>,
+    vm: &str,
+    mac: Option<Mac>,
+    chosen: &mut Option<Mac>,
+    change: &Change,
+) -> Result<Mac, Failure> {
+    let route = boot::find_vm(node, vm).await.map_err(|e| Failure::Refused(e.to_string()))?;
+    let mac = match *chosen {
+        Some(mac) => mac,
+        None => {
+            let Answer::Record(Some(record)) =
+                node.ask_at(route.host, Ask::Record(route.vm)).await?
+            else {
+                return Err(Failure::Refused("its host has no record of it: ask again".into()));
+            };
+            let nics = record.placement_of(route.vm).map(|p| p.nics.as_slice());
+            let mac = change.choose(nics.unwrap_or_default(), mac).map_err(Failure::Refused)?;
+            *chosen.insert(mac)
+        }
+    };
+    let ask = Ask::Rewire { vm: route.vm, mac, change: change.clone() };
+    match node.ask_at(route.host, ask).await? {
+        Answer::Done => Ok(mac),
+        Answer::Refused(cause) => Err(Failure::Refused(cause)),
+        _ => Err(Failure::Refused("an answer that makes no sense".into())),
+    }
+}
+
+fn told(vm: &str, mac: Mac, change: &Change) -> String {
+    let nic = format!("NIC {} of {vm}", mac.colons());
+    match change {
+        Change::Connect(wire) => format!("{nic} is on wire {wire}"),
+        Change::Disconnect(wire) => format!("{nic} is not on wire {wire}"),
+        Change::Filter(rules) => format!("{nic} has {} rules", rules.len()),
+    }
+}
+
+/// What is asked of a VM's host. Asked again, it finishes what was decided and not done.
 pub(super) async fn begin(
     node: &Arc<Node>,
     vm: VmId,
-    mac: Option<Mac>,
+    mac: Mac,
     change: Change,
-) -> Result<String, String> {
-    if let (Change::Connect(wire), Some(_)) = (&change, node.copies.running(vm)) {
-        wires::ensure(node, wire).await.map_err(|e| e.to_string())?;
-    }
+) -> Result<(), String> {
     let wanted = change.clone();
-    let rewired = node.with_core(move |core, now| core.rewire(now, vm, mac, &wanted)).await;
-    let rewired = rewired.map_err(|e| e.to_string())??;
-    let record = decided(node, vm, rewired.base).await?;
+    let base = node.with_core(move |core, now| core.rewire(now, vm, mac, &wanted)).await;
+    let base = base.map_err(|e| e.to_string())??;
+    let record = decided(node, vm, base).await?;
+    let nics = record.placement_of(vm).map(|p| p.nics.clone()).unwrap_or_default();
+    let mut so = nics.clone();
+    change.apply(&mut so, mac)?;
+    if so != nics {
+        // Two were asked for at once, and this is the record of the other.
+        return Err("another change was decided first: ask again".into());
+    }
     match here(node, &record, vm) {
         Some((placed, Some(copy))) if !placed.off => follow_record(node, &copy).await,
         Some((placed, _)) if placed.off => tell_off(node, vm).await,
         _ => Ok(()),
     }
-    .map_err(|error| format!("it is decided, but not done yet ({error}): ask again"))?;
-    let nic = rewired.mac.colons();
-    Ok(match change {
-        Change::Connect(wire) => format!("NIC {nic} is on wire {wire}"),
-        Change::Disconnect(_) => format!("NIC {nic} is on no wire"),
-        Change::Filter(rules) => format!("NIC {nic} has {} rules", rules.len()),
-    })
+    .map_err(|error| format!("it is decided, but not done yet ({error}): ask again"))
 }
 
 /// The record that was proposed after `base`, or the newest if nothing was.
@@ -136,18 +180,28 @@ pub(super) fn heard(node: &Arc<Node>, record: &Record) {
 
 /// The NICs of a copy that a record names here are connected as the newest one says, and everyone is told.
 pub(super) async fn follow_record(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<(), ApiError> {
+    // Most often there is nothing to do: no guest waits for another's NICs then.
+    let differs = |nics: &Vec<Wiring>| differs(&copy.nics(), nics);
+    if newest(node, copy).await?.filter(differs).is_none() {
+        return Ok(());
+    }
     let _one = node.rewiring.lock().await;
+    let Some(nics) = newest(node, copy).await?.filter(differs) else { return Ok(()) };
+    let done = wire_up(node, copy, &nics).await;
+    if copy.ran() && !copy.qemu().is_still() {
+        wires::tell(node, copy).await?;
+    }
+    done
+}
+
+/// What the newest record that names the copy says of its NICs.
+async fn newest(node: &Arc<Node>, copy: &Copy) -> Result<Option<Vec<Wiring>>, ApiError> {
     let (vm, id, me) = (copy.vm(), copy.id, node.me);
     let newest = move |core: &mut Core, _| {
         let record = core.record_of(vm).filter(|r| r.places(vm, me, id))?;
-        record.placement_of(vm).map(|p| (record.epoch, p.nics.clone()))
+        record.placement_of(vm).map(|p| p.nics.clone())
     };
-    let Some((epoch, nics)) = node.with_core(newest).await? else { return Ok(()) };
-    ensure(node, copy, &nics).await?;
-    if wire_up(node, copy, &nics).await? && copy.ran() {
-        wires::tell(node, copy, epoch).await?;
-    }
-    Ok(())
+    node.with_core(newest).await
 }
 
 /// Before the stop: the NICs of a copy that arrives are connected like that.
@@ -157,42 +211,56 @@ pub(super) async fn follow(
     nics: &[Wiring],
 ) -> Result<(), ApiError> {
     let _one = node.rewiring.lock().await;
-    ensure(node, copy, nics).await?;
-    wire_up(node, copy, nics).await.map(drop)
+    wire_up(node, copy, nics).await
 }
 
-/// This host has the wires that the NICs come onto.
-async fn ensure(node: &Arc<Node>, copy: &Copy, wanted: &[Wiring]) -> Result<(), ApiError> {
-    let has = copy.nics();
-    for wire in wanted.iter().filter_map(|nic| nic.wire.as_ref()) {
-        if !has.iter().any(|nic| nic.wire.as_ref() == Some(wire)) {
-            wires::ensure(node, wire).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Connects a copy's NICs like that, to wires that this host has; says whether anything was done.
-async fn wire_up(node: &Arc<Node>, copy: &Arc<Copy>, wanted: &[Wiring]) -> Result<bool, ApiError> {
+/// Connects a copy's NICs like that, each whatever becomes of the others: one that cannot be is on no wire.
+async fn wire_up(node: &Arc<Node>, copy: &Arc<Copy>, wanted: &[Wiring]) -> Result<(), ApiError> {
     let old = copy.nics();
     let mut new = old.clone();
     by_record(&mut new, wanted);
     if new == old {
-        return Ok(false);
+        return Ok(());
     }
+    let mut failed = None;
     // One that only shows its disks has no NIC that anybody could reach.
     let kernel = !copy.qemu().is_still();
-    for (old, new) in old.iter().zip(&new).filter(|(old, new)| kernel && old != new) {
-        if let Some(wire) = old.wire.as_ref().filter(|_| old.wire != new.wire) {
-            // The kernel first: a daemon that ends here finds the NIC connected, and begins again.
-            wires::set(node, wire, &old.mac, Where::None).await;
-            cutover::unwired(node, copy.id, wire, &old.mac).await;
-            node.links.detach(wire, &old.mac, copy.vm()).await.map_err(ApiError::plain)?;
+    // What is taken away goes first.
+    let gives = |i: &usize| new[*i].wire.is_some() && new[*i].wire != old[*i].wire;
+    let changed = (0..old.len()).filter(|i| kernel && old[*i] != new[*i]);
+    let (last, first): (Vec<_>, Vec<_>) = changed.partition(gives);
+    for i in first.into_iter().chain(last) {
+        if let Err(error) = rewire(node, copy, &old[i], &new[i]).await {
+            new[i].wire = None;
+            failed.get_or_insert(error);
         }
-        attach(node, copy, new).await?;
     }
     keep(copy, new).await?;
-    Ok(true)
+    failed.map_or(Ok(()), Err)
+}
+
+async fn rewire(
+    node: &Arc<Node>,
+    copy: &Copy,
+    old: &ResolvedNic,
+    new: &ResolvedNic,
+) -> Result<(), ApiError> {
+    let (mac, vm) = (&old.mac, copy.vm());
+    if let Some(wire) = old.wire.as_ref().filter(|_| old.wire != new.wire) {
+        // The kernel first: a daemon that ends here finds the NIC connected, and begins again.
+        wires::set(node, wire, mac, Where::None).await;
+        cutover::unwired(node, copy.id, wire, mac).await;
+        node.links.detach(wire, mac, vm).await.map_err(ApiError::plain)?;
+    }
+    let Some(wire) = &new.wire else { return Ok(()) };
+    if !node.carries(wire) {
+        wires::ensure(node, wire).await?;
+    }
+    let attached = attach(node, copy, new).await;
+    if attached.is_err() {
+        let _ = node.links.detach(wire, mac, vm).await;
+    }
+    attached
 }
 
 /// Makes NICs what a record says of them; one of which it does not speak is on no wire.

@@ -114,20 +114,7 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
             take_up(node, nic).await;
         }
     }
-    let told = {
-        let (node_, copy_) = (Arc::clone(node), Arc::clone(copy));
-        node.with_core(move |core, now| {
-            let vm = copy_.vm();
-            let epoch = core.record_of(vm).map_or(Epoch::default(), |r| r.epoch);
-            // It may have ended meanwhile, and the core knows.
-            if copy_.qemu().exit().is_none() {
-                core.runs(now, vm, copy_.id, boot::route(&node_, &copy_, epoch));
-            }
-            epoch
-        })
-        .await
-    };
-    let epoch = told.unwrap_or_else(|error| {
+    let epoch = tell(node, copy).await.unwrap_or_else(|error| {
         tracing::error!(%error, "the route was not told");
         Epoch::default()
     });
@@ -141,11 +128,17 @@ pub(super) async fn runs_here(node: &Arc<Node>, copy: &Arc<Copy>) {
     }
 }
 
-/// Everyone is told which wires a VM that runs here is on since that epoch.
-pub(super) async fn tell(node: &Arc<Node>, copy: &Arc<Copy>, epoch: Epoch) -> Result<(), ApiError> {
+/// Everyone is told which wires a VM that runs here is on, by the newest record. Gives its epoch.
+pub(super) async fn tell(node: &Arc<Node>, copy: &Arc<Copy>) -> Result<Epoch, ApiError> {
     let (node_, copy) = (Arc::clone(node), Arc::clone(copy));
     let work = move |core: &mut Core, now| {
-        core.runs(now, copy.vm(), copy.id, boot::route(&node_, &copy, epoch));
+        let route = boot::route(&node_, &copy, core.record_of(copy.vm()));
+        let epoch = route.epoch;
+        // It may have ended meanwhile, and the core knows.
+        if copy.qemu().exit().is_none() {
+            core.runs(now, copy.vm(), copy.id, route);
+        }
+        epoch
     };
     node.with_core(work).await
 }

@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::RawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use godwit_protocol::id::CopyId;
 use serde::{Deserialize, Serialize};
@@ -118,6 +119,17 @@ impl CopyRecord {
     }
 }
 
+/// One change of a record at a time.
+static CHANGING: Mutex<()> = Mutex::new(());
+
+fn change(dir: &Path, change: impl FnOnce(&mut CopyRecord)) -> io::Result<()> {
+    let _one = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+    let old = CopyRecord::read(dir)?;
+    let mut new = old.clone();
+    change(&mut new);
+    if new == old { Ok(()) } else { new.write(dir) }
+}
+
 fn unsaid() -> bool {
     true
 }
@@ -127,12 +139,7 @@ fn unsaid() -> bool {
 /// # Errors
 /// When there is no record, or it cannot be written: the old one stands.
 pub fn ran(dir: &Path) -> io::Result<()> {
-    let mut record = CopyRecord::read(dir)?;
-    if record.ran {
-        return Ok(());
-    }
-    record.ran = true;
-    record.write(dir)
+    change(dir, |record| record.ran = true)
 }
 
 /// The VM of the copy in `dir`, whose guest has ended, is to be removed.
@@ -140,8 +147,7 @@ pub fn ran(dir: &Path) -> io::Result<()> {
 /// # Errors
 /// When there is no record, or it cannot be written: the old one stands.
 pub fn removed(dir: &Path) -> io::Result<()> {
-    let record = CopyRecord::read(dir)?;
-    CopyRecord { removed: true, ..record }.write(dir)
+    change(dir, |record| record.removed = true)
 }
 
 /// The NICs of the copy in `dir` are these from now on.
@@ -149,7 +155,5 @@ pub fn removed(dir: &Path) -> io::Result<()> {
 /// # Errors
 /// When there is no record, or it cannot be written: the old one stands.
 pub fn rewire(dir: &Path, nics: Vec<ResolvedNic>) -> io::Result<()> {
-    let mut record = CopyRecord::read(dir)?;
-    record.spec.nics = nics;
-    record.write(dir)
+    change(dir, |record| record.spec.nics = nics)
 }

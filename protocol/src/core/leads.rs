@@ -109,17 +109,18 @@ impl Core {
             return refused("the lead's record is of something else: ask again");
         }
         self.epochs.learned(now, (*record).clone());
-        let copy = self.copy_here(&record, vm);
-        let Some(copy) = copy.filter(|_| self.epochs.newest(record.cluster) == Some(&record))
+        let start = self.goes_on_from(&record, vm);
+        let Some((record, copy)) = start.and_then(|r| self.copy_here(&r, vm).map(|copy| (r, copy)))
         else {
             return refused("it does not run on this host any more: ask again");
         };
+        let status = blank(id, vm, &record, me, me);
         if self.is_moving(vm) || to.is_empty() || self.moves.len() >= limits::MOVES {
             return refused("it is moving already: wait for it (godwit migrations) or abort it");
         }
         self.persist_status(&status);
         let led = Led { id: of_member(id, vm), host: from };
-        let ordered = Ordered { status, record: *record, copy, options, candidates: to, led };
+        let ordered = Ordered { status, record, copy, options, candidates: to, led };
         let mut out = Vec::new();
         let source = Source::ordered(now, ordered, &mut out);
         self.moves.insert(id, Move::Source(Box::new(source)));

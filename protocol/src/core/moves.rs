@@ -150,6 +150,13 @@ impl Core {
         }
     }
 
+    /// The newest record, if that is this one, or if a move of `vm` that starts from this one goes on from that: NICs are
+    /// connected otherwise.
+    pub(super) fn goes_on_from(&self, record: &Record, vm: VmId) -> Option<Record> {
+        let newest = self.epochs.newest(record.cluster)?;
+        (newest == record || newest.only_rewires(record, vm)).then(|| newest.clone())
+    }
+
     /// Where a migration stands that is not under way here (any more).
     fn stands(&self, from: HostId, id: MigrationId, vm: VmId, base: Epoch) -> Body {
         let placed = |r: &Record| r.placement_of(vm).map(|p| p.copy);
@@ -195,9 +202,8 @@ impl Core {
             return Err("the destination takes part in too many migrations".to_owned());
         }
         self.epochs.learned(now, record.clone());
-        if self.epochs.newest(record.cluster) != Some(&record) {
-            return Err("a newer record of this VM is decided: ask again".to_owned());
-        }
+        let newest = self.goes_on_from(&record, vm);
+        let record = newest.ok_or("a newer record of this VM is decided: ask again")?;
         if let Some(earlier) = self.migration_of(vm) {
             // A source that asks anew knows nothing of what it began before: it was restarted.
             self.happened(now, earlier, Happened::Said(from, Body::Unknown));

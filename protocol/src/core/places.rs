@@ -12,15 +12,6 @@ use crate::wire::record::{Cause, Record};
 use crate::wire::route::Route;
 use crate::wire::wiring::Change;
 
-/// What [`Core::rewire`] began.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rewired {
-    /// The NIC.
-    pub mac: Mac,
-    /// The epoch that was proposed follows this one; none: it is connected so, and nothing was proposed.
-    pub base: Option<Epoch>,
-}
-
 impl Core {
     /// This host runs that copy (after `cont`, or found running after a restart).
     pub fn runs(&mut self, now: Time, vm: VmId, copy: CopyId, route: Route) {
@@ -51,7 +42,7 @@ impl Core {
     }
 
     /// Proposes the record after which a NIC of a VM that is here, on or off, is connected otherwise. A move that is not
-    /// bound goes on from it.
+    /// bound goes on from it. Gives the epoch that it follows; none: it is so, and nothing was proposed.
     ///
     /// # Errors
     /// One line for the user; nothing changed. What passes by itself ends in *ask again*.
@@ -59,24 +50,27 @@ impl Core {
         &mut self,
         now: Time,
         vm: VmId,
-        mac: Option<Mac>,
+        mac: Mac,
         change: &Change,
-    ) -> Result<Rewired, String> {
+    ) -> Result<Option<Epoch>, String> {
         let mut next = self.record_of(vm).cloned().ok_or("no record of the VM is known here")?;
         let me = self.me.host;
         let placed = next.placement.iter_mut().find(|p| p.vm == vm && p.host == me);
         let placed = placed.ok_or("the VM belongs elsewhere by now: ask again")?;
         let before = placed.nics.clone();
-        let mac = change.apply(&mut placed.nics, mac)?;
+        change.apply(&mut placed.nics, mac)?;
         let (base, is_so) = (next.epoch, placed.nics == before);
         if is_so {
-            return Ok(Rewired { mac, base: None });
+            return Ok(None);
         }
         (next.epoch, next.cause) = (base.next(), Cause::Wires(vm));
         if !next.is_well_formed() {
             return Err(format!("a VM has at most {RULES} rules, over all its NICs"));
         }
-        let bound = |m: &Move| !matches!(m.status().phase, Phase::Preparing | Phase::Transfer);
+        let bound = |m: &Move| {
+            let phase = m.status().phase;
+            !matches!(phase, Phase::Preparing | Phase::Transfer | Phase::Releasing)
+        };
         if self.moves.values().any(|m| m.status().cluster == next.cluster && bound(m)) {
             return Err("the VM is about to run elsewhere: ask again".to_owned());
         }
@@ -87,7 +81,7 @@ impl Core {
             .propose(now, next, now.plus_ms(voters::PROPOSE_MS))
             .map_err(|e| e.to_string())?;
         self.drain(now);
-        Ok(Rewired { mac, base: Some(base) })
+        Ok(Some(base))
     }
 
     /// The copy of `vm` that is here by that record: it runs, or is switched off.

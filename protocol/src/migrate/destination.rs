@@ -191,8 +191,7 @@ impl Destination {
             }
             (State::Checking(_) | State::Receiving(_), _) => {
                 let vm = self.status.vm;
-                let at = |r: &Record| r.placement_of(vm).map(|p| (p.host, p.copy, p.off));
-                if !matches!(record.cause, Cause::Wires(_)) || at(record) != at(&self.record) {
+                if !record.only_rewires(&self.record, vm) {
                     return self.give_up(stay_cause(record), out);
                 }
                 // NICs are connected otherwise: the source goes on from there, too.

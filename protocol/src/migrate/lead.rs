@@ -192,6 +192,7 @@ impl Lead {
         let stopping =
             matches!(&self.state, State::Stopping { stopped_by, .. } if now < *stopped_by);
         let gathering = matches!(self.state, State::Gathering { .. });
+        let stays = matches!(self.state, State::Settling { moved: false, .. });
         let proposer = self.proposer().filter(|_| stopping);
         let figures: Vec<_> = self.members.iter().map(Member::figures).collect();
         let shares = share::shares(&figures, self.options.bandwidth_bytes_per_s);
@@ -203,7 +204,11 @@ impl Lead {
                     to: m.candidates.clone(),
                     options: self.options,
                 },
-                (Some(stand), Some(seat)) if stand.stopped_us.is_none() => Body::Stop(seat),
+                (Some(stand), Some(seat)) if stand.stopped_us.is_none() => {
+                    Body::Stop(seat, self.record.epoch)
+                }
+                // One that has not stopped does not hear of it otherwise if it starts from the decided record.
+                _ if stays => Body::Cancel(self.status.cause.clone()),
                 _ => Body::How { share_bytes_per_s },
             };
             out.push(self.tell(m.from, m.vm, body));

@@ -215,7 +215,7 @@ impl Source {
         state::show(&mut self.status, &p);
         self.status.total_ms = now.ms_since(self.started);
         out.push(Action::Report);
-        self.tell_rebase(out);
+        self.tell_rebase(now, out);
         if self.led.is_some() {
             return self.tell_lead(out);
         }
@@ -258,7 +258,7 @@ impl Source {
             return;
         }
         if self.follows(&record) {
-            return self.rebase(record, out);
+            return self.rebase(now, record, out);
         }
         self.status.epoch_after = Some(record.epoch);
         let Some(placed) = record.placement_of(self.status.vm).cloned() else {

@@ -113,13 +113,13 @@ pub enum Ask {
         /// Whether it shall not vote.
         unfit: bool,
     },
-    /// To the host of a VM: connect a NIC of it otherwise. The answer is a line of text for people.
+    /// To the host of a VM: connect a NIC of it otherwise.
     Rewire {
         /// The VM.
         vm: VmId,
-        /// The NIC; none: the only one that fits.
-        mac: Option<Mac>,
-        /// What becomes of it.
+        /// The NIC.
+        mac: Mac,
+        /// What becomes of it; asked again, it is so already.
         change: Change,
     },
     /// To the host of a VM that is off: start it. Asked again until it runs.
@@ -140,7 +140,7 @@ pub enum Answer {
     Refused(String),
     /// Migrations.
     Migrations(Vec<Status>),
-    /// A JSON text, or a line for people.
+    /// A JSON text.
     Json(String),
     /// The newest record that is known, if any.
     Record(Option<Box<Record>>),

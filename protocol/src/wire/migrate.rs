@@ -165,8 +165,9 @@ pub enum Body {
     },
     /// The answer, and told whenever it changes.
     Stand(Box<Stand>),
-    /// Lead to a member's source: stop the guest. The destination of that member proposes.
-    Stop(Seat),
+    /// Lead to a member's source: stop the guest, if it starts from the record of that epoch, too. The destination of that
+    /// member proposes.
+    Stop(Seat, Epoch),
     /// To a member's destination: the destination of that member proposes.
     Proposer(Seat),
     /// Source to destination: the guest stands still. The destination proposes with this word.

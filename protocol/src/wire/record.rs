@@ -252,6 +252,14 @@ impl Record {
         same && open && fits && self.is_well_formed()
     }
 
+    /// Whether `vm` is as it was under the older `base`, and NICs were connected otherwise since: a move that is not bound
+    /// goes on from this record.
+    #[must_use]
+    pub fn only_rewires(&self, base: &Self, vm: VmId) -> bool {
+        let at = |r: &Self| r.placement_of(vm).map(|p| (p.host, p.copy, p.off));
+        self.epoch > base.epoch && matches!(self.cause, Cause::Wires(_)) && at(self) == at(base)
+    }
+
     /// The same members, in the same order, wherever; every copy that is dropped was released.
     fn moves(&self, base: &Self, releases: &[Release]) -> bool {
         let pairs = || base.placement.iter().zip(&self.placement);

@@ -30,11 +30,11 @@ pub enum Change {
 }
 
 impl Change {
-    /// Changes the NIC that is meant: the one of that address, else the only one that fits. Gives its address.
+    /// The NIC that is meant: the one of that address, else the only one that fits.
     ///
     /// # Errors
-    /// None fits, or several do. One line for the user; nothing changed.
-    pub fn apply(&self, nics: &mut [Wiring], mac: Option<Mac>) -> Result<Mac, String> {
+    /// None fits, or several do. One line for the user.
+    pub fn choose(&self, nics: &[Wiring], mac: Option<Mac>) -> Result<Mac, String> {
         let on = |nic: &Wiring, wire: &Name| nic.wire.as_ref() == Some(wire);
         let (fits, rather): (Vec<_>, Vec<_>) = match self {
             Self::Connect(wire) => (
@@ -44,27 +44,38 @@ impl Change {
             Self::Disconnect(wire) => (find(nics, mac, |nic| on(nic, wire)), Vec::new()),
             Self::Filter(_) => (find(nics, mac, |_| true), Vec::new()),
         };
-        let (([index], _) | (_, [index])) = (rather.as_slice(), fits.as_slice()) else {
-            let lacks = if fits.is_empty() { "no" } else { "more than one" };
-            return Err(match self {
-                Self::Connect(wire) => format!("{lacks} such NIC is free for wire {wire}"),
-                Self::Disconnect(wire) => format!("{lacks} such NIC is on wire {wire}"),
-                Self::Filter(_) => format!("{lacks} such NIC is there"),
-            });
-        };
-        let nic = &mut nics[*index];
+        if let ([one], _) | (_, [one]) = (rather.as_slice(), fits.as_slice()) {
+            return Ok(*one);
+        }
+        let lacks = if fits.is_empty() { "no" } else { "more than one" };
+        Err(match self {
+            Self::Connect(wire) => format!("{lacks} such NIC is free for wire {wire}"),
+            Self::Disconnect(wire) => format!("{lacks} such NIC is on wire {wire}"),
+            Self::Filter(_) => format!("{lacks} such NIC is there"),
+        })
+    }
+
+    /// Changes that NIC. What is so already stays: it can be repeated.
+    ///
+    /// # Errors
+    /// It is not there, or is on another wire. One line for the user; nothing changed.
+    pub fn apply(&self, nics: &mut [Wiring], mac: Mac) -> Result<(), String> {
+        let nic = nics.iter_mut().find(|nic| nic.mac == mac).ok_or("that NIC is not there")?;
         match self {
-            Self::Connect(wire) => nic.wire = Some(wire.clone()),
-            Self::Disconnect(_) => nic.wire = None,
+            Self::Connect(wire) => match &nic.wire {
+                Some(other) if other != wire => return Err(format!("the NIC is on wire {other}")),
+                _ => nic.wire = Some(wire.clone()),
+            },
+            Self::Disconnect(wire) => drop(nic.wire.take_if(|on| on == wire)),
             Self::Filter(rules) => nic.filter.clone_from(rules),
         }
-        Ok(nic.mac)
+        Ok(())
     }
 }
 
-fn find(nics: &[Wiring], mac: Option<Mac>, fits: impl Fn(&Wiring) -> bool) -> Vec<usize> {
-    let meant = |nic: &Wiring| mac.is_none_or(|mac| mac == nic.mac) && fits(nic);
-    nics.iter().enumerate().filter(|(_, nic)| meant(nic)).map(|(index, _)| index).collect()
+fn find(nics: &[Wiring], mac: Option<Mac>, fits: impl Fn(&Wiring) -> bool) -> Vec<Mac> {
+    let meant = |nic: &&Wiring| mac.is_none_or(|mac| mac == nic.mac) && fits(nic);
+    nics.iter().filter(meant).map(|nic| nic.mac).collect()
 }
 
 #[cfg(test)]
@@ -91,35 +102,46 @@ mod tests {
     fn the_free_nic_is_connected_and_one_that_is_there_stays() {
         let connect = Change::Connect(lan());
         let mut one = nics([Some("dmz"), None]);
-        assert_eq!(connect.apply(&mut one, None), Ok(B));
-        assert_eq!(one, nics([Some("dmz"), Some("lan")]));
-        assert_eq!(connect.apply(&mut one, None), Ok(B), "again");
-        assert_eq!(one, nics([Some("dmz"), Some("lan")]));
-        assert!(connect.apply(&mut one, Some(A)).unwrap_err().contains("no such NIC is free"));
-        let mut two = nics([None, None]);
-        assert!(connect.apply(&mut two, None).unwrap_err().contains("more than one"));
-        assert_eq!(two, nics([None, None]));
-        assert_eq!(connect.apply(&mut two, Some(A)), Ok(A));
-        assert_eq!(connect.apply(&mut two, None), Ok(B), "rather the free one");
+        assert_eq!(connect.choose(&one, None), Ok(B));
+        for _ in 0..2 {
+            assert_eq!(connect.apply(&mut one, B), Ok(()));
+            assert_eq!(one, nics([Some("dmz"), Some("lan")]));
+            assert_eq!(connect.choose(&one, None), Ok(B), "again");
+        }
+        assert!(connect.choose(&one, Some(A)).unwrap_err().contains("no such NIC is free"));
+        assert!(connect.apply(&mut one, A).unwrap_err().contains("is on wire dmz"));
+        let two = nics([None, None]);
+        assert!(connect.choose(&two, None).unwrap_err().contains("more than one"));
+        assert_eq!(connect.choose(&two, Some(A)), Ok(A));
+        assert_eq!(connect.choose(&nics([Some("lan"), None]), None), Ok(B), "rather the free one");
     }
 
     #[test]
-    fn only_what_is_on_a_wire_is_taken_off() {
+    fn only_what_is_on_a_wire_is_taken_off_and_that_can_be_repeated() {
+        let off = Change::Disconnect(lan());
         let mut both = nics([Some("lan"), Some("dmz")]);
-        assert_eq!(Change::Disconnect(lan()).apply(&mut both, None), Ok(A));
-        assert_eq!(both, nics([None, Some("dmz")]));
-        assert!(Change::Disconnect(lan()).apply(&mut both, None).is_err());
-        let mut same = nics([Some("lan"), Some("lan")]);
-        assert!(Change::Disconnect(lan()).apply(&mut same, None).is_err());
-        assert_eq!(Change::Disconnect(lan()).apply(&mut same, Some(B)), Ok(B));
+        assert_eq!(off.choose(&both, None), Ok(A));
+        for _ in 0..2 {
+            assert_eq!(off.apply(&mut both, A), Ok(()));
+            assert_eq!(both, nics([None, Some("dmz")]));
+        }
+        assert_eq!(off.apply(&mut both, B), Ok(()));
+        assert_eq!(both, nics([None, Some("dmz")]), "it is on another");
+        assert!(off.choose(&both, None).unwrap_err().contains("no such NIC"));
+        let same = nics([Some("lan"), Some("lan")]);
+        assert!(off.choose(&same, None).unwrap_err().contains("more than one"));
+        assert_eq!(off.choose(&same, Some(B)), Ok(B));
     }
 
     #[test]
     fn rules_are_those_of_one_nic() {
-        let rules = vec!["deny any".parse().unwrap()];
+        let rules: Vec<Rule> = vec!["deny any".parse().unwrap()];
+        let filter = Change::Filter(rules.clone());
         let mut both = nics([Some("lan"), None]);
-        assert!(Change::Filter(rules.clone()).apply(&mut both, None).is_err());
-        assert_eq!(Change::Filter(rules.clone()).apply(&mut both, Some(B)), Ok(B));
+        assert!(filter.choose(&both, None).is_err());
+        assert_eq!(filter.choose(&both, Some(B)), Ok(B));
+        assert_eq!(filter.apply(&mut both, B), Ok(()));
         assert_eq!((&both[0].filter, &both[1].filter), (&Vec::new(), &rules));
+        assert!(filter.apply(&mut both, Mac([2; 6])).is_err());
     }
 }

@@ -26,7 +26,7 @@ impl World {
         let rule = Rule { allow: false, protocol: Protocol::Tcp, port, from: None };
         let change = Change::Filter(vec![rule]);
         // Refused while the VM is about to run elsewhere.
-        let _ = self.act(at, |core, now| core.rewire(now, vm, None, &change));
+        let _ = self.act(at, |core, now| core.rewire(now, vm, first(vm)[0].mac, &change));
     }
 
     /// A record was decided: copies that it names here follow it, each when its driver comes to it.

@@ -129,7 +129,7 @@ fn one_member_that_does_not_load_keeps_all() {
 #[test]
 fn a_member_that_does_not_stop_in_time_keeps_all() {
     let mut world = asked();
-    let stop = |m: &Control| matches!(m, Control::Migrate(m) if matches!(m.body, Body::Stop(_)) && m.vm == vm(2));
+    let stop = |m: &Control| matches!(m, Control::Migrate(m) if matches!(m.body, Body::Stop(..)) && m.vm == vm(2));
     world.hold = stop;
     assert!(world.run_until(60_000, |w| w.copies.values().any(|c| c.qemu == Qemu::Stopped)));
     let stopped = world.now;

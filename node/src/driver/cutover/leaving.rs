@@ -69,13 +69,8 @@ pub(in super::super) async fn prepare(
             continue;
         }
         if let Some(earlier) = earlier {
-            let tasks = std::mem::take(&mut *lock(&earlier.tasks));
-            earlier.end(node);
-            // Its device goes with the last of them, and the name is needed.
-            for task in tasks {
-                task.abort();
-                let _ = task.await;
-            }
+            // The name of its device is needed.
+            earlier.put_away(node).await;
         }
         super::dial(node, key.0, to);
         let hold = match node.links.open_hold(&nic.wire, &nic.mac).await {
@@ -320,6 +315,16 @@ impl Leaving {
         let dropped = super::unplug(node, self.copy, wire, mac).await;
         node.count_frames(self.id, 0, lost as u64 + dropped.saturating_sub(before));
         self.end(node);
+    }
+
+    /// Forgets the NIC, and returns when its device is gone.
+    pub async fn put_away(&self, node: &Node) {
+        let tasks = std::mem::take(&mut *lock(&self.tasks));
+        self.end(node);
+        for task in tasks {
+            task.abort();
+            let _ = task.await;
+        }
     }
 
     /// Forgets the NIC; its device goes with the last task.

@@ -29,7 +29,7 @@ pub struct Ordered {
 pub(super) fn is_lead_s(body: &Body) -> bool {
     matches!(
         body,
-        Body::Order { .. } | Body::How { .. } | Body::Stop(_) | Body::Cancel(_) | Body::NoLead
+        Body::Order { .. } | Body::How { .. } | Body::Stop(..) | Body::Cancel(_) | Body::NoLead
     )
 }
 
@@ -80,12 +80,15 @@ impl Source {
                 self.share(share_bytes_per_s, out);
                 self.tell_lead(out);
             }
-            Body::Stop(proposer) if matches!(self.state, State::Transfer { .. }) => {
-                self.stop(now, out);
-                self.tell_proposer(proposer, out);
+            Body::Stop(proposer, base) if matches!(self.state, State::Transfer { .. }) => {
+                // Bound to another epoch than the others it would wait for a decision that nobody drives.
+                if base == self.record.epoch && !self.rebase.is_pending() {
+                    self.stop(now, out);
+                    self.tell_proposer(proposer, out);
+                }
             }
             // Said again because it was not heard to have stopped.
-            Body::Stop(proposer) => {
+            Body::Stop(proposer, _) => {
                 self.tell_proposer(proposer, out);
                 self.tell_lead(out);
             }

@@ -4,13 +4,18 @@
 //! after a record by which the NICs at both ends are connected.
 
 use super::{Action, Body, Effect, Source, State, plan, wait};
-use crate::wire::record::{Cause, Record};
+use crate::time::Time;
+use crate::wire::record::Record;
+
+/// How often the destination is told, milliseconds.
+const TELL_MS: u64 = 500;
 
 /// Which ends are not as the newest record says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Rebase {
     pub here: bool,
     pub there: bool,
+    tell_at: Time,
 }
 
 impl Rebase {
@@ -37,28 +42,28 @@ impl Source {
             self.state,
             State::Describing { .. } | State::Preparing { .. } | State::Transfer { .. }
         );
-        let placed = record.placement_of(self.status.vm);
-        let here = placed.is_some_and(|p| p.copy == self.copy && p.off == self.is_off());
-        unbound && here && matches!(record.cause, Cause::Wires(_))
+        unbound && record.only_rewires(&self.record, self.status.vm)
     }
 
-    pub(super) fn rebase(&mut self, record: Record, out: &mut Vec<Action>) {
+    pub(super) fn rebase(&mut self, now: Time, record: Record, out: &mut Vec<Action>) {
         let nics = record.placement_of(self.status.vm).map(|p| p.nics.clone()).unwrap_or_default();
         self.status.epoch_before = record.epoch;
         self.record = record;
-        self.rebase = Rebase { here: true, there: !matches!(self.state, State::Describing { .. }) };
+        let there = !matches!(self.state, State::Describing { .. });
+        self.rebase = Rebase { here: true, there, tell_at: now };
         if let State::Transfer { ballot, .. } = &mut self.state {
             *ballot = super::Ballot::None;
         }
         out.push(Action::Effect(Effect::Rewire(self.record.epoch, nics)));
         out.push(Action::Report);
-        self.tell_rebase(out);
+        self.tell_rebase(now, out);
         self.tell_lead(out);
     }
 
     /// The destination is told until it says that it goes on from there, too.
-    pub(super) fn tell_rebase(&self, out: &mut Vec<Action>) {
-        if self.rebase.there {
+    pub(super) fn tell_rebase(&mut self, now: Time, out: &mut Vec<Action>) {
+        if self.rebase.there && now >= self.rebase.tell_at {
+            self.rebase.tell_at = now.plus_ms(TELL_MS);
             out.push(Action::Send(self.peer, Body::Rebase(Box::new(self.record.clone()))));
         }
     }

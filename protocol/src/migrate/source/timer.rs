@@ -20,7 +20,7 @@ impl Source {
             State::Preparing { ask_at, .. } if now >= *ask_at => {
                 *ask_at = now.plus_ms(wait::PREPARE_AGAIN_MS);
                 out.push(Action::Send(self.peer, self.prepare()));
-                self.tell_rebase(out);
+                self.tell_rebase(now, out);
             }
             State::Transfer { until, .. } if now >= *until => {
                 self.give_up(self.too_late(now), out);
