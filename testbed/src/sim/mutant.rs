@@ -83,7 +83,7 @@ pub const ALL: &[Case] = &[
     case(Mutant::Forgets, "promise-lost-in-restart", &[Invariant::Epochs], 0),
     case(Mutant::DiscardEarly, "discard-source-at-decision", &[Invariant::OneCopy], 0),
     case(Mutant::NoAdoption, "skip-adoption", &[Invariant::Epochs], 440),
-    case(Mutant::NewVoter, "new-voter-without-record", &[Invariant::Epochs], 1500),
+    case(Mutant::NewVoter, "new-voter-without-record", &[Invariant::Epochs], 7700),
     case(Mutant::LostReply, "resume-on-lost-reply", &[Invariant::OneCopy], 0),
     case(Mutant::HostOnly, "placement-without-copy", &[Invariant::OneCopy, Invariant::Content], 0),
     case(Mutant::MergeBelow, "merge-below-epoch", &[Invariant::Epochs], 0),
