@@ -277,10 +277,7 @@ fn broadcasts_are_led_aside_and_back_and_none_goes_both_ways() {
         let flood = Flood::start(&near, BROADCAST);
         let mut came = Vec::new();
         for to in [&aside, &hold].repeat(10) {
-            let start = flood.sent.load(Ordering::SeqCst);
-            while flood.sent.load(Ordering::SeqCst) < start + 100 {
-                std::thread::yield_now();
-            }
+            flood.goes_on(std::thread::yield_now);
             lan.a.lead_aside(&red, &moving, to).await.unwrap();
             lan.a.set_route(&red, &moving, Where::Hold).await.unwrap();
             forwarding_settled().await;

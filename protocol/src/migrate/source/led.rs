@@ -80,12 +80,13 @@ impl Source {
                 self.share(share_bytes_per_s, out);
                 self.tell_lead(out);
             }
-            Body::Stop(proposer, base) if matches!(self.state, State::Transfer { .. }) => {
-                // Bound to another epoch than the others it would wait for a decision that nobody drives.
-                if base == self.record.epoch && !self.rebase.is_pending() {
-                    self.stop(now, out);
-                    self.tell_proposer(proposer, out);
-                }
+            // Bound to another epoch than the others it would wait for a decision that nobody drives.
+            Body::Stop(_, base)
+                if matches!(self.state, State::Transfer { .. })
+                    && (base != self.record.epoch || self.rebase.is_pending()) => {}
+            Body::Stop(proposer, _) if matches!(self.state, State::Transfer { .. }) => {
+                self.stop(now, out);
+                self.tell_proposer(proposer, out);
             }
             // Said again because it was not heard to have stopped.
             Body::Stop(proposer, _) => {
