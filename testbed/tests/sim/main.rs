@@ -49,6 +49,7 @@ fn seeds_end_well() {
         (seen.torn_writes, 20),
         (seen.pauses, 100),
         (seen.strangers, 1000),
+        (seen.rebased, 20),
         (seen.lost, 1),
         (seen.cutover_faults, SEEDS / 2),
     ];
@@ -65,6 +66,7 @@ fn a_campaign_that_missed_something_does_not_pass() {
         partitions: 1,
         crashes: 1,
         torn_writes: 1,
+        rebased: 1,
         ..Coverage::default()
     };
     let of = |seeds, seen| {
@@ -79,6 +81,7 @@ fn a_campaign_that_missed_something_does_not_pass() {
         ("partitions", Coverage { partitions: 0, ..seen }),
         ("crashes", Coverage { crashes: 0, ..seen }),
         ("torn_writes", Coverage { torn_writes: 0, ..seen }),
+        ("rebased", Coverage { rebased: 0, ..seen }),
     ];
     for (name, seen) in without {
         assert_eq!(of(1000, seen), (false, vec![name]));
