@@ -183,10 +183,11 @@ async fn keep(node: Arc<Node>, nic: Arc<Arriving>, mut tails: mpsc::Receiver<Bul
             ends.go_on(&node, &nic, &mut looks).await;
             // The old host does not let go before it is heard.
             let until = *heard.get_or_insert_with(|| Instant::now() + HEARD);
-            let told = ends == Ending::Unplugged
-                && reading.as_ref().is_none_or(|r| r.0.is_finished())
-                || Instant::now() >= until;
-            if told && nic.end_if_empty(&node) {
+            let told = reading.as_ref().is_none_or(|r| r.0.is_finished());
+            let late = Instant::now() >= until;
+            // Nobody else would take the plug off.
+            let open = ends == Ending::Unplugged;
+            if open && (told || late) && nic.end_if_empty(&node) {
                 return;
             }
         }
@@ -324,6 +325,10 @@ impl Arriving {
 
     /// The guest runs: its frames come here now, older ones first.
     pub async fn runs(&self, node: &Arc<Node>) {
+        if self.runs_already() {
+            // `cont` was asked for again: what goes on meanwhile takes its plug off once.
+            return;
+        }
         self.shut(node).await;
         let past = super::injector(node, self.copy, &self.wire, &self.mac).await;
         wires::set(node, &self.wire, &self.mac, Where::Local).await;
