@@ -207,11 +207,13 @@ impl Lead {
                 (Some(stand), Some(seat)) if stand.stopped_us.is_none() => {
                     Body::Stop(seat, self.record.epoch)
                 }
-                // One that has not stopped does not hear of it otherwise if it starts from the decided record.
-                _ if stays => Body::Cancel(self.status.cause.clone()),
                 _ => Body::How { share_bytes_per_s },
             };
             out.push(self.tell(m.from, m.vm, body));
+            // One that has not stopped does not hear of it otherwise if it starts from the decided record.
+            if stays && m.runs_on() {
+                out.push(self.tell(m.from, m.vm, Body::Cancel(self.status.cause.clone())));
+            }
         }
     }
 
